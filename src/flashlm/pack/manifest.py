@@ -1,0 +1,183 @@
+"""The manifest of a pack, `flash/manifest.json`: what is streamed, how it is laid out, and where it came from.
+
+A manifest is outside data: it is validated strictly, every size in it is checked against the layout before anything is
+allocated, and file names that would leave the pack are refused. `docs/format.md` describes the format byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flashlm.errors import PackError
+from flashlm.pack.layout import LayerLayout
+
+FORMAT_VERSION = 1
+FLASH_DIR = "flash"
+MANIFEST_NAME = "manifest.json"
+RESIDENT_NAME = "model.safetensors"
+
+MAX_LAYERS = 10_000
+MAX_DIMENSION = 1 << 24
+MAX_MANIFEST_BYTES = 256 << 20
+
+Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
+LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}\.rows$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class LayerEntry(_Strict):
+    """One streamed FFN.
+
+    Attributes:
+        module: Dotted path of the module that the engine replaces by the streamed FFN.
+        identities: Dotted paths of modules whose work the streamed FFN takes over; they become `nn.Identity`.
+        file: Name of the layer's file in `flash/`.
+        num_rows: Neurons (d_ffn).
+        has_up_bias, has_gate_bias, has_down_bias: Whether `model.safetensors` holds `<module>.up_bias` (d_ffn,),
+            `<module>.gate_bias` (d_ffn,), `<module>.down_bias` (d_model,).
+        checksums: xxh3-64 of each block as read (padding included), 16 hexadecimal digits.
+    """
+
+    module: str
+    identities: tuple[str, ...] = ()
+    file: LayerFileName
+    num_rows: Dimension
+    has_up_bias: bool
+    has_gate_bias: bool
+    has_down_bias: bool
+    checksums: tuple[Checksum, ...]
+
+
+class ResidentEntry(_Strict):
+    """`model.safetensors`: everything that stays in DRAM, checksummed in pieces of `chunk_bytes` (the last is shorter)."""
+
+    num_bytes: Annotated[int, Field(gt=0)]
+    chunk_bytes: Annotated[int, Field(gt=0)]
+    checksums: tuple[Checksum, ...]
+
+
+class SourceEntry(_Strict):
+    """Where the weights came from: the folder or hub id as given, and name and size of each of its weight files."""
+
+    name: str
+    files: dict[str, int]
+
+
+class Manifest(_Strict):
+    """Everything that a reader of the pack needs to know.
+
+    Attributes:
+        format_version: Version of the format; another one is refused by name.
+        flashlm_version: The flashlm that wrote the pack.
+        model_type: The transformers model type.
+        dtype: Element type of rows and resident floating-point weights.
+        hidden_size: d_model of the streamed FFNs.
+        has_gate: Whether rows hold a gate part.
+        activation: Name of the activation in transformers' `ACT2FN`.
+        block_rows: Rows per block.
+        row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout.
+        neuron_order: "source": rows lie in the checkpoint's order.
+        layers: The streamed FFNs, in the order in which a forward pass meets them.
+        resident: The resident file.
+        source: Where the weights came from.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    flashlm_version: str
+    model_type: str
+    dtype: Literal["bfloat16", "float16", "float32"]
+    hidden_size: Dimension
+    has_gate: bool
+    activation: str
+    block_rows: Dimension
+    row_stride_bytes: Annotated[int, Field(gt=0)]
+    block_stride_bytes: Annotated[int, Field(gt=0)]
+    neuron_order: Literal["source"] = "source"
+    layers: Annotated[tuple[LayerEntry, ...], Field(min_length=1, max_length=MAX_LAYERS)]
+    resident: ResidentEntry
+    source: SourceEntry
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Manifest:
+        for index, layer in enumerate(self.layers):
+            layout = self.layout(index)
+            if (layout.row_stride_bytes, layout.block_stride_bytes) != (self.row_stride_bytes, self.block_stride_bytes):
+                raise ValueError(
+                    f"strides {self.row_stride_bytes} and {self.block_stride_bytes} do not follow from the shapes"
+                )
+            if len(layer.checksums) != layout.num_blocks:
+                raise ValueError(f"{layer.file} has {layout.num_blocks} blocks but {len(layer.checksums)} checksums")
+        if len({layer.file for layer in self.layers}) != len(self.layers):
+            raise ValueError("two layers name the same file")
+        wanted = -(-self.resident.num_bytes // self.resident.chunk_bytes)
+        if len(self.resident.checksums) != wanted:
+            raise ValueError(f"{RESIDENT_NAME} needs {wanted} checksums, has {len(self.resident.checksums)}")
+        return self
+
+    def layout(self, layer: int) -> LayerLayout:
+        """Return the geometry of streamed layer `layer`."""
+        return LayerLayout(
+            hidden_size=self.hidden_size,
+            num_rows=self.layers[layer].num_rows,
+            has_gate=self.has_gate,
+            dtype=self.dtype,
+            block_rows=self.block_rows,
+        )
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of all layer files."""
+        return sum(self.layout(index).file_bytes for index in range(len(self.layers)))
+
+
+def manifest_path(pack: Path) -> Path:
+    """Return where `pack` keeps its manifest."""
+    return pack / FLASH_DIR / MANIFEST_NAME
+
+
+def layer_path(pack: Path, entry: LayerEntry) -> Path:
+    """Return the path of a layer's file."""
+    return pack / FLASH_DIR / entry.file
+
+
+def read_manifest(pack: Path) -> Manifest:
+    """Read and check the manifest of `pack`.
+
+    Raises:
+        PackError: No manifest (not a pack, or an unfinished conversion), an unknown version, or invalid content.
+    """
+    path = manifest_path(pack)
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise PackError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise PackError(
+            f"{pack} is not a finished pack: {path} is missing. Make one with: flashlm convert SOURCE {pack}"
+        ) from None
+    except OSError as error:
+        raise PackError(f"{path} can't be read: {error.strerror}") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PackError(f"{path} is not JSON ({error}): convert the model again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise PackError(
+            f"{path} has format version {version!r}, this flashlm reads version {FORMAT_VERSION}:"
+            " update flashlm, or convert the model again"
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise PackError(f"{path} is invalid at {where}: {first['msg']} ({error.error_count()} problems)") from error
