@@ -1,0 +1,67 @@
+"""flashlm: run transformers language models that are larger than memory, exactly, from flash.
+
+    import flashlm
+    model = flashlm.load("my-pack", dram="6GiB")
+
+After `import flashlm`, `transformers.AutoModelForCausalLM.from_pretrained("my-pack")` works too. Importing flashlm costs
+next to nothing: torch and transformers are imported when something needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flashlm._registration import register_with_transformers
+from flashlm.errors import (
+    BudgetError,
+    ConfigError,
+    FlashError,
+    PackError,
+    StorageError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from flashlm.engine.model import FlashModel, load
+    from flashlm.engine.quantizer import FlashConfig
+    from flashlm.pack.convert import convert
+    from flashlm.pack.verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "ConfigError",
+    "FlashConfig",
+    "FlashError",
+    "FlashModel",
+    "PackError",
+    "StorageError",
+    "UnsupportedModelError",
+    "__version__",
+    "convert",
+    "load",
+    "verify",
+]
+
+_LAZY = {
+    "FlashConfig": "flashlm.engine.quantizer",
+    "FlashModel": "flashlm.engine.model",
+    "convert": "flashlm.pack.convert",
+    "load": "flashlm.engine.model",
+    "verify": "flashlm.pack.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'flashlm' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register_with_transformers()

@@ -1,0 +1,264 @@
+"""The command line: one thin command per verb. Results go to stdout, progress and errors to stderr.
+
+Nothing heavy is imported before a verb needs it, so that `--help` answers at once. Exit codes: 0, 1 (other errors),
+2 usage, 3 does not fit, 4 corrupt or unsupported, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashlm import console
+from flashlm.errors import ConfigError, FlashError
+
+app = typer.Typer(
+    name="flashlm",
+    help="Run language models that are larger than memory: convert once, then generate under a hard memory cap.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+INTERRUPTED = 130
+_STATS_TABLE = "-"  # what --stats means without a file
+
+
+class DtypeChoice(StrEnum):
+    """Element types of a pack."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class ModeChoice(StrEnum):
+    """Modes of the engine."""
+
+    auto = "auto"
+    hybrid = "hybrid"
+    naive = "naive"
+
+
+PackArgument = Annotated[Path, typer.Argument(help="Folder made by `flashlm convert`.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DramOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Bound on the whole process, like 6GiB. Default: FLASHLM_DRAM, else what is free, less a margin.",
+        show_default=False,
+    ),
+]
+ContextOption = Annotated[
+    int | None, typer.Option(help="Tokens that the KV cache may hold, over all sequences.", show_default=False)
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from flashlm import __version__
+
+        print(f"flashlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and log messages.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    if debug:
+        import logging
+
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    else:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Hugging Face model folder with safetensors, or a hub id.")],
+    pack: Annotated[Path, typer.Argument(help="Folder to write; an unfinished one is continued.")],
+    dtype: Annotated[DtypeChoice, typer.Option(help="Element type of the pack.")] = DtypeChoice.bf16,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the source.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a Hugging Face model into a pack that can be streamed.
+
+    The pack is still a valid Hugging Face model folder. Killed half-way and started again, the conversion goes on where
+    it was.
+    """
+    from flashlm.pack.convert import convert as run
+    from flashlm.pack.info import describe
+
+    with console.progress_bar() as progress:
+        run(source, pack, dtype=dtype.value, trust_remote_code=trust_remote_code, progress=progress, announce=console.note)
+    _print_info(describe(pack), as_json)
+
+
+@app.command()
+def info(pack: PackArgument, context: ContextOption = None, as_json: JsonOption = False) -> None:
+    """Print shapes, what is resident, what is streamed, and the smallest --dram that works."""
+    from flashlm.engine.needs import smallest_dram_bytes
+    from flashlm.pack.info import describe
+    from flashlm.sizes import format_size
+
+    described = describe(pack)
+    floor_bytes = smallest_dram_bytes(pack, context)
+    _print_info(described, as_json, floor_bytes=floor_bytes, floor=format_size(floor_bytes))
+
+
+@app.command()
+def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
+    """Read the whole pack and check every checksum."""
+    from flashlm.pack.verify import verify as run
+    from flashlm.sizes import format_size
+
+    with console.progress_bar() as progress:
+        report = run(pack, progress=progress)
+    if as_json:
+        console.print_json({"pack": str(pack), "num_checked_bytes": report.num_bytes, "problems": list(report.problems)})
+    report.raise_for_problems()
+    if not as_json:
+        print(f"{pack}: {format_size(report.num_bytes)} in {report.num_files} files checked, all checksums match")
+
+
+@app.command()
+def generate(
+    pack: PackArgument,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.", show_default=False)] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File with the text to continue; - reads stdin.", show_default=False)
+    ] = None,
+    dram: DramOption = None,
+    mode: Annotated[ModeChoice, typer.Option(help="auto picks the fastest exact one.")] = ModeChoice.auto,
+    context: ContextOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. Default: the pack's own.", show_default=False)
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", show_default=False)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the pack's chat template.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="End with a table of what it cost.")] = False,
+    stats_file: Annotated[
+        Path | None, typer.Option(help="Write the statistics to this JSON file.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt, streaming tokens as they come, under a memory bound.
+
+    --stats ends with a table; --stats FILE.json writes the same figures to a file too.
+    """
+    from flashlm.engine.generate import Generation, Sampling
+    from flashlm.engine.generate import generate as run
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    result: Generation = run(
+        pack,
+        _read_prompt(prompt, prompt_file),
+        dram=dram,
+        mode=None if mode is ModeChoice.auto else mode.value,
+        context=context,
+        sampling=sampling,
+        is_chat=chat,
+        on_loaded=lambda flash: console.note(flash.describe()),
+        on_text=None if as_json else _write_text,
+    )
+    if as_json:
+        console.print_json({"text": result.text, "stats": result.stats})
+    else:
+        print()
+    if stats_file is not None:
+        _write_stats(stats_file, result.stats)
+    if stats and not as_json:
+        console.print_table(console.stats_rows(result.stats), title="statistics")
+
+
+def _write_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _write_stats(path: Path, stats: dict[str, Any]) -> None:
+    import json
+
+    try:
+        path.write_text(json.dumps(stats, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"the statistics can't be written to {path}: {error.strerror}") from error
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise ConfigError("give the prompt with --prompt TEXT or --prompt-file FILE (one of them)")
+    if prompt is not None:
+        return prompt
+    assert prompt_file is not None
+    try:
+        return sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the prompt can't be read from {prompt_file}: {error}") from error
+
+
+def _print_info(described: Any, as_json: bool, floor_bytes: int | None = None, floor: str | None = None) -> None:
+    if as_json:
+        extra = {} if floor_bytes is None else {"smallest_dram_bytes": floor_bytes}
+        console.print_json(described.to_dict() | extra)
+        return
+    rows = described.rows()
+    if floor is not None:
+        rows.append(("smallest --dram", floor))
+    console.print_table(rows, title=str(described.pack))
+
+
+def _expand_stats(arguments: list[str]) -> list[str]:
+    """Let `--stats` take an optional file: `--stats FILE.json` means `--stats --stats-file FILE.json`."""
+    expanded: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--stats="):
+            expanded += ["--stats", "--stats-file", argument.removeprefix("--stats=")]
+        elif expanded and expanded[-1] == "--stats" and argument.endswith(".json"):
+            expanded += ["--stats-file", argument]
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit; the one place that catches errors."""
+    arguments = _expand_stats(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=arguments, prog_name="flashlm")
+    except FlashError as error:
+        _fail(error, error.exit_code, arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nflashlm: interrupted\n")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:  # the edge of the program: one line for people, the traceback for --debug
+        _fail(error, 1, arguments)
+
+
+def _fail(error: Exception, exit_code: int, arguments: list[str]) -> None:
+    if "--debug" in arguments:
+        raise error
+    name = "" if isinstance(error, FlashError) else f"{type(error).__name__}: "
+    message = " ".join(str(error).split())
+    hint = "" if isinstance(error, FlashError) else " (--debug before the command shows where)"
+    sys.stderr.write(f"flashlm: {name}{message}{hint}\n")
+    sys.exit(exit_code)

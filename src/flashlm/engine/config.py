@@ -1,0 +1,62 @@
+"""The settings of a loaded model: how much memory, which mode, how long a context."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from flashlm.errors import ConfigError
+from flashlm.sizes import parse_size_bytes
+
+Mode = Literal["auto", "naive", "hybrid"]
+ENV_DRAM, ENV_MODE, ENV_CONTEXT = "FLASHLM_DRAM", "FLASHLM_MODE", "FLASHLM_CONTEXT"
+DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user may choose when loading a pack.
+
+    Attributes:
+        dram_bytes: Bound on the whole process; None takes what the machine or the cgroup has free, less a margin.
+        mode: `hybrid` pins what fits and streams the rest ahead of the compute; `naive` keeps nothing; `auto` picks.
+        context: Tokens that the KV cache may hold, over all sequences; None takes the model's own limit, 2048 at most.
+    """
+
+    dram_bytes: int | None = None
+    mode: Mode = "auto"
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode={self.mode!r} is unknown: choose one of {', '.join(get_args(Mode))}")
+        if self.dram_bytes is not None and self.dram_bytes <= 0:
+            raise ConfigError(f"dram must be above zero, got {self.dram_bytes}")
+        if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
+            raise ConfigError(f"context={self.context!r} must be a whole number of tokens, at least 1")
+
+    @property
+    def resolved_mode(self) -> Literal["naive", "hybrid"]:
+        """The mode that runs: `auto` means `hybrid`, which is exact and never slower than `naive`."""
+        return "hybrid" if self.mode == "auto" else self.mode
+
+
+def make_settings(
+    dram: str | int | None = None, mode: str | None = None, context: int | str | None = None
+) -> Settings:
+    """Return settings from arguments; what is None comes from `FLASHLM_DRAM`, `FLASHLM_MODE` and `FLASHLM_CONTEXT`.
+
+    Raises:
+        ConfigError: A value that can't be read or is out of range.
+    """
+    dram = dram if dram is not None else os.environ.get(ENV_DRAM) or None
+    mode = mode if mode is not None else os.environ.get(ENV_MODE) or "auto"
+    context = context if context is not None else os.environ.get(ENV_CONTEXT) or None
+    if isinstance(context, str):
+        if not context.isdigit():
+            raise ConfigError(f"context={context!r} must be a whole number of tokens, at least 1")
+        context = int(context)
+    dram_bytes = None if dram is None else parse_size_bytes(dram)
+    return Settings(dram_bytes=dram_bytes, mode=mode, context=context)  # type: ignore[arg-type]  # checked there

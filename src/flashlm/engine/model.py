@@ -1,0 +1,223 @@
+"""A loaded pack: the placement, the stream and the telemetry of one transformers model, and `load`, which makes one."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.activations import ACT2FN
+
+from flashlm.engine.config import DEFAULT_CONTEXT, Settings, make_settings
+from flashlm.engine.ffn import FlashFFN
+from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.needs import measure_needs, torch_dtype
+from flashlm.engine.resident import ResidentLoad, load_resident
+from flashlm.engine.stream import BlockStream
+from flashlm.engine.telemetry import Telemetry
+from flashlm.errors import BudgetError, PackError
+from flashlm.memory.budget import Placement, place
+from flashlm.memory.limits import read_memory_limits
+from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
+from flashlm.sizes import format_size
+from flashlm.storage.reader import Reader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+EXACTNESS = "exact: every weight takes part in every token; the placement changes no bit"
+
+
+@dataclass(kw_only=True)
+class FlashModel:
+    """What flashlm knows about a model that it feeds from flash; `model.flash` of a loaded pack.
+
+    Attributes:
+        pack: The pack's folder.
+        manifest: Its manifest.
+        mode: "hybrid" or "naive", as it runs.
+        context: Tokens that the KV cache may hold, over all sequences.
+        placement: Where every block lives.
+        reader: The reader of the streamed layers.
+        telemetry: A record per forward pass (after loading).
+        resident_load: What reading the resident part took (after loading).
+    """
+
+    pack: Path
+    manifest: Manifest
+    mode: str
+    context: int
+    placement: Placement
+    reader: Reader
+    telemetry: Telemetry | None = None
+    resident_load: ResidentLoad | None = None
+    _stream: BlockStream | None = None
+
+    @classmethod
+    def prepare(cls, model: PreTrainedModel, pack: Path, settings: Settings) -> FlashModel:
+        """Decide the placement and swap the feed-forward layers of `model`, whose weights are still to come.
+
+        Raises:
+            PackError: The pack is not one, or does not belong to the model.
+            BudgetError: It does not fit; nothing was read.
+            StorageError: A file is missing or of the wrong size.
+        """
+        manifest = read_manifest(pack)
+        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
+        context = settings.context or DEFAULT_CONTEXT
+        needs = measure_needs(
+            model.config, layouts, resident_bytes=manifest.resident.num_bytes, context=context
+        )
+        dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
+        mode = settings.resolved_mode
+        placement = place(layouts, needs, dram_bytes, pin=mode != "naive")
+        _swap_layers(model, manifest)
+        flash = cls(
+            pack=pack, manifest=manifest, mode=mode, context=context, placement=placement, reader=Reader()
+        )
+        logger.info("%s", flash.describe())
+        return flash
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Read the resident weights and the pinned blocks, and connect the layers to the stream.
+
+        Raises:
+            StorageError: A file can't be read, or is not of the size that the manifest states.
+        """
+        manifest = self.manifest
+        self.resident_load = load_resident(model, self.pack / RESIDENT_NAME, manifest.resident, self.reader)
+        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
+        files = [
+            self.reader.open(layer_path(self.pack, entry), expected_bytes=layout.file_bytes)
+            for entry, layout in zip(manifest.layers, layouts, strict=True)
+        ]
+        self._stream = BlockStream(
+            self.reader, files, layouts, self.placement, read_ahead=self.mode != "naive"
+        )
+        self.telemetry = Telemetry(self._stream.counters)
+        gemm = BlockGemm(manifest.dtype)
+        for entry in manifest.layers:
+            layer = model.get_submodule(entry.module)
+            assert isinstance(layer, FlashFFN)
+            layer.bind(self._stream, gemm)
+        model.flash = self
+        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        model.register_forward_hook(self._after_forward, with_kwargs=True)
+        weakref.finalize(model, self.close)
+
+    def close(self) -> None:
+        """Let reads in flight land and close the files. The model can't be used afterwards."""
+        if self._stream is not None:
+            self._stream.close()
+        self.reader.close()
+
+    def describe(self) -> str:
+        """Return one line: mode, exactness and where the bytes are."""
+        placement = self.placement
+        return (
+            f"mode {self.mode} ({EXACTNESS.split(':')[0]}), dram {format_size(placement.dram_bytes)}:"
+            f" resident {format_size(placement.needs.resident_bytes)}, pinned {format_size(placement.pinned_bytes)},"
+            f" streamed {format_size(placement.streamed_bytes)} a token, staging {format_size(placement.staging_bytes)},"
+            f" context {self.context} tokens; reader: {self.reader.describe()}"
+        )
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        num_sequences, num_tokens = _input_shape(args, kwargs)
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
+        wanted = num_sequences * (int(past) + num_tokens)
+        if wanted > self.context:
+            per_token = self.placement.needs.kv_cache_bytes // self.context
+            raise BudgetError(
+                f"{num_sequences} sequences of {int(past) + num_tokens} tokens need a KV cache of {wanted} tokens,"
+                f" but this model was loaded for context={self.context}: load it with context={wanted} or more",
+                needed_bytes=wanted * per_token,
+                available_bytes=self.context * per_token,
+            )
+        assert self.telemetry is not None
+        self.telemetry.begin()
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        assert self.telemetry is not None
+        num_sequences, num_tokens = _input_shape(args, kwargs)
+        self.telemetry.end(num_sequences=num_sequences, num_tokens=num_tokens)
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Return sequences and tokens per sequence of a forward call of a transformers model."""
+    for candidate in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+        if candidate is not None:
+            return int(candidate.shape[0]), int(candidate.shape[1])
+    return 0, 0
+
+
+def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
+    """Put a `FlashFFN` in the place of every streamed layer, and identities where it does another module's work."""
+    if manifest.activation not in ACT2FN:
+        raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
+    for layer, entry in enumerate(manifest.layers):
+        ffn = FlashFFN(
+            layer=layer,
+            layout=manifest.layout(layer),
+            activation=ACT2FN[manifest.activation],
+            dtype=torch_dtype(manifest.dtype),
+            has_up_bias=entry.has_up_bias,
+            has_gate_bias=entry.has_gate_bias,
+            has_down_bias=entry.has_down_bias,
+        )
+        try:
+            model.get_submodule(entry.module)
+            model.set_submodule(entry.module, ffn)
+            for name in entry.identities:
+                model.get_submodule(name)
+                model.set_submodule(name, nn.Identity())
+        except AttributeError as error:
+            raise PackError(
+                f"the pack streams {entry.module}, which {type(model).__name__} does not have ({error}):"
+                " convert the model again with this version of transformers"
+            ) from error
+
+
+def load(
+    pack: str | Path,
+    dram: str | int | None = None,
+    mode: str | None = None,
+    context: int | None = None,
+    **from_pretrained: Any,
+) -> PreTrainedModel:
+    """Load a pack as a transformers model whose feed-forward layers stream from flash.
+
+    Args:
+        pack: Folder made by `flashlm convert`.
+        dram: Bound on the whole process ("6GiB" or bytes); None takes what the machine or the cgroup has free, less a
+            margin. `FLASHLM_DRAM` sets it too.
+        mode: "auto" (the fastest exact mode), "hybrid" or "naive".
+        context: Tokens that the KV cache may hold, over all sequences; None means 2048.
+        **from_pretrained: Further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        An ordinary transformers model; `model.flash` tells mode, placement and telemetry.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        PackError: The folder is not a finished pack.
+        BudgetError: The model does not fit `dram`; nothing was read.
+        StorageError: A file can't be read, or is damaged in length.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from flashlm.engine.quantizer import FlashConfig, register
+
+    register()
+    make_settings(dram, mode, context)
+    read_manifest(Path(pack))
+    trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
+    config = AutoConfig.from_pretrained(pack, **trust)
+    config.quantization_config = FlashConfig(dram=dram, mode=mode, context=context)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pack, config=config, **from_pretrained)
+    return model

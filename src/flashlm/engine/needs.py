@@ -1,0 +1,70 @@
+"""What a model needs in DRAM before anything can be pinned: KV cache and working memory, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flashlm.engine.gemm import choose_strategy
+from flashlm.memory.budget import Needs
+from flashlm.memory.limits import process_bytes
+from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
+
+# Measured on the families' tests and a 6.7 B model under a cgroup cap: libraries that are imported late (generation,
+# tokenizers), thread stacks, and what the C allocator keeps for itself.
+SLACK_BYTES = 160 << 20
+# Live hidden-size vectors per token at the peak of a prefill: residual, norm, q, k, v, attention output, their
+# transposed copies, and the streamed layer's fp32 input and output.
+LIVE_VECTORS_PER_TOKEN = 12
+
+
+def kv_cache_bytes_per_token(config: Any, dtype_bytes: int) -> int:
+    """Return the bytes that one token of one sequence adds to the KV cache of a transformers `config`."""
+    text = config.get_text_config(decoder=True)
+    num_heads = text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    return int(2 * text.num_hidden_layers * num_kv_heads * head_dim * dtype_bytes)
+
+
+def working_bytes(config: Any, layouts: Sequence[LayerLayout], context: int) -> int:
+    """Return the memory of the largest forward pass, `context` tokens at once, and the allocator's slack."""
+    text = config.get_text_config(decoder=True)
+    layout = max(layouts, key=lambda each: each.block_stride_bytes)
+    dtype_bytes = DTYPE_BYTES[layout.dtype]
+    widened = layout.num_parts if choose_strategy(layout.dtype) == "widen" else 0
+    scratch_bytes = layout.block_rows * widened * layout.hidden_size * 4
+    per_token_bytes = text.hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4) + 3 * layout.block_rows * 4
+    attention_mask_bytes = context * context
+    logits_bytes = text.vocab_size * (dtype_bytes + 3 * 4)
+    return SLACK_BYTES + scratch_bytes + context * per_token_bytes + attention_mask_bytes + logits_bytes
+
+
+def measure_needs(config: Any, layouts: Sequence[LayerLayout], *, resident_bytes: int, context: int) -> Needs:
+    """Return what loading a pack into this process takes.
+
+    Args:
+        config: The transformers config of the model.
+        layouts: The streamed layers.
+        resident_bytes: Size of the resident weights.
+        context: Tokens of the KV cache, over all sequences.
+    """
+    dtype_bytes = DTYPE_BYTES[layouts[0].dtype]
+    kv_bytes_per_token = kv_cache_bytes_per_token(config, dtype_bytes)
+    # transformers' dynamic cache grows a layer by copying it: one layer exists twice for a moment.
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    kv_bytes = context * kv_bytes_per_token * (num_layers + 1) // num_layers
+    return Needs(
+        process_bytes=process_bytes(),
+        resident_bytes=resident_bytes,
+        kv_cache_bytes=kv_bytes,
+        working_bytes=working_bytes(config, layouts, context),
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype for a key of `DTYPE_BYTES`."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

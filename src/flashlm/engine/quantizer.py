@@ -1,0 +1,126 @@
+"""The seam into transformers: a quantizer that swaps feed-forward layers before weights load, and binds them after.
+
+`register` makes `AutoModelForCausalLM.from_pretrained(pack)` work. The budget is decided, and a model that does not fit is
+refused, before a single weight is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers import auto as quantizers_auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from flashlm.engine.config import Settings, make_settings
+from flashlm.errors import ConfigError, PackError
+from flashlm.pack.manifest import FORMAT_VERSION
+
+QUANT_METHOD = "flashlm"
+
+
+class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+    """How to load a pack; what is None comes from `FLASHLM_DRAM`, `FLASHLM_MODE`, `FLASHLM_CONTEXT` or the defaults.
+
+    Args:
+        dram: Bound on the whole process, like "6GiB" or a number of bytes.
+        mode: "auto", "hybrid" or "naive".
+        context: Tokens that the KV cache may hold, over all sequences.
+        format_version: Version of the pack's format, as its config.json states it.
+
+    Raises:
+        ConfigError: A value that can't be read or is out of range.
+    """
+
+    def __init__(
+        self,
+        dram: str | int | None = None,
+        mode: str | None = None,
+        context: int | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise ConfigError(f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode and context")
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.dram = dram
+        self.mode = mode
+        self.context = context
+        self.settings()
+
+    def settings(self) -> Settings:
+        """Return the validated settings, environment variables included."""
+        return make_settings(self.dram, self.mode, self.context)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what `from_pretrained(quantization_config=...)` may change about a pack."""
+        return {"dram": self.dram, "mode": self.mode, "context": self.context}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what belongs in a config.json: nothing that depends on the machine."""
+        return {"quant_method": self.quant_method, "format_version": self.format_version}
+
+
+class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped here
+    """Puts a pack's streamed layers into a model that transformers builds."""
+
+    quantization_config: FlashConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what streamed weights can't do."""
+        if not self.pre_quantized:
+            raise ConfigError("FlashConfig loads packs only: make one with `flashlm convert SOURCE PACK`")
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if not {str(device) for device in devices} <= {"None", "cpu", "auto"}:
+            raise ConfigError(f"device_map={device_map!r}: flashlm computes on the CPU; leave device_map out")
+
+    def update_device_map(self, device_map: Any) -> None:
+        """Load on the CPU whatever was asked; anything else was refused."""
+        return
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from flashlm.engine.model import FlashModel
+
+        pack = _pack_folder(kwargs.get("checkpoint_files"))
+        self._flash = FlashModel.prepare(model, pack, self.quantization_config.settings())
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._flash.bind(model)
+        return model
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """Keep the dtype of the pack: `dtype` is decided at conversion."""
+        return dtype
+
+    def is_serializable(self) -> bool:
+        """A loaded pack is not saved again: copy the pack's folder."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Streamed weights are for inference."""
+        return False
+
+
+def _pack_folder(checkpoint_files: list[str] | None) -> Path:
+    if not checkpoint_files:
+        raise PackError("transformers found no model.safetensors in this pack: run `flashlm verify` on it")
+    return Path(checkpoint_files[0]).absolute().parent
+
+
+def register() -> None:
+    """Make transformers know packs. Calling it again does nothing."""
+    if QUANT_METHOD in quantizers_auto.AUTO_QUANTIZER_MAPPING:
+        return
+    quantizers_auto.register_quantization_config(QUANT_METHOD)(FlashConfig)
+    quantizers_auto.register_quantizer(QUANT_METHOD)(FlashQuantizer)
+    # A pack's config.json has a quantization config already. For classes on this list transformers then takes over the
+    # attributes of the one passed to from_pretrained; for all others it ignores them with a warning.
+    known = getattr(quantizers_auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
+    if isinstance(known, tuple):
+        quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, FlashConfig)
+

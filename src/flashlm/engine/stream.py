@@ -1,0 +1,209 @@
+"""The block stream: pinned blocks from memory, the others read ahead of the compute through a ring of staging slots.
+
+Streamed blocks are read in the order in which forward passes consume them, over and over: layer after layer, and from the
+last layer into the next token's first. Whenever a block has been consumed its slot is handed to the next read at once, so
+the device stays busy while anything else (attention, sampling, Python) runs; no thread of ours is needed for that. A caller
+that jumps (an aborted forward pass) is noticed and the ring restarts at the layer that is asked for.
+
+`read_ahead=False` is mode `naive`: a layer's reads are begun only when the layer is reached, and stop at its end.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from flashlm.errors import StorageError
+from flashlm.memory.budget import Placement
+from flashlm.pack.layout import LayerLayout
+from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
+
+
+@dataclass(slots=True)
+class StreamCounters:
+    """Running totals of a stream; telemetry takes differences of snapshots.
+
+    Attributes:
+        bytes_read: Bytes of streamed blocks consumed.
+        num_reads: Streamed blocks consumed.
+        pinned_bytes: Bytes of pinned blocks consumed.
+        num_pinned: Pinned blocks consumed.
+        wait_s: Time spent waiting for a read to land.
+    """
+
+    bytes_read: int = 0
+    num_reads: int = 0
+    pinned_bytes: int = 0
+    num_pinned: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One streamed block in the cyclic order."""
+
+    layer: int
+    file: File
+    offset: int
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class _Landing:
+    """A read on its way into a slot."""
+
+    position: int
+    slot: int
+    ticket: Ticket
+
+
+class BlockStream:
+    """Gives the blocks of each layer in file order, wherever they live.
+
+    Pinned blocks are read at construction, at the device's sequential rate.
+
+    Args:
+        reader: The reader, shared with nothing else while the stream lives.
+        files: One open layer file per streamed layer.
+        layouts: Their geometry.
+        placement: What is pinned, and the staging.
+        read_ahead: False begins a layer's reads only when it is reached.
+
+    Raises:
+        StorageError: A pinned block can't be read.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        files: Sequence[File],
+        layouts: Sequence[LayerLayout],
+        placement: Placement,
+        *,
+        read_ahead: bool = True,
+    ) -> None:
+        self.counters = StreamCounters()
+        self._reader = reader
+        self._read_ahead = read_ahead
+        self._lock = threading.RLock()
+        self._pinned_bytes = [
+            [layout.read_bytes(block) for block in range(count)]
+            for layout, count in zip(layouts, placement.num_pinned, strict=True)
+        ]
+        self._pinned, self._pinned_addresses = self._read_pinned(files, layouts, placement)
+        self._steps, self._first = _schedule(files, layouts, placement)
+        self._slot_bytes = placement.slot_bytes
+        self._ring = AlignedBuffer(placement.staging_bytes) if placement.num_slots else None
+        self._free_slots = list(range(placement.num_slots))
+        self._landings: deque[_Landing] = deque()
+        self._next_step = 0
+
+    def _read_pinned(
+        self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement
+    ) -> tuple[AlignedBuffer | None, list[list[int]]]:
+        """Read every pinned block into one buffer; return it and the address of each layer's blocks."""
+        if not placement.pinned_bytes:
+            return None, [[] for _ in layouts]
+        pool = AlignedBuffer(placement.pinned_bytes)
+        addresses: list[list[int]] = []
+        requests = []
+        position = 0
+        for file, layout, sizes in zip(files, layouts, self._pinned_bytes, strict=True):
+            addresses.append([])
+            for block, num_bytes in enumerate(sizes):
+                requests.append(ReadRequest(file, layout.offset_of(block), num_bytes, pool, position))
+                addresses[-1].append(pool.address + position)
+                position += num_bytes
+        self._reader.read(requests)
+        return pool, addresses
+
+    @contextmanager
+    def layer(self, layer: int) -> Iterator[Iterator[int]]:
+        """Yield the addresses of the blocks of `layer`, in file order; each is valid until the next one is taken.
+
+        Only one forward pass at a time gets a layer; others wait.
+
+        Raises:
+            StorageError: A block can't be read.
+        """
+        with self._lock:
+            try:
+                if self._steps:
+                    self._aim(layer)
+                yield self._blocks(layer)
+            except BaseException:
+                self._restart_at(None)
+                raise
+
+    def _blocks(self, layer: int) -> Iterator[int]:
+        counters = self.counters
+        for address, num_bytes in zip(self._pinned_addresses[layer], self._pinned_bytes[layer], strict=True):
+            counters.pinned_bytes += num_bytes
+            counters.num_pinned += 1
+            yield address
+        while self._landings and self._steps[self._landings[0].position].layer == layer:
+            landing = self._landings[0]
+            started_s = time.perf_counter()
+            self._reader.wait(landing.ticket)
+            counters.wait_s += time.perf_counter() - started_s
+            counters.bytes_read += self._steps[landing.position].num_bytes
+            counters.num_reads += 1
+            assert self._ring is not None
+            yield self._ring.address + landing.slot * self._slot_bytes
+            self._landings.popleft()
+            self._free_slots.append(landing.slot)
+            self._submit(layer)
+            if landing.position + 1 == len(self._steps) or self._steps[landing.position + 1].layer != layer:
+                return
+
+    def _aim(self, layer: int) -> None:
+        """Make the ring's next landing the first streamed block of `layer`, and fill it."""
+        first = self._first[layer]
+        if first is None:
+            return
+        if not self._landings or self._landings[0].position != first:
+            self._restart_at(first)
+        self._submit(layer)
+
+    def _restart_at(self, position: int | None) -> None:
+        """Let all reads land, forget them, and continue at `position` (None: wherever the next layer asks)."""
+        while self._landings:
+            # A failed read is somebody else's error by now; an interrupt leaves the rest for the next restart.
+            with suppress(StorageError):
+                self._reader.wait(self._landings[0].ticket)
+            self._free_slots.append(self._landings.popleft().slot)
+        self._next_step = position or 0
+
+    def _submit(self, layer: int) -> None:
+        """Give every free slot the next read."""
+        assert self._ring is not None
+        while self._free_slots:
+            step = self._steps[self._next_step]
+            if not self._read_ahead and step.layer != layer:
+                return
+            slot = self._free_slots.pop()
+            request = ReadRequest(step.file, step.offset, step.num_bytes, self._ring, slot * self._slot_bytes)
+            self._landings.append(_Landing(self._next_step, slot, self._reader.submit([request])))
+            self._next_step = (self._next_step + 1) % len(self._steps)
+
+    def close(self) -> None:
+        """Let the reads in flight land and release the buffers' readers."""
+        with self._lock:
+            self._restart_at(None)
+
+
+def _schedule(
+    files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement
+) -> tuple[list[_Step], list[int | None]]:
+    """Return all streamed blocks in the order of use, and where each layer's first one stands (None: all pinned)."""
+    steps: list[_Step] = []
+    first: list[int | None] = []
+    for layer, (file, layout) in enumerate(zip(files, layouts, strict=True)):
+        streamed = range(placement.num_pinned[layer], layout.num_blocks)
+        first.append(len(steps) if streamed else None)
+        steps += [_Step(layer, file, layout.offset_of(block), layout.read_bytes(block)) for block in streamed]
+    return steps, first

@@ -1,0 +1,140 @@
+"""What every forward pass cost: bytes and reads, time waiting for flash, time in all; summed for prompt and decode."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from flashlm.engine.stream import StreamCounters
+
+MAX_RECORDS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardRecord:
+    """One forward pass of the whole model.
+
+    Attributes:
+        num_sequences: Sequences in the batch.
+        num_tokens: Tokens per sequence; more than one is a prompt (prefill).
+        bytes_read: Bytes of streamed blocks consumed (read from flash).
+        num_reads: Streamed blocks consumed.
+        pinned_bytes: Bytes of rows that were in DRAM already.
+        num_pinned: Pinned blocks consumed.
+        wait_s: Time waiting for flash.
+        wall_s: Time of the pass.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    bytes_read: int
+    num_reads: int
+    pinned_bytes: int
+    num_pinned: int
+    wait_s: float
+    wall_s: float
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether several tokens of a sequence were processed at once."""
+        return self.num_tokens > 1
+
+    @property
+    def compute_s(self) -> float:
+        """Time in which the pass was not waiting for flash."""
+        return self.wall_s - self.wait_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseSummary:
+    """Sums over passes of one phase; `tokens_per_s` counts the tokens of all sequences."""
+
+    num_passes: int
+    num_tokens: int
+    wall_s: float
+    wait_s: float
+    bytes_read: int
+    num_reads: int
+    pinned_bytes: int
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second, or None before the first pass."""
+        return self.num_tokens / self.wall_s if self.wall_s else None
+
+    @property
+    def read_gb_per_s(self) -> float | None:
+        """Bytes read per second of the phase's time in 10^9, or None before the first pass."""
+        return self.bytes_read / self.wall_s / 1e9 if self.wall_s else None
+
+    @property
+    def wait_share(self) -> float | None:
+        """Share of the time spent waiting for flash, or None before the first pass."""
+        return self.wait_s / self.wall_s if self.wall_s else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields and rates as JSON-ready values."""
+        rates = {"tokens_per_s": self.tokens_per_s, "read_gb_per_s": self.read_gb_per_s, "wait_share": self.wait_share}
+        return asdict(self) | rates
+
+
+class Telemetry:
+    """Collects a `ForwardRecord` per forward pass from the stream's running counters."""
+
+    def __init__(self, counters: StreamCounters) -> None:
+        self.records: deque[ForwardRecord] = deque(maxlen=MAX_RECORDS)
+        self._counters = counters
+        self._before = replace(counters)
+        self._started_s: float | None = None
+
+    def begin(self) -> None:
+        """Mark the start of a forward pass."""
+        self._before = replace(self._counters)
+        self._started_s = time.perf_counter()
+
+    def end(self, *, num_sequences: int, num_tokens: int) -> None:
+        """Record the pass that `begin` started."""
+        if self._started_s is None:
+            return
+        now, before = self._counters, self._before
+        self.records.append(
+            ForwardRecord(
+                num_sequences=num_sequences,
+                num_tokens=num_tokens,
+                bytes_read=now.bytes_read - before.bytes_read,
+                num_reads=now.num_reads - before.num_reads,
+                pinned_bytes=now.pinned_bytes - before.pinned_bytes,
+                num_pinned=now.num_pinned - before.num_pinned,
+                wait_s=now.wait_s - before.wait_s,
+                wall_s=time.perf_counter() - self._started_s,
+            )
+        )
+        self._started_s = None
+
+    def clear(self) -> None:
+        """Forget all records."""
+        self.records.clear()
+
+    def prefill(self) -> PhaseSummary:
+        """Sum over the passes that processed prompts."""
+        return _summarise(record for record in self.records if record.is_prefill)
+
+    def decode(self) -> PhaseSummary:
+        """Sum over the passes that produced one token per sequence."""
+        return _summarise(record for record in self.records if not record.is_prefill)
+
+
+def _summarise(records: Iterable[ForwardRecord]) -> PhaseSummary:
+    rows = list(records)
+    return PhaseSummary(
+        num_passes=len(rows),
+        num_tokens=sum(row.num_sequences * row.num_tokens for row in rows),
+        wall_s=sum(row.wall_s for row in rows),
+        wait_s=sum(row.wait_s for row in rows),
+        bytes_read=sum(row.bytes_read for row in rows),
+        num_reads=sum(row.num_reads for row in rows),
+        pinned_bytes=sum(row.pinned_bytes for row in rows),
+    )

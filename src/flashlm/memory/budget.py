@@ -1,0 +1,159 @@
+"""The budget: how `dram`, which bounds the whole process, is shared out before a single weight is read.
+
+    dram = process so far + resident weights + KV cache + working memory + staging + pinned blocks
+
+All but the last two are needs; together with the smallest staging they make the floor, below which a model is refused.
+What is left pins blocks of streamed rows, spread evenly over the layers. Pure arithmetic over `LayerLayout`s: this module
+knows neither torch nor files. Design, "Memory"; the paper's §3.1 (what stays in DRAM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashlm.errors import BudgetError
+from flashlm.pack.layout import LayerLayout
+from flashlm.sizes import format_size
+
+MIN_STAGING_BLOCKS = 2
+# Reads in flight cover the time in which nothing is consumed: attention, and above all the output layer. 128 MiB is
+# 50 ms at 2.6 GB/s; taking more from the pinned share than a sixteenth would cost more reading than the gap does.
+MAX_STAGING_BYTES = 128 << 20
+STAGING_SHARE = 1 / 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a process must hold before anything can be pinned, in bytes.
+
+    Attributes:
+        process_bytes: Interpreter and libraries, as measured before loading.
+        resident_bytes: Weights that stay in DRAM.
+        kv_cache_bytes: The KV cache at the stated context.
+        working_bytes: Activations, logits, scratch and allocator slack of the largest forward pass.
+    """
+
+    process_bytes: int
+    resident_bytes: int
+    kv_cache_bytes: int
+    working_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return self.process_bytes + self.resident_bytes + self.kv_cache_bytes + self.working_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where every block of every layer lives under one budget.
+
+    Attributes:
+        dram_bytes: The budget for the whole process.
+        needs: What comes before pinning.
+        num_pinned: Pinned blocks of each layer: its first ones.
+        num_streamed: Streamed blocks of each layer: the rest.
+        pinned_bytes: Memory of all pinned blocks.
+        streamed_bytes: Bytes that one pass over all layers reads.
+        num_slots: Staging slots of one block each; 0 where nothing is streamed.
+        slot_bytes: Bytes of a slot.
+    """
+
+    dram_bytes: int
+    needs: Needs
+    num_pinned: tuple[int, ...]
+    num_streamed: tuple[int, ...]
+    pinned_bytes: int
+    streamed_bytes: int
+    num_slots: int
+    slot_bytes: int
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the staging buffers."""
+        return self.num_slots * self.slot_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """What the process should hold at its peak."""
+        return self.needs.total_bytes + self.pinned_bytes + self.staging_bytes
+
+
+def floor_bytes(layouts: Sequence[LayerLayout], needs: Needs) -> int:
+    """Return the smallest `dram` with which the model runs: its needs and two staging buffers."""
+    return needs.total_bytes + MIN_STAGING_BLOCKS * _slot_bytes(layouts)
+
+
+def place(layouts: Sequence[LayerLayout], needs: Needs, dram_bytes: int, *, pin: bool = True) -> Placement:
+    """Share `dram_bytes` out over staging and pinned blocks.
+
+    Args:
+        layouts: The streamed layers, in forward order.
+        needs: What comes before.
+        dram_bytes: The budget of the whole process.
+        pin: False keeps nothing (mode `naive`).
+
+    Raises:
+        BudgetError: `dram_bytes` is below the floor; it says what is needed and for what.
+    """
+    least_bytes = floor_bytes(layouts, needs)
+    if dram_bytes < least_bytes:
+        raise BudgetError(
+            f"dram={format_size(dram_bytes)} is below the {format_size(least_bytes)} that this model needs at least:"
+            f" {format_size(needs.process_bytes)} process, {format_size(needs.resident_bytes)} resident weights,"
+            f" {format_size(needs.kv_cache_bytes)} KV cache, {format_size(needs.working_bytes)} working memory,"
+            f" {format_size(least_bytes - needs.total_bytes)} staging. Raise dram or lower the context.",
+            needed_bytes=least_bytes,
+            available_bytes=dram_bytes,
+        )
+    spare_bytes = dram_bytes - needs.total_bytes
+    block_bytes = [[layout.read_bytes(block) for block in range(layout.num_blocks)] for layout in layouts]
+    if pin and sum(map(sum, block_bytes)) <= spare_bytes:
+        return _placement(block_bytes, [len(blocks) for blocks in block_bytes], needs, dram_bytes, 0, 0)
+    slot_bytes = _slot_bytes(layouts)
+    staging_bytes = min(MAX_STAGING_BYTES, int(spare_bytes * STAGING_SHARE))
+    num_slots = max(MIN_STAGING_BLOCKS, staging_bytes // slot_bytes)
+    num_slots = min(num_slots, sum(map(len, block_bytes)))
+    pinnable_bytes = spare_bytes - num_slots * slot_bytes if pin else 0
+    num_pinned = _spread(block_bytes, pinnable_bytes)
+    return _placement(block_bytes, num_pinned, needs, dram_bytes, num_slots, slot_bytes)
+
+
+def _slot_bytes(layouts: Sequence[LayerLayout]) -> int:
+    return max(layout.block_stride_bytes for layout in layouts)
+
+
+def _spread(block_bytes: list[list[int]], pinnable_bytes: int) -> list[int]:
+    """Return how many blocks each layer pins: one more block for every layer in turn until the next does not fit."""
+    num_pinned = [0] * len(block_bytes)
+    for block in range(max(map(len, block_bytes))):
+        for layer, blocks in enumerate(block_bytes):
+            if block >= len(blocks):
+                continue
+            if blocks[block] > pinnable_bytes:
+                return num_pinned
+            pinnable_bytes -= blocks[block]
+            num_pinned[layer] += 1
+    return num_pinned
+
+
+def _placement(
+    block_bytes: list[list[int]],
+    num_pinned: list[int],
+    needs: Needs,
+    dram_bytes: int,
+    num_slots: int,
+    slot_bytes: int,
+) -> Placement:
+    pinned_bytes = sum(sum(blocks[:count]) for blocks, count in zip(block_bytes, num_pinned, strict=True))
+    return Placement(
+        dram_bytes=dram_bytes,
+        needs=needs,
+        num_pinned=tuple(num_pinned),
+        num_streamed=tuple(len(blocks) - count for blocks, count in zip(block_bytes, num_pinned, strict=True)),
+        pinned_bytes=pinned_bytes,
+        streamed_bytes=sum(map(sum, block_bytes)) - pinned_bytes,
+        num_slots=num_slots,
+        slot_bytes=slot_bytes,
+    )
