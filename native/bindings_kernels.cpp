@@ -1,0 +1,108 @@
+// Python face of the row kernels: raw addresses, checked as far as numbers can be; `flashlm.engine.kernels` checks tensors.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels/dispatch.h"
+#include "kernels/run.h"
+#include "thread_pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashlm {
+namespace {
+
+using std::size_t;
+
+void require(bool holds, const char* message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+template <class T>
+T* pointer(size_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+DType checked_dtype(unsigned dtype) {
+    require(dtype < NUM_DTYPES, "dtype must be 0 (bfloat16), 1 (float16) or 2 (float32)");
+    return static_cast<DType>(dtype);
+}
+
+void check_tokens(size_t num_tokens) {
+    if (num_tokens == 0 || num_tokens > MAX_TOKENS) {
+        throw std::invalid_argument("num_tokens must be 1 to " + std::to_string(MAX_TOKENS) + ", got " +
+                                    std::to_string(num_tokens));
+    }
+}
+
+Rows checked_rows(DType dtype, size_t address, size_t num_rows, size_t row_stride_bytes, size_t part_offset_bytes,
+                  size_t hidden_size, size_t slots_address) {
+    const size_t part_bytes = hidden_size * (dtype == FP32 ? 4 : 2);
+    require(hidden_size > 0, "hidden_size must be at least 1, got 0");
+    require(address != 0 || num_rows == 0, "block_address is null");
+    require(part_offset_bytes + part_bytes <= row_stride_bytes, "the part ends beyond the row stride");
+    return {pointer<const unsigned char>(address + part_offset_bytes), row_stride_bytes,
+            pointer<const std::uint32_t>(slots_address), num_rows, hidden_size};
+}
+
+void project(unsigned dtype, size_t block_address, size_t num_rows, size_t row_stride_bytes, size_t part_offset_bytes,
+             size_t hidden_size, size_t x_address, size_t num_tokens, size_t out_address, size_t out_stride,
+             size_t bias_address, size_t slots_address) {
+    const DType type = checked_dtype(dtype);
+    check_tokens(num_tokens);
+    require(x_address != 0 && out_address != 0, "x_address or out_address is null");
+    require(num_tokens == 1 || out_stride >= num_rows, "out_stride is less than num_rows");
+    run_project(type, {checked_rows(type, block_address, num_rows, row_stride_bytes, part_offset_bytes, hidden_size,
+                                    slots_address),
+                       pointer<const float>(x_address), num_tokens, pointer<float>(out_address), out_stride,
+                       pointer<const float>(bias_address)});
+}
+
+void accumulate(unsigned dtype, size_t block_address, size_t num_rows, size_t row_stride_bytes, size_t part_offset_bytes,
+                size_t hidden_size, size_t h_address, size_t h_stride, size_t num_tokens, size_t y_address,
+                size_t slots_address) {
+    const DType type = checked_dtype(dtype);
+    check_tokens(num_tokens);
+    require(h_address != 0 && y_address != 0, "h_address or y_address is null");
+    require(num_tokens == 1 || h_stride >= num_rows, "h_stride is less than num_rows");
+    run_accumulate(type, {checked_rows(type, block_address, num_rows, row_stride_bytes, part_offset_bytes, hidden_size,
+                                       slots_address),
+                          pointer<const float>(h_address), h_stride, num_tokens, pointer<float>(y_address)});
+}
+
+void widen(unsigned dtype, size_t block_address, size_t num_rows, size_t row_stride_bytes, size_t part_offset_bytes,
+           size_t hidden_size, size_t dst_address, size_t slots_address) {
+    const DType type = checked_dtype(dtype);
+    require(dst_address != 0, "dst_address is null");
+    run_widen(type, {checked_rows(type, block_address, num_rows, row_stride_bytes, part_offset_bytes, hidden_size,
+                                  slots_address),
+                     pointer<float>(dst_address)});
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+    using Release = nb::call_guard<nb::gil_scoped_release>;
+    m.attr("MAX_TOKENS") = MAX_TOKENS;
+    m.def("project", &project, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a, "part_offset_bytes"_a,
+          "hidden_size"_a, "x_address"_a, "num_tokens"_a, "out_address"_a, "out_stride"_a, "bias_address"_a = 0,
+          "slots_address"_a = 0, Release(), "out[t, r] = x[t] . row[r].part (+ bias[r])");
+    m.def("accumulate", &accumulate, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a,
+          "part_offset_bytes"_a, "hidden_size"_a, "h_address"_a, "h_stride"_a, "num_tokens"_a, "y_address"_a,
+          "slots_address"_a = 0, Release(), "y[t] += sum over r of h[t, r] * row[r].part");
+    m.def("widen", &widen, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a, "part_offset_bytes"_a,
+          "hidden_size"_a, "dst_address"_a, "slots_address"_a = 0, Release(), "dst[r] = row[r].part as float32");
+    m.def("simd_level", [] { return std::string(kernels().name); }, "Name of the instruction set in use.");
+    m.def("simd_levels", &simd_levels, "Instruction sets that this machine supports, best first.");
+    m.def("set_simd_level", [](nb::object name) { set_simd_level(name.is_none() ? "" : nb::cast<std::string>(name)); },
+          "name"_a.none(), nb::sig("def set_simd_level(name: str | None) -> None"),
+          "Use this instruction set; None: the default one again.");
+    m.def("num_threads", &num_threads, "Threads that a kernel may use, the caller included.");
+    m.def("set_num_threads", &set_num_threads, "num_threads"_a, "Set them; at least 1.");
+}
+
+}  // namespace flashlm

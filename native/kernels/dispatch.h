@@ -1,0 +1,21 @@
+// Which kernels run: the best level that the processor supports, or the one that was asked for.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace flashlm {
+
+// The levels that this machine supports, best first.
+std::vector<std::string> simd_levels();
+
+// The kernels in use. On the first call: those of FLASHLM_SIMD where it is set, else the best.
+// Throws std::invalid_argument where FLASHLM_SIMD names a level that is unknown or not supported.
+const KernelTable& kernels();
+
+// Chooses a level by name, or the default one again with an empty name. Throws std::invalid_argument as above.
+void set_simd_level(const std::string& name);
+
+}  // namespace flashlm

@@ -1,0 +1,75 @@
+#include "run.h"
+
+#include <algorithm>
+
+#include "../thread_pool.h"
+#include "dispatch.h"
+
+namespace flashlm {
+namespace {
+
+constexpr std::size_t TASK_BYTES = 64 << 10;       // about 5 us of memory time: less is not worth waking a thread for
+constexpr std::size_t ROW_TASKS_PER_THREAD = 8;    // small tasks even out threads that the system slows down
+constexpr std::size_t COLUMN_TASKS_PER_THREAD = 2; // each task sweeps all rows, so its pieces of a row should stay long
+constexpr std::size_t COLUMN_UNIT = 128;           // whole cache lines of rows and y, whole panels
+constexpr std::size_t TOKENS_PER_PASS = 4;         // beyond these, arithmetic and not memory sets the time
+
+std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
+// The length of a task: an even share for `tasks_per_thread`, in whole units, and worth at least TASK_BYTES.
+std::size_t task_length(std::size_t length, std::size_t unit, std::size_t cost_bytes, std::size_t tasks_per_thread) {
+    const std::size_t most = std::max<std::size_t>(cost_bytes / TASK_BYTES, 1);
+    const std::size_t threads = num_threads();
+    const std::size_t num_tasks = threads == 1 ? 1 : std::min(most, threads * tasks_per_thread);
+    return ceil_div(ceil_div(length, num_tasks), unit) * unit;
+}
+
+std::size_t cost_bytes(const Rows& rows, DType dtype, std::size_t num_tokens) {
+    return rows.num_rows * rows.hidden_size * (dtype == FP32 ? 4 : 2) * ceil_div(num_tokens, TOKENS_PER_PASS);
+}
+
+template <class Args>
+struct Job {
+    const Args& args;
+    void (*kernel)(const Args&, std::size_t, std::size_t);
+    std::size_t length, task_length;
+};
+
+template <class Args>
+void run(const Job<Args>& job) {
+    parallel_for(
+        ceil_div(job.length, job.task_length),
+        [](const void* context, std::size_t task) {
+            const auto& j = *static_cast<const Job<Args>*>(context);
+            const std::size_t begin = task * j.task_length;
+            j.kernel(j.args, begin, std::min(begin + j.task_length, j.length));
+        },
+        &job);
+}
+
+}  // namespace
+
+void run_project(DType dtype, const ProjectArgs& args) {
+    const std::size_t num_rows = args.rows.num_rows, unit = args.num_tokens < TOKENS_PER_PASS ? 4 : 6;
+    if (num_rows == 0) return;
+    const std::size_t cost = cost_bytes(args.rows, dtype, args.num_tokens);
+    run(Job<ProjectArgs>{args, kernels().project[dtype], num_rows,
+                         task_length(num_rows, unit, cost, ROW_TASKS_PER_THREAD)});
+}
+
+void run_accumulate(DType dtype, const AccumulateArgs& args) {
+    const std::size_t hidden = args.rows.hidden_size;
+    if (args.rows.num_rows == 0) return;
+    const std::size_t cost = cost_bytes(args.rows, dtype, args.num_tokens);
+    run(Job<AccumulateArgs>{args, kernels().accumulate[dtype], hidden,
+                            task_length(hidden, COLUMN_UNIT, cost, COLUMN_TASKS_PER_THREAD)});
+}
+
+void run_widen(DType dtype, const WidenArgs& args) {
+    const std::size_t num_rows = args.rows.num_rows;
+    if (num_rows == 0) return;
+    const std::size_t cost = cost_bytes(args.rows, dtype, 1);
+    run(Job<WidenArgs>{args, kernels().widen[dtype], num_rows, task_length(num_rows, 4, cost, ROW_TASKS_PER_THREAD)});
+}
+
+}  // namespace flashlm
