@@ -21,12 +21,14 @@ class Settings:
     Attributes:
         dram_bytes: Bound on the whole process; None takes what the machine or the cgroup has free, less a margin.
         mode: `hybrid` pins what fits and streams the rest ahead of the compute; `naive` keeps nothing; `auto` picks.
-        context: Tokens that the KV cache may hold, over all sequences; None takes the model's own limit, 2048 at most.
+        context: Tokens that the KV cache may hold, over all sequences; None means `DEFAULT_CONTEXT`.
+        pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound.
     """
 
     dram_bytes: int | None = None
     mode: Mode = "auto"
     context: int | None = None
+    pin_bytes: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -36,6 +38,13 @@ class Settings:
             raise ConfigError(f"dram must be above zero, got {self.dram_bytes}")
         if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
             raise ConfigError(f"context={self.context!r} must be a whole number of tokens, at least 1")
+        if self.pin_bytes is not None and self.pin_bytes < 0:
+            raise ConfigError(f"pin must not be below zero, got {self.pin_bytes}")
+
+    @property
+    def max_pinned_bytes(self) -> int | None:
+        """The most that may be pinned beside what `dram` allows."""
+        return 0 if self.resolved_mode == "naive" else self.pin_bytes
 
     @property
     def resolved_mode(self) -> Literal["naive", "hybrid"]:
@@ -44,7 +53,10 @@ class Settings:
 
 
 def make_settings(
-    dram: str | int | None = None, mode: str | None = None, context: int | str | None = None
+    dram: str | int | None = None,
+    mode: str | None = None,
+    context: int | str | None = None,
+    pin: str | int | None = None,
 ) -> Settings:
     """Return settings from arguments; what is None comes from `FLASHLM_DRAM`, `FLASHLM_MODE` and `FLASHLM_CONTEXT`.
 
@@ -59,4 +71,5 @@ def make_settings(
             raise ConfigError(f"context={context!r} must be a whole number of tokens, at least 1")
         context = int(context)
     dram_bytes = None if dram is None else parse_size_bytes(dram)
-    return Settings(dram_bytes=dram_bytes, mode=mode, context=context)  # type: ignore[arg-type]  # checked there
+    pin_bytes = pin if pin is None or pin == 0 else parse_size_bytes(pin)
+    return Settings(dram_bytes=dram_bytes, mode=mode, context=context, pin_bytes=pin_bytes)  # type: ignore[arg-type]  # checked there

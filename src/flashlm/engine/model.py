@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -18,7 +19,7 @@ from flashlm.engine.needs import measure_needs, torch_dtype
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
-from flashlm.errors import BudgetError, PackError
+from flashlm.errors import BudgetError, ConfigError, PackError
 from flashlm.memory.budget import Placement, place
 from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
@@ -59,15 +60,23 @@ class FlashModel:
     _stream: BlockStream | None = None
 
     @classmethod
-    def prepare(cls, model: PreTrainedModel, pack: Path, settings: Settings) -> FlashModel:
+    def prepare(
+        cls, model: PreTrainedModel, pack: Path, settings: Settings, *, dtype: torch.dtype | None = None
+    ) -> FlashModel:
         """Decide the placement and swap the feed-forward layers of `model`, whose weights are still to come.
 
         Raises:
+            ConfigError: `dtype` was asked for, and is not the pack's.
             PackError: The pack is not one, or does not belong to the model.
             BudgetError: It does not fit; nothing was read.
             StorageError: A file is missing or of the wrong size.
         """
         manifest = read_manifest(pack)
+        if dtype not in (None, torch_dtype(manifest.dtype)):
+            raise ConfigError(
+                f"dtype {dtype} was asked for, but {pack} holds {manifest.dtype}: leave dtype out, or convert again"
+                " with --dtype"
+            )
         layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
         context = settings.context or DEFAULT_CONTEXT
         needs = measure_needs(
@@ -75,7 +84,7 @@ class FlashModel:
         )
         dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
         mode = settings.resolved_mode
-        placement = place(layouts, needs, dram_bytes, pin=mode != "naive")
+        placement = place(layouts, needs, dram_bytes, max_pinned_bytes=settings.max_pinned_bytes)
         _swap_layers(model, manifest)
         flash = cls(
             pack=pack, manifest=manifest, mode=mode, context=context, placement=placement, reader=Reader()
@@ -188,6 +197,7 @@ def load(
     dram: str | int | None = None,
     mode: str | None = None,
     context: int | None = None,
+    pin: str | int | None = None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
     """Load a pack as a transformers model whose feed-forward layers stream from flash.
@@ -198,6 +208,7 @@ def load(
             margin. `FLASHLM_DRAM` sets it too.
         mode: "auto" (the fastest exact mode), "hybrid" or "naive".
         context: Tokens that the KV cache may hold, over all sequences; None means 2048.
+        pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         **from_pretrained: Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -214,10 +225,10 @@ def load(
     from flashlm.engine.quantizer import FlashConfig, register
 
     register()
-    make_settings(dram, mode, context)
+    make_settings(dram, mode, context, pin)
     read_manifest(Path(pack))
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
     config = AutoConfig.from_pretrained(pack, **trust)
-    config.quantization_config = FlashConfig(dram=dram, mode=mode, context=context)
+    config.quantization_config = FlashConfig(dram=dram, mode=mode, context=context, pin=pin)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pack, config=config, **from_pretrained)
     return model

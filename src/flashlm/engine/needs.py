@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from flashlm.engine.config import DEFAULT_CONTEXT
 from flashlm.engine.gemm import choose_strategy
-from flashlm.memory.budget import Needs
+from flashlm.memory.budget import Needs, floor_bytes
 from flashlm.memory.limits import process_bytes
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
+from flashlm.pack.manifest import read_manifest
 
 # Measured on the families' tests and a 6.7 B model under a cgroup cap: libraries that are imported late (generation,
 # tokenizers), thread stacks, and what the C allocator keeps for itself.
@@ -68,3 +71,25 @@ def torch_dtype(name: str) -> torch.dtype:
     """Return torch's dtype for a key of `DTYPE_BYTES`."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def smallest_dram_bytes(pack: Path, context: int | None = None) -> int:
+    """Return the smallest `dram` with which a process like this one runs `pack`.
+
+    Builds the model without weights, as loading does, so that the libraries that it needs are counted.
+
+    Raises:
+        PackError: Not a finished pack.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    manifest = read_manifest(pack)
+    config = AutoConfig.from_pretrained(pack)
+    del config.quantization_config
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+    layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
+    needs = measure_needs(
+        config, layouts, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT
+    )
+    return floor_bytes(layouts, needs)

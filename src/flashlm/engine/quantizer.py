@@ -27,6 +27,7 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         dram: Bound on the whole process, like "6GiB" or a number of bytes.
         mode: "auto", "hybrid" or "naive".
         context: Tokens that the KV cache may hold, over all sequences.
+        pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         format_version: Version of the pack's format, as its config.json states it.
 
     Raises:
@@ -38,26 +39,28 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         dram: str | int | None = None,
         mode: str | None = None,
         context: int | None = None,
+        pin: str | int | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
         if unknown:
-            raise ConfigError(f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode and context")
+            raise ConfigError(f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode, context and pin")
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.dram = dram
         self.mode = mode
         self.context = context
+        self.pin = pin
         self.settings()
 
     def settings(self) -> Settings:
         """Return the validated settings, environment variables included."""
-        return make_settings(self.dram, self.mode, self.context)
+        return make_settings(self.dram, self.mode, self.context, self.pin)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what `from_pretrained(quantization_config=...)` may change about a pack."""
-        return {"dram": self.dram, "mode": self.mode, "context": self.context}
+        return {"dram": self.dram, "mode": self.mode, "context": self.context, "pin": self.pin}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what belongs in a config.json: nothing that depends on the machine."""
@@ -85,7 +88,7 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
         from flashlm.engine.model import FlashModel
 
         pack = _pack_folder(kwargs.get("checkpoint_files"))
-        self._flash = FlashModel.prepare(model, pack, self.quantization_config.settings())
+        self._flash = FlashModel.prepare(model, pack, self.quantization_config.settings(), dtype=self._dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -93,7 +96,8 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
         return model
 
     def update_dtype(self, dtype: Any) -> Any:
-        """Keep the dtype of the pack: `dtype` is decided at conversion."""
+        """Remember what was asked: a pack has the dtype that it was converted to, and another is refused."""
+        self._dtype = dtype
         return dtype
 
     def is_serializable(self) -> bool:

@@ -2,11 +2,12 @@
 
 transformers maps the file and hands out views of the mapping, whose pages the kernel may drop under pressure and read back
 one by one. So after it has built the model (without touching those pages) every weight is pointed at our own copy of the
-file's data section, read directly at the device's full rate.
+file, read directly at the device's full rate.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flashlm.pack.checkpoint import TensorEntry, read_safetensors_header
-from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest
+from flashlm.pack.checkpoint import TensorEntry, read_header
+from flashlm.pack.layout import BLOCK_ALIGN_BYTES, round_up
+from flashlm.pack.manifest import ResidentEntry
+from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest
 
 _READ_BYTES = 16 << 20
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +29,51 @@ class ResidentLoad:
 
     num_bytes: int
     elapsed_s: float
+
+
+def load_resident(model: nn.Module, path: Path, entry: ResidentEntry, reader: Reader) -> ResidentLoad:
+    """Point every weight of `model` that lies in `path` at a copy of that file in anonymous memory.
+
+    Weights that transformers has changed on loading (another name or dtype) are copied one by one.
+
+    Raises:
+        PackError: The file's header is damaged.
+        StorageError: The file is not of the size that the manifest states, or can't be read.
+    """
+    started_s = time.perf_counter()
+    with reader.open(path, expected_bytes=entry.num_bytes) as file:
+        memory = _read_whole(reader, file, entry.num_bytes)
+    elapsed_s = time.perf_counter() - started_s
+    tensors = read_header(path)
+    with torch.no_grad():
+        for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
+            stored = tensors.get(name)
+            if stored is not None and stored.dtype == weight.dtype and stored.shape == tuple(weight.shape):
+                weight.data = _view(memory, stored)
+            elif not weight.is_meta:
+                weight.data = weight.data.clone()
+    return ResidentLoad(num_bytes=entry.num_bytes, elapsed_s=elapsed_s)
+
+
+def _read_whole(reader: Reader, file: File, num_bytes: int) -> torch.Tensor:
+    """Return the file's bytes as uint8 (num_bytes,); the last, unaligned piece is read apart."""
+    buffer = AlignedBuffer(round_up(num_bytes, BLOCK_ALIGN_BYTES))
+    aligned_bytes = num_bytes // BLOCK_ALIGN_BYTES * BLOCK_ALIGN_BYTES
+    reader.read(
+        [
+            ReadRequest(file, offset, min(_READ_BYTES, aligned_bytes - offset), buffer, offset)
+            for offset in range(0, aligned_bytes, _READ_BYTES)
+        ]
+    )
+    memory = torch.from_numpy(buffer.numpy())
+    if aligned_bytes < num_bytes:
+        tail = reader.read_range(file, aligned_bytes, num_bytes - aligned_bytes)
+        memory[aligned_bytes:num_bytes] = torch.frombuffer(bytearray(tail), dtype=torch.uint8)
+    return memory[:num_bytes]
+
+
+def _view(memory: torch.Tensor, stored: TensorEntry) -> torch.Tensor:
+    raw = memory[stored.offset : stored.offset + stored.num_bytes]
+    if stored.offset % stored.dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(stored.dtype).view(stored.shape)

@@ -85,14 +85,16 @@ def floor_bytes(layouts: Sequence[LayerLayout], needs: Needs) -> int:
     return needs.total_bytes + MIN_STAGING_BLOCKS * _slot_bytes(layouts)
 
 
-def place(layouts: Sequence[LayerLayout], needs: Needs, dram_bytes: int, *, pin: bool = True) -> Placement:
+def place(
+    layouts: Sequence[LayerLayout], needs: Needs, dram_bytes: int, *, max_pinned_bytes: int | None = None
+) -> Placement:
     """Share `dram_bytes` out over staging and pinned blocks.
 
     Args:
         layouts: The streamed layers, in forward order.
         needs: What comes before.
         dram_bytes: The budget of the whole process.
-        pin: False keeps nothing (mode `naive`).
+        max_pinned_bytes: Pin no more than this; 0 keeps nothing (mode `naive`), None is no further bound.
 
     Raises:
         BudgetError: `dram_bytes` is below the floor; it says what is needed and for what.
@@ -109,13 +111,16 @@ def place(layouts: Sequence[LayerLayout], needs: Needs, dram_bytes: int, *, pin:
         )
     spare_bytes = dram_bytes - needs.total_bytes
     block_bytes = [[layout.read_bytes(block) for block in range(layout.num_blocks)] for layout in layouts]
-    if pin and sum(map(sum, block_bytes)) <= spare_bytes:
+    all_bytes = sum(map(sum, block_bytes))
+    if all_bytes <= spare_bytes and (max_pinned_bytes is None or all_bytes <= max_pinned_bytes):
         return _placement(block_bytes, [len(blocks) for blocks in block_bytes], needs, dram_bytes, 0, 0)
     slot_bytes = _slot_bytes(layouts)
     staging_bytes = min(MAX_STAGING_BYTES, int(spare_bytes * STAGING_SHARE))
     num_slots = max(MIN_STAGING_BLOCKS, staging_bytes // slot_bytes)
-    num_slots = min(num_slots, sum(map(len, block_bytes)))
-    pinnable_bytes = spare_bytes - num_slots * slot_bytes if pin else 0
+    num_slots = max(MIN_STAGING_BLOCKS, min(num_slots, sum(map(len, block_bytes))))
+    pinnable_bytes = spare_bytes - num_slots * slot_bytes
+    if max_pinned_bytes is not None:
+        pinnable_bytes = min(pinnable_bytes, max_pinned_bytes)
     num_pinned = _spread(block_bytes, pinnable_bytes)
     return _placement(block_bytes, num_pinned, needs, dram_bytes, num_slots, slot_bytes)
 
