@@ -1,0 +1,152 @@
+"""The command line as a user meets it: output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import save_checkpoint
+
+TIMEOUT_S = 120
+
+
+def flashlm(*arguments, **kwargs):
+    command = [sys.executable, "-m", "flashlm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "source"
+    save_checkpoint(folder, "llama", vocab_size=96, max_position_embeddings=128)
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, 96)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pack(source):
+    folder = source.parent / "pack"
+    done = flashlm("convert", source, folder, "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def one_line_error(done, exit_code, pattern):
+    assert done.returncode == exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(pattern, done.stderr.strip().splitlines()[-1]), done.stderr
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom flashlm.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as done: assert not done.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'flashlm._native'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    for verb in ("convert", "info", "verify", "generate"):
+        assert verb in done.stdout
+
+
+def test_info_states_the_smallest_dram_that_works(pack):
+    described = json.loads(flashlm("info", pack, "--context", 32, "--json").stdout)
+    floor_bytes = described["smallest_dram_bytes"]
+    at_floor = floor_bytes + (32 << 20)  # another process's libraries weigh a little more or less
+    arguments = ("generate", pack, "--prompt", "w3 w4", "--max-new-tokens", 4, "--context", 32, "--dram")
+    done = flashlm(*arguments, at_floor)
+    assert done.returncode == 0, done.stderr
+    one_line_error(flashlm(*arguments, floor_bytes // 2), 3, r"flashlm: dram=.* is below the .* that this model needs")
+    plain = flashlm("info", pack)
+    assert plain.returncode == 0
+    assert "smallest --dram" in plain.stdout
+
+
+def test_generate_is_repeatable_and_reports(pack, tmp_path):
+    stats_path = tmp_path / "stats.json"
+    arguments = ("generate", pack, "--prompt", "w3 w4 w5", "--max-new-tokens", 6, "--temperature", 1, "--seed", 7)
+    first = flashlm(*arguments, "--stats", stats_path)
+    second = flashlm(*arguments, "--json")
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    report = json.loads(second.stdout)
+    assert report["text"].split() == first.stdout.split("statistics")[0].split()
+    for words in ("exactness", "decode: tokens/s", "peak memory / dram"):
+        assert words in first.stdout
+    stats = json.loads(stats_path.read_text())
+    assert stats["mode"] == "hybrid"
+    assert stats["num_new_tokens"] == 6
+    assert stats["decode"]["num_passes"] == 5
+    assert stats["prefill"]["num_tokens"] == 3
+    assert "mode hybrid (exact)" in first.stderr
+    assert "\x1b[" not in first.stdout + first.stderr
+
+
+def test_modes_and_budgets_give_the_same_text(pack):
+    texts = set()
+    for mode in ("auto", "hybrid", "naive"):
+        done = flashlm("generate", pack, "--prompt", "w9", "--max-new-tokens", 8, "--temperature", 0, "--mode", mode)
+        assert done.returncode == 0, done.stderr
+        texts.add(done.stdout)
+    assert len(texts) == 1
+
+
+def test_verify_reports_a_flipped_byte(pack, tmp_path):
+    assert flashlm("verify", pack).returncode == 0
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", pack, copy], check=True)
+    damaged = next((copy / "flash").glob("layer-*.rows"))
+    content = bytearray(damaged.read_bytes())
+    content[100] ^= 1
+    damaged.write_bytes(content)
+    one_line_error(flashlm("verify", copy), 4, rf"{damaged.name}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "pattern"),
+    [
+        (("generate", "PACK", "--prompt", "w3", "--dram", "lots"), 2, "'lots' is not a size"),
+        (("generate", "PACK"), 2, "--prompt TEXT or --prompt-file"),
+        (("generate", "PACK", "--prompt", ""), 2, "prompt is empty"),
+        (("generate", "PACK", "--prompt", "w3", "--max-new-tokens", 500), 2, "model has 128 positions"),
+        (("generate", "PACK", "--prompt", "w3", "--context", 4), 2, "context is 4"),
+        (("generate", "PACK", "--prompt", "w3", "--temperature", "-1"), 2, "temperature=-1.0 must be"),
+        (("generate", "PACK", "--prompt", "w3", "--chat"), 2, "no chat template"),
+        (("generate", "PACK", "--prompt-file", "/nonexistent"), 2, "can't be read from /nonexistent"),
+        (("generate", "/nonexistent", "--prompt", "w3"), 4, "not a finished pack"),
+        (("info", "/nonexistent"), 4, "not a finished pack"),
+        (("verify", "/nonexistent"), 4, "not a finished pack"),
+        (("convert", "/nonexistent/model", "/tmp/never"), 4, "nonexistent"),
+    ],
+)
+def test_mistakes_are_one_line_and_an_exit_code(arguments, exit_code, pattern, pack):
+    done = flashlm(*(pack if argument == "PACK" else argument for argument in arguments))
+    one_line_error(done, exit_code, pattern)
+
+
+def test_debug_shows_the_traceback(pack):
+    done = flashlm("--debug", "generate", "/nonexistent", "--prompt", "w3")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_interrupt_exits_130(pack):
+    command = [sys.executable, "-m", "flashlm", "generate", str(pack), "--prompt", "w3", "--max-new-tokens", "100"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=TIMEOUT_S)
+    assert child.returncode == 130, errors
+    assert errors.strip().splitlines()[-1] == "flashlm: interrupted"
