@@ -57,7 +57,7 @@ class LayerEntry(_Strict):
 
 
 class ResidentEntry(_Strict):
-    """`model.safetensors`: everything that stays in DRAM, checksummed in pieces of `chunk_bytes` (the last is shorter)."""
+    """`model.safetensors`: everything that stays in DRAM, checksummed in pieces of `chunk_bytes` (last one shorter)."""
 
     num_bytes: Annotated[int, Field(gt=0)]
     chunk_bytes: Annotated[int, Field(gt=0)]
@@ -65,10 +65,18 @@ class ResidentEntry(_Strict):
 
 
 class SourceEntry(_Strict):
-    """Where the weights came from: the folder or hub id as given, and name and size of each of its weight files."""
+    """Where the weights came from.
+
+    Attributes:
+        name: The folder or hub id as given.
+        files: Size of each weight file by its name.
+        fingerprint: Identifies the conversion (source files with their times, settings), so that one that is asked for
+            again is known to be done.
+    """
 
     name: str
     files: dict[str, int]
+    fingerprint: str = ""
 
 
 class Manifest(_Strict):
@@ -90,7 +98,7 @@ class Manifest(_Strict):
         source: Where the weights came from.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     flashlm_version: str
     model_type: str
     dtype: Literal["bfloat16", "float16", "float32"]

@@ -1,0 +1,136 @@
+"""What an unfinished conversion has done so far: `flash/progress.json`, so that it can go on after any interruption.
+
+The record is replaced atomically after each finished file, and only after that file is synced; a file that it does not
+name is written again. It is gone once the manifest is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flashlm.errors import ConfigError, PackError, StorageError
+from flashlm.pack.direct_file import sync_folder, write_error, write_small_file
+from flashlm.pack.manifest import FLASH_DIR, manifest_path, read_manifest
+
+PROGRESS_NAME = "progress.json"
+
+
+class ProgressRecord(BaseModel):
+    """The record.
+
+    Attributes:
+        fingerprint: What identifies the conversion.
+        finished: Checksums of each finished file, by its name.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    fingerprint: str
+    finished: dict[str, tuple[str, ...]] = {}
+
+
+def open_record(pack: Path, fingerprint: str) -> ProgressRecord | None:
+    """Prepare the folder of a pack and return what is done in it; None where the pack is already finished.
+
+    Leftover temporary files are removed.
+
+    Raises:
+        ConfigError: The folder holds something else, or another conversion, finished or not.
+        StorageError: It can't be made or written.
+    """
+    if manifest_path(pack).exists():
+        _check_finished(pack, fingerprint)
+        return None
+    path = pack / FLASH_DIR / PROGRESS_NAME
+    try:
+        if _is_fresh(pack):
+            (pack / FLASH_DIR).mkdir(parents=True, exist_ok=True)
+        record = _read(path) if path.exists() else None
+        if record is None:
+            if not _is_fresh(pack):
+                raise ConfigError(f"{pack} is not empty and is no unfinished pack: choose another folder")
+            record = ProgressRecord(fingerprint=fingerprint)
+            save_record(pack, record)
+    except OSError as error:
+        raise write_error(pack, error) from error
+    if record.fingerprint != fingerprint:
+        raise ConfigError(
+            f"{pack} holds an unfinished conversion of another source or with other settings:"
+            " delete it, or give the same source and settings"
+        )
+    _remove_leftovers(pack)
+    return record
+
+
+def save_record(pack: Path, record: ProgressRecord) -> None:
+    """Replace the record."""
+    write_small_file(pack / FLASH_DIR / PROGRESS_NAME, record.model_dump_json().encode())
+
+
+def remove_record(pack: Path) -> None:
+    """Remove the record of a conversion that is finished."""
+    (pack / FLASH_DIR / PROGRESS_NAME).unlink(missing_ok=True)
+    sync_folder(pack / FLASH_DIR)
+
+
+@contextmanager
+def only_one(pack: Path) -> Iterator[None]:
+    """Hold the pack against a second conversion at the same time; the lock dies with the process.
+
+    Raises:
+        ConfigError: Another process is converting into `pack`.
+        StorageError: The folder can't be opened.
+    """
+    try:
+        fd = os.open(pack / FLASH_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(f"{pack} can't be opened: {error.strerror}", path=str(pack), errno=error.errno) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{pack} is being written by another conversion") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def _check_finished(pack: Path, fingerprint: str) -> None:
+    if read_manifest(pack).source.fingerprint != fingerprint:
+        raise ConfigError(
+            f"{pack} is a finished pack of another source or with other settings: choose another folder, or delete it"
+        )
+    remove_record(pack)
+
+
+def _is_fresh(pack: Path) -> bool:
+    """Return whether nothing is in the folder but what a conversion killed in its first moments leaves."""
+    if not pack.exists():
+        return True
+    flash = pack / FLASH_DIR
+    inside = list(flash.iterdir()) if flash.is_dir() else []
+    return all(path == flash and path.is_dir() for path in pack.iterdir()) and all(map(_is_temporary, inside))
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def _remove_leftovers(pack: Path) -> None:
+    for folder in (pack, pack / FLASH_DIR):
+        for path in folder.iterdir():
+            if _is_temporary(path):
+                path.unlink()
+
+
+def _read(path: Path) -> ProgressRecord:
+    try:
+        return ProgressRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise PackError(f"{path} is damaged: delete {path.parent.parent} and convert again") from error

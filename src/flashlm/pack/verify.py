@@ -1,0 +1,156 @@
+"""Read a whole pack and check it against its manifest: sizes, every checksum, missing and foreign files.
+
+All problems are found, not only the first, and each names its file and block, so that it is clear whether a file was
+cut short, a disk flipped a bit, or a copy left something out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from flashlm.errors import PackError, StorageError
+from flashlm.pack.direct_file import AlignedBuffer, DirectReader, room_bytes
+from flashlm.pack.manifest import FLASH_DIR, MANIFEST_NAME, RESIDENT_NAME, Manifest, layer_path, read_manifest
+
+_MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """The outcome of a check.
+
+    Attributes:
+        pack: The folder.
+        num_files: Files checked.
+        num_bytes: Bytes read and checked.
+        problems: One line for each thing that is wrong, empty where all is well.
+    """
+
+    pack: Path
+    num_files: int
+    num_bytes: int
+    problems: tuple[str, ...]
+
+    def raise_for_problems(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            PackError: With all problems (the first twenty of many).
+        """
+        if not self.problems:
+            return
+        shown = [*self.problems[:_MAX_SHOWN]]
+        if len(self.problems) > _MAX_SHOWN:
+            shown.append(f"and {len(self.problems) - _MAX_SHOWN} more")
+        raise PackError(
+            f"{self.pack} is damaged ({len(self.problems)} problems):\n  " + "\n  ".join(shown) + "\nConvert it again."
+        )
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A piece of a file with its checksum."""
+
+    path: Path
+    what: str
+    offset: int
+    num_bytes: int
+    checksum: str
+
+
+def verify(pack: str | Path, *, progress: Callable[[int, int, str], None] | None = None) -> VerifyReport:
+    """Check every byte of a pack; holds one block at a time.
+
+    Args:
+        pack: The folder.
+        progress: Called with (bytes done, bytes in all, file name).
+
+    Returns:
+        The report; `raise_for_problems` turns it into an error.
+
+    Raises:
+        PackError: The folder is no finished pack, or its manifest is damaged.
+    """
+    folder = Path(pack)
+    manifest = read_manifest(folder)
+    files = {path: (size, list(ranges)) for path, size, ranges in _files(folder, manifest)}
+    total = sum(size for size, _ in files.values())
+    problems = _foreign(folder, manifest)
+    done = read = 0
+    buffer = AlignedBuffer(0)
+    with DirectReader() as reader:
+        for path, (size, ranges) in files.items():
+            found = _size_problem(path, size)
+            if found:
+                problems.append(found)
+            for piece in ranges if path.is_file() else []:
+                if len(buffer) < room_bytes(piece.num_bytes):
+                    buffer = AlignedBuffer(room_bytes(piece.num_bytes))
+                problems += _check(reader, piece, buffer)
+                read += piece.num_bytes
+                if progress is not None:
+                    progress(done + piece.offset + piece.num_bytes, total, path.name)
+            done += size
+    problems += _missing_small_files(folder)
+    return VerifyReport(pack=folder, num_files=len(files), num_bytes=read, problems=tuple(problems))
+
+
+def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, int, Iterator[_Range]]]:
+    yield folder / RESIDENT_NAME, manifest.resident.num_bytes, _resident_ranges(folder, manifest)
+    for index, entry in enumerate(manifest.layers):
+        yield layer_path(folder, entry), manifest.layout(index).file_bytes, _layer_ranges(folder, manifest, index)
+
+
+def _resident_ranges(folder: Path, manifest: Manifest) -> Iterator[_Range]:
+    resident = manifest.resident
+    for chunk, checksum in enumerate(resident.checksums):
+        offset = chunk * resident.chunk_bytes
+        num_bytes = min(resident.chunk_bytes, resident.num_bytes - offset)
+        yield _Range(folder / RESIDENT_NAME, f"chunk {chunk}", offset, num_bytes, checksum)
+
+
+def _layer_ranges(folder: Path, manifest: Manifest, index: int) -> Iterator[_Range]:
+    entry, layout = manifest.layers[index], manifest.layout(index)
+    for block, checksum in enumerate(entry.checksums):
+        rows = layout.rows_of(block)
+        what = f"block {block} (rows {rows.start} to {rows.stop - 1})"
+        yield _Range(layer_path(folder, entry), what, layout.offset_of(block), layout.read_bytes(block), checksum)
+
+
+def _size_problem(path: Path, size: int) -> str | None:
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} can't be read: {error.strerror}"
+    return None if actual == size else f"{path} has {actual} bytes, {size} expected"
+
+
+def _check(reader: DirectReader, piece: _Range, buffer: AlignedBuffer) -> list[str]:
+    hasher = xxhash.xxh3_64()
+    try:
+        raw = reader.read(piece.path, piece.offset, piece.num_bytes, buffer)
+    except StorageError as error:
+        return [f"{piece.path}: {piece.what} can't be read: {error}"]
+    first = raw.storage_offset()
+    hasher.update(buffer.memory[first : first + piece.num_bytes])
+    if hasher.hexdigest() == piece.checksum:
+        return []
+    where = f"{piece.what}, {piece.num_bytes} bytes at {piece.offset}"
+    return [f"{piece.path}: {where}: checksum {hasher.hexdigest()}, {piece.checksum} expected"]
+
+
+def _foreign(folder: Path, manifest: Manifest) -> list[str]:
+    """Return files in `flash/` that the manifest does not know: a mixed-up copy, most likely."""
+    known = {MANIFEST_NAME, *(entry.file for entry in manifest.layers)}
+    flash = folder / FLASH_DIR
+    return [f"{path} is not part of this pack" for path in sorted(flash.iterdir()) if path.name not in known]
+
+
+def _missing_small_files(folder: Path) -> list[str]:
+    return [] if (folder / "config.json").is_file() else [f"{folder / 'config.json'} is missing"]
