@@ -1,0 +1,214 @@
+"""Row kernels on tensors: the FFN's two products over a block of row-column bundles, for up to `MAX_TOKENS` tokens.
+
+The work is done by `flashlm._native` (fp32 sums, threads, no GIL); here shapes and dtypes are checked once, and
+addresses taken. Results depend on neither the cutting into blocks, nor the threads, nor the number of tokens: a token
+gets the same bits alone and in a batch. They do depend on the instruction set (`FLASHLM_SIMD`), through its lanes.
+
+`project_reference` and the others are the slow twins in plain torch, for tests and for reading.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from flashlm import _native
+from flashlm.errors import ConfigError
+
+MAX_TOKENS: int = _native.MAX_TOKENS
+
+_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+@dataclass(slots=True)
+class RowBlock:
+    """A block of rows in memory that someone else owns and keeps alive during the call.
+
+    Attributes:
+        address: Where row 0 starts.
+        num_rows: Rows to work on: the block's, or as many as `slots` has.
+        row_stride_bytes: From one row to the next.
+        hidden_size: Elements of each part.
+        dtype: bfloat16, float16 or float32.
+        num_parts: 3 for `[gate | up | down]`, 2 for `[up | down]`; down is the last.
+        slots: Which rows, by position in the block: int32 `(num_rows,)`, contiguous. None: all, in order.
+    """
+
+    address: int
+    num_rows: int
+    row_stride_bytes: int
+    hidden_size: int
+    dtype: torch.dtype
+    num_parts: int
+    slots: torch.Tensor | None = None
+
+
+def project(x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Write out[t, r] = x[t] · row[r].part (+ bias[r]).
+
+    Reads the part of every row once, whatever the number of tokens.
+
+    Args:
+        x: fp32 (num_tokens, hidden_size), contiguous; at most `MAX_TOKENS` tokens.
+        rows: The rows.
+        part: Index of the part within a row.
+        out: fp32 (num_tokens, num_rows), any token stride.
+        bias: fp32 (num_rows,), contiguous.
+
+    Raises:
+        ConfigError: A shape, dtype or layout is not as stated.
+    """
+    num_tokens = _check_tokens(x, rows)
+    _check_activations("out", out, num_tokens, rows)
+    offset_bytes = _part_offset_bytes(rows, part)
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (rows.num_rows,) or not bias.is_contiguous()):
+        raise ConfigError(f"bias must be contiguous float32 ({rows.num_rows},), got {_described(bias)}")
+    if num_tokens == 0 or rows.num_rows == 0:
+        return
+    _native.project(
+        _DTYPE_CODES[rows.dtype],
+        rows.address,
+        rows.num_rows,
+        rows.row_stride_bytes,
+        offset_bytes,
+        rows.hidden_size,
+        x.data_ptr(),
+        num_tokens,
+        out.data_ptr(),
+        out.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        _slots_address(rows),
+    )
+
+
+def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
+    """Add y[t] += sum over r of h[t, r] · row[r].down, rows in ascending order.
+
+    Rows whose activation is 0 for all tokens are not read.
+
+    Args:
+        h: fp32 (num_tokens, num_rows), any token stride.
+        rows: The rows.
+        y: fp32 (num_tokens, hidden_size), contiguous; at most `MAX_TOKENS` tokens.
+
+    Raises:
+        ConfigError: A shape, dtype or layout is not as stated.
+    """
+    num_tokens = _check_tokens(y, rows)
+    _check_activations("h", h, num_tokens, rows)
+    offset_bytes = _part_offset_bytes(rows, rows.num_parts - 1)
+    if num_tokens == 0 or rows.num_rows == 0:
+        return
+    _native.accumulate(
+        _DTYPE_CODES[rows.dtype],
+        rows.address,
+        rows.num_rows,
+        rows.row_stride_bytes,
+        offset_bytes,
+        rows.hidden_size,
+        h.data_ptr(),
+        h.stride(0),
+        num_tokens,
+        y.data_ptr(),
+        _slots_address(rows),
+    )
+
+
+def widen(rows: RowBlock, part: int, dst: torch.Tensor) -> None:
+    """Copy a part of every row to fp32 `dst` (num_rows, hidden_size), contiguous.
+
+    Raises:
+        ConfigError: A shape, dtype or layout is not as stated.
+    """
+    offset_bytes = _part_offset_bytes(rows, part)
+    if dst.dtype != torch.float32 or dst.shape != (rows.num_rows, rows.hidden_size) or not dst.is_contiguous():
+        expected = f"({rows.num_rows}, {rows.hidden_size})"
+        raise ConfigError(f"dst must be contiguous float32 {expected}, got {_described(dst)}")
+    if rows.num_rows == 0:
+        return
+    _native.widen(
+        _DTYPE_CODES[rows.dtype],
+        rows.address,
+        rows.num_rows,
+        rows.row_stride_bytes,
+        offset_bytes,
+        rows.hidden_size,
+        dst.data_ptr(),
+        _slots_address(rows),
+    )
+
+
+def project_reference(
+    x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
+    """Do what `project` does, in torch and float64."""
+    product = x.double() @ part_view(rows, part).double().T
+    out.copy_(product if bias is None else product + bias.double())
+
+
+def accumulate_reference(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
+    """Do what `accumulate` does, in torch and float64, skipping the same rows."""
+    is_active = (h != 0).any(dim=0)
+    y.copy_(y.double() + h[:, is_active].double() @ part_view(rows, rows.num_parts - 1)[is_active].double())
+
+
+def widen_reference(rows: RowBlock, part: int, dst: torch.Tensor) -> None:
+    """Do what `widen` does, in torch."""
+    dst.copy_(part_view(rows, part))
+
+
+def part_view(rows: RowBlock, part: int) -> torch.Tensor:
+    """Return a part of the rows as a (num_rows, hidden_size) view of their memory; a copy where there are slots."""
+    num_stored = rows.num_rows if rows.slots is None else int(rows.slots.max()) + 1 if rows.num_rows else 0
+    itemsize = rows.dtype.itemsize
+    if num_stored == 0:
+        return torch.empty(0, rows.hidden_size, dtype=rows.dtype)
+    num_bytes = (num_stored - 1) * rows.row_stride_bytes + rows.num_parts * rows.hidden_size * itemsize
+    memory = torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(rows.address), dtype=rows.dtype)
+    view = memory.as_strided(
+        (num_stored, rows.hidden_size), (rows.row_stride_bytes // itemsize, 1), part * rows.hidden_size
+    )
+    return view if rows.slots is None else view[rows.slots.long()]
+
+
+def _part_offset_bytes(rows: RowBlock, part: int) -> int:
+    if rows.dtype not in _DTYPE_CODES:
+        raise ConfigError(f"rows must be bfloat16, float16 or float32, got {rows.dtype}")
+    if not 0 <= part < rows.num_parts:
+        raise ConfigError(f"part must be 0 to {rows.num_parts - 1}, got {part}")
+    row_bytes = rows.num_parts * rows.hidden_size * rows.dtype.itemsize
+    if row_bytes > rows.row_stride_bytes:
+        raise ConfigError(f"a row of {row_bytes} bytes does not fit a row stride of {rows.row_stride_bytes} bytes")
+    return part * rows.hidden_size * rows.dtype.itemsize
+
+
+def _check_tokens(x: torch.Tensor, rows: RowBlock) -> int:
+    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != rows.hidden_size or not x.is_contiguous():
+        expected = f"(num_tokens, {rows.hidden_size})"
+        raise ConfigError(f"tokens must be contiguous float32 {expected}, got {_described(x)}")
+    num_tokens = x.shape[0]
+    if num_tokens > MAX_TOKENS:
+        raise ConfigError(f"the row kernels take at most {MAX_TOKENS} tokens, got {num_tokens}")
+    return num_tokens
+
+
+def _check_activations(name: str, h: torch.Tensor, num_tokens: int, rows: RowBlock) -> None:
+    is_dense = h.dim() == 2 and (h.stride(1) == 1 or h.shape[1] <= 1)
+    if h.dtype != torch.float32 or h.shape != (num_tokens, rows.num_rows) or not is_dense:
+        expected = f"({num_tokens}, {rows.num_rows})"
+        raise ConfigError(f"{name} must be float32 {expected} with rows side by side, got {_described(h)}")
+
+
+def _slots_address(rows: RowBlock) -> int:
+    slots = rows.slots
+    if slots is None:
+        return 0
+    if slots.dtype != torch.int32 or slots.shape != (rows.num_rows,) or not slots.is_contiguous():
+        raise ConfigError(f"slots must be contiguous int32 ({rows.num_rows},), got {_described(slots)}")
+    return slots.data_ptr()
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
