@@ -50,7 +50,7 @@ void run(const Job<Args>& job) {
 }  // namespace
 
 void run_project(DType dtype, const ProjectArgs& args) {
-    const std::size_t num_rows = args.rows.num_rows, unit = args.num_tokens < TOKENS_PER_PASS ? 4 : 12;
+    const std::size_t num_rows = args.rows.num_rows, unit = args.num_tokens < TOKENS_PER_PASS ? 4 : 6;
     if (num_rows == 0) return;
     const std::size_t cost = cost_bytes(args.rows, dtype, args.num_tokens);
     run(Job<ProjectArgs>{args, kernels().project[dtype], num_rows,

@@ -1,0 +1,33 @@
+#include "buffer.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <new>
+
+namespace flashlm {
+
+namespace {
+constexpr std::size_t HUGE_PAGE_BYTES = std::size_t{2} << 20;
+}
+
+AlignedBuffer::AlignedBuffer(std::size_t num_bytes, bool huge_pages) : num_bytes_(num_bytes) {
+    const bool wants_huge = huge_pages && num_bytes >= HUGE_PAGE_BYTES;
+    mapped_bytes_ = (num_bytes ? num_bytes : 1) + (wants_huge ? HUGE_PAGE_BYTES : 0);
+    mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping_ == MAP_FAILED) throw std::bad_alloc();
+    data_ = mapping_;
+    if (wants_huge) {
+        const auto start = reinterpret_cast<std::uintptr_t>(mapping_);
+        const auto aligned = (start + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        data_ = reinterpret_cast<void*>(aligned);
+#ifdef MADV_HUGEPAGE
+        // Whole huge pages only: rounding the tail up would charge memory that nobody asked for.
+        madvise(data_, num_bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, MADV_HUGEPAGE);  // advice: may fail
+#endif
+    }
+}
+
+AlignedBuffer::~AlignedBuffer() { munmap(mapping_, mapped_bytes_); }
+
+}  // namespace flashlm

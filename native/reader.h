@@ -1,0 +1,108 @@
+// Batches of reads, (file, offset, length -> address), in flight together: the part that is the same for every back end.
+//
+// A batch is a ticket. Requests are cut into pieces; as many as the queue depth allows are given to the back end at once,
+// the others follow as pieces land. A piece that comes back partial is continued; at the end of the file, or on an error,
+// its ticket fails with what was wanted and got, and no other ticket is touched. All calls are thread-safe.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "file.h"
+
+namespace flashlm {
+
+struct Request {
+    std::uint64_t file_id;
+    std::uint64_t offset;
+    std::uint64_t length;
+    std::uint64_t address;
+};
+
+struct Failure {
+    int error = 0;  // errno; 0: the file ended too early
+    std::string path;
+    std::uint64_t offset = 0;
+    std::uint64_t wanted = 0;
+    std::uint64_t got = 0;
+};
+
+enum class WaitResult { done, failed, timed_out };
+
+class Reader {
+  public:
+    virtual ~Reader() = default;
+    Reader(const Reader&) = delete;
+    Reader& operator=(const Reader&) = delete;
+
+    virtual const char* backend() const = 0;
+
+    std::uint64_t add_file(File file);
+    const File& file(std::uint64_t file_id);  // throws std::invalid_argument for an unknown or closed one
+    void remove_file(std::uint64_t file_id);  // its descriptor is closed when its last read has landed
+
+    // Begins a batch. Throws std::invalid_argument for an unknown file or a request that is not aligned as its file needs.
+    std::uint64_t submit(const std::vector<Request>& requests);
+    bool is_done(std::uint64_t ticket);
+    // A ticket that is done or failed is forgotten by this call; an unknown one counts as done.
+    WaitResult wait(std::uint64_t ticket, std::chrono::milliseconds timeout, Failure& failure);
+    // Drops what has not been begun and lets what is in flight land. Called by the destructors of the back ends.
+    void drain();
+
+    std::uint64_t bytes_read();
+    std::uint64_t num_reads();
+
+  protected:
+    struct Ticket {
+        std::uint64_t pieces_left = 0;
+        bool has_failed = false;
+        Failure failure;
+    };
+    struct Piece {
+        std::shared_ptr<File> file;
+        std::shared_ptr<Ticket> ticket;
+        std::uint64_t offset;
+        std::uint64_t length;
+        unsigned char* address;
+        std::uint64_t landed = 0;
+    };
+    using Lock = std::unique_lock<std::mutex>;
+
+    Reader(std::size_t queue_depth, std::size_t piece_bytes) : queue_depth_(queue_depth), piece_bytes_(piece_bytes) {}
+
+    virtual void start_pieces(Lock& lock) = 0;                                   // begin pending pieces, up to the depth
+    virtual void make_progress(Lock& lock, std::chrono::milliseconds timeout) = 0;  // wait for something to land
+
+    // Takes note of a read's result (bytes, or -errno). Returns true if the piece has to be begun again for its rest.
+    bool land(Piece& piece, long result);
+
+    const std::size_t queue_depth_;
+    const std::size_t piece_bytes_;
+    std::mutex mutex_;
+    std::condition_variable landed_;
+    std::deque<std::unique_ptr<Piece>> pending_;
+    std::size_t in_flight_ = 0;
+
+  private:
+    void check(const Request& request, const File& file) const;
+
+    std::unordered_map<std::uint64_t, std::shared_ptr<File>> files_;
+    std::unordered_map<std::uint64_t, std::shared_ptr<Ticket>> tickets_;
+    std::uint64_t next_file_ = 1;
+    std::uint64_t next_ticket_ = 1;
+    std::uint64_t bytes_read_ = 0;
+    std::uint64_t num_reads_ = 0;
+};
+
+// Returns null where the kernel or the container refuses io_uring; `error` then says why.
+std::unique_ptr<Reader> make_uring_reader(std::size_t queue_depth, std::size_t piece_bytes, int& error);
+std::unique_ptr<Reader> make_thread_reader(std::size_t num_threads, std::size_t piece_bytes);
+
+}  // namespace flashlm

@@ -1,0 +1,1 @@
+"""The device: direct reads of file ranges into aligned memory."""

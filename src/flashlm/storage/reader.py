@@ -1,0 +1,262 @@
+"""Direct reads of (file, offset, length → buffer), in flight together, with errors that name file, offset, wanted and got.
+
+A thin typed face of the native reader. The back end is io_uring where the kernel allows it, else a pool of threads with
+`pread`; a file on a file system that refuses direct reads (tmpfs, some overlays) is read through the page cache. Which of
+these is in use can be asked. Buffers of reads in flight are kept alive here until the reads have landed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, get_args
+
+from flashlm import _native
+from flashlm._native import AlignedBuffer
+from flashlm.errors import ConfigError, StorageError
+
+__all__ = ["AlignedBuffer", "Backend", "File", "ReadRequest", "Reader", "Ticket"]
+
+Backend = Literal["auto", "io_uring", "threads"]
+ENV_BACKEND = "FLASHLM_IO_BACKEND"
+
+# `benchmarks/reader.py` has the measurements behind these.
+DEFAULT_QUEUE_DEPTH = 128
+DEFAULT_NUM_THREADS = 8
+DEFAULT_PIECE_BYTES = 1 << 20
+
+
+class File:
+    """A file opened by a `Reader`; a context manager.
+
+    Attributes:
+        path: Where it is.
+        num_bytes: Its size when it was opened.
+        is_direct: Whether reads go past the page cache.
+        alignment_bytes: What offsets and lengths must be multiples of (1 where reads are buffered).
+    """
+
+    __slots__ = ("_id", "_reader", "alignment_bytes", "is_direct", "num_bytes", "path")
+
+    def __init__(self, reader: _native.Reader, file_id: int, path: Path) -> None:
+        self._reader = reader
+        self._id = file_id
+        self.path = path
+        self.num_bytes, self.is_direct, self.alignment_bytes = reader.file_info(file_id)
+
+    def close(self) -> None:
+        """Close it; reads in flight still land. Closing twice does nothing."""
+        if self._id:
+            self._reader.close_file(self._id)
+            self._id = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class ReadRequest:
+    """Read `num_bytes` at `offset` of `file` to `buffer_offset` of `buffer`."""
+
+    file: File
+    offset: int
+    num_bytes: int
+    buffer: AlignedBuffer
+    buffer_offset: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Ticket:
+    """A batch of reads under way."""
+
+    number: int
+
+
+class Reader:
+    """Reads batches of file ranges. Safe to share between threads; a context manager.
+
+    Args:
+        backend: "io_uring", "threads", or "auto": the environment's `FLASHLM_IO_BACKEND`, else io_uring where the kernel
+            allows it, else threads.
+        queue_depth: Pieces that io_uring keeps in flight.
+        num_threads: Threads of the other back end: pieces that it keeps in flight.
+        piece_bytes: Requests are cut into pieces of this size, a multiple of 4096.
+
+    Raises:
+        ConfigError: A setting is out of range, or io_uring was asked for and is refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: Backend = "auto",
+        queue_depth: int = DEFAULT_QUEUE_DEPTH,
+        num_threads: int = DEFAULT_NUM_THREADS,
+        piece_bytes: int = DEFAULT_PIECE_BYTES,
+    ) -> None:
+        wanted = os.environ.get(ENV_BACKEND, "auto") if backend == "auto" else backend
+        if wanted not in get_args(Backend):
+            raise ConfigError(f"I/O back end {wanted!r} is unknown: choose one of {', '.join(get_args(Backend))}")
+        try:
+            self._native = _native.Reader(wanted, queue_depth, num_threads, piece_bytes)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"{error}; got queue_depth={queue_depth}, num_threads={num_threads}") from error
+        self._queue_depth = queue_depth if self.backend == "io_uring" else num_threads
+        self._files: list[File] = []
+        self._buffers: dict[int, list[AlignedBuffer]] = {}
+
+    @property
+    def backend(self) -> str:
+        """Return "io_uring" or "threads"."""
+        return self._native.backend
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that have landed so far."""
+        return self._native.bytes_read
+
+    @property
+    def num_reads(self) -> int:
+        """Reads that the device has been asked for and answered so far."""
+        return self._native.num_reads
+
+    def describe(self) -> str:
+        """Return one line on what is in use, like "io_uring, direct, queue depth 128"."""
+        kinds = {file.is_direct for file in self._files}
+        access = {(): "", (True,): ", direct", (False,): ", buffered"}.get(tuple(kinds), ", direct and buffered")
+        refused = f" (io_uring refused: {self._native.refusal})" if self._native.refusal else ""
+        return f"{self.backend}{refused}{access}, queue depth {self._queue_depth}"
+
+    def open(self, path: str | Path, *, expected_bytes: int | None = None, direct: bool = True) -> File:
+        """Open a file for reading.
+
+        Args:
+            path: The file.
+            expected_bytes: The size that it must have.
+            direct: False reads through the page cache.
+
+        Raises:
+            StorageError: It can't be opened, or is not of the expected size.
+        """
+        path = Path(path)
+        error, file_id = self._native.open(str(path), direct)
+        if error:
+            raise StorageError(f"{path} can't be opened: {os.strerror(error)}", path=str(path), errno=error)
+        file = File(self._native, file_id, path)
+        if expected_bytes is not None and file.num_bytes != expected_bytes:
+            file.close()
+            raise StorageError(
+                f"{path} has {file.num_bytes} bytes, {expected_bytes} expected: it is truncated or from another pack",
+                path=str(path),
+                wanted_bytes=expected_bytes,
+                got_bytes=file.num_bytes,
+            )
+        self._files.append(file)
+        return file
+
+    def submit(self, requests: Sequence[ReadRequest]) -> Ticket:
+        """Begin a batch of reads and return at once.
+
+        Raises:
+            StorageError: A request is not aligned as its file needs, lies outside its buffer, or its file is closed.
+        """
+        for request in requests:
+            if request.buffer_offset < 0 or request.buffer_offset + request.num_bytes > request.buffer.num_bytes:
+                raise _refused(request, f"does not fit a buffer of {request.buffer.num_bytes} bytes")
+        try:
+            if len(requests) == 1:
+                one = requests[0]
+                number = self._native.submit_one(
+                    one.file._id, one.offset, one.num_bytes, one.buffer.address + one.buffer_offset
+                )
+            else:
+                number = self._native.submit(
+                    [(one.file._id, one.offset, one.num_bytes, one.buffer.address + one.buffer_offset) for one in requests]
+                )
+        except (ValueError, TypeError) as error:
+            raise _refused(requests[0], str(error)) from error
+        self._buffers[number] = [request.buffer for request in requests]
+        return Ticket(number)
+
+    def is_done(self, ticket: Ticket) -> bool:
+        """Return whether the reads of `ticket` have landed or failed."""
+        return self._native.is_done(ticket.number)
+
+    def wait(self, ticket: Ticket) -> None:
+        """Wait until all reads of `ticket` have landed. An interrupted wait can be taken up again.
+
+        Raises:
+            StorageError: A read failed or the file ended too early; none of the ticket's reads is in flight any more.
+        """
+        failure = self._native.wait(ticket.number)
+        self._buffers.pop(ticket.number, None)
+        if failure is None:
+            return
+        error, path, offset, wanted, got = failure
+        what = os.strerror(error) if error else "the file ended"
+        raise StorageError(
+            f"{path}: reading {wanted} bytes at offset {offset} gave {got}: {what}",
+            path=path,
+            offset=offset,
+            wanted_bytes=wanted,
+            got_bytes=got,
+            errno=error or None,
+        )
+
+    def read(self, requests: Sequence[ReadRequest]) -> None:
+        """Read a batch: `submit` and `wait`."""
+        if requests:
+            self.wait(self.submit(requests))
+
+    def read_range(self, file: File, offset: int, num_bytes: int) -> bytes:
+        """Read any range, aligned or not, through the page cache: for headers and tails.
+
+        Raises:
+            StorageError: The range ends beyond the file, or can't be read.
+        """
+        try:
+            with file.path.open("rb") as plain:
+                plain.seek(offset)
+                content = plain.read(num_bytes)
+        except OSError as error:
+            raise StorageError(
+                f"{file.path} can't be read: {error.strerror}", path=str(file.path), offset=offset, errno=error.errno
+            ) from error
+        if len(content) != num_bytes:
+            raise StorageError(
+                f"{file.path}: reading {num_bytes} bytes at offset {offset} gave {len(content)}: the file ended",
+                path=str(file.path),
+                offset=offset,
+                wanted_bytes=num_bytes,
+                got_bytes=len(content),
+            )
+        return content
+
+    def close(self) -> None:
+        """Let reads in flight land and close all files. Closing twice does nothing."""
+        self._native.close()
+        self._buffers.clear()
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _refused(request: ReadRequest, why: str) -> StorageError:
+    return StorageError(
+        f"{request.file.path}: a read of {request.num_bytes} bytes at offset {request.offset} is refused: {why}",
+        path=str(request.file.path),
+        offset=request.offset,
+        wanted_bytes=request.num_bytes,
+    )
