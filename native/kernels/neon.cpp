@@ -1,4 +1,4 @@
-// NEON (ARMv8-A). Written for, tested only through an emulation of its intrinsics, not on the hardware.
+// NEON (ARMv8-A). Written for, checked only through an emulation of its intrinsics (SIMDe), never on the hardware.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 

@@ -1,0 +1,131 @@
+"""Row kernels against the memory's own rate and torch: GB/s at 1 to 16 tokens, and one block's GEMM at 128 tokens.
+
+    python benchmarks/kernels.py [--mib 512] [--out benchmarks/results/kernels.json]
+
+Rows of `[gate | up | down]`, hidden 4096, blocks of 256 rows, cold (more rows than any cache). Kernel, torch and plain sum
+alternate block by block; the median is reported, so that noise of the machine meets all alike. Answers are checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from flashlm import _native
+from flashlm.engine import kernels
+
+HIDDEN, ROWS, PARTS = 4096, 256, 3
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SLOW_S = 0.05  # a torch product slower than this is timed on few blocks
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def row_block(block: torch.Tensor) -> kernels.RowBlock:
+    return kernels.RowBlock(block.data_ptr(), ROWS, PARTS * HIDDEN * block.element_size(), HIDDEN, block.dtype, PARTS)
+
+
+def check(block: torch.Tensor) -> None:
+    rows, x, out, y = row_block(block), torch.randn(4, HIDDEN), torch.empty(4, ROWS), torch.zeros(4, HIDDEN)
+    kernels.project(x, rows, 1, out)
+    kernels.accumulate(out, rows, y)
+    torch.testing.assert_close(out, x @ block[:, 1].float().T, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(y, out @ block[:, 2].float(), rtol=1e-4, atol=0.2)
+
+
+def decode(blocks: torch.Tensor, num_tokens: int) -> dict[str, float]:
+    x, h = torch.randn(num_tokens, HIDDEN), torch.randn(num_tokens, ROWS)
+    y, out = torch.zeros(num_tokens, HIDDEN), torch.empty(num_tokens, ROWS)
+    x_low, h_low = x.to(blocks.dtype), h.to(blocks.dtype)
+    works: dict[str, Callable[[torch.Tensor], object]] = {
+        "sum": lambda block: block.view(-1).view(torch.float32)[: ROWS * HIDDEN * block.element_size() // 4].sum(),
+        "up": lambda block: kernels.project(x, row_block(block), 1, out),
+        "torch_up": lambda block: F.linear(x_low, block[:, 1]),
+        "down": lambda block: kernels.accumulate(h, row_block(block), y),
+        "torch_down": lambda block: h_low @ block[:, 2],
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for i in range(len(blocks)):
+        for j, (name, work) in enumerate(works.items()):
+            if i > 3 and times[name][-1] > SLOW_S:
+                continue
+            # its own block for each, far from the others', so that none finds it in a cache
+            times[name].append(seconds(lambda work=work, k=(i + j * len(blocks) // 5) % len(blocks): work(blocks[k])))
+    num_bytes = ROWS * HIDDEN * blocks.element_size()
+    return {f"{name}_gb_s": round(num_bytes / statistics.median(t) / 1e9, 2) for name, t in times.items()}
+
+
+def prefill(block: torch.Tensor, num_tokens: int, repeats: int) -> dict[str, float]:
+    x, x_low = torch.randn(num_tokens, HIDDEN), torch.randn(num_tokens, HIDDEN).to(block.dtype)
+    wide = torch.empty(ROWS, HIDDEN)
+
+    def widen_and_multiply() -> None:
+        kernels.widen(row_block(block), 1, wide)
+        torch.mm(x, wide.T)
+
+    works: dict[str, Callable[[], object]] = {
+        "torch_mm_gflop_s": lambda: torch.mm(x_low, block[:, 1].T),
+        "widen_mm_gflop_s": widen_and_multiply,
+        "torch_copy_mm_gflop_s": lambda: torch.mm(x, block[:, 1].float().T),
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for i in range(repeats):
+        for name, work in works.items():
+            if i < 2 or times[name][-1] < 1.0:
+                times[name].append(seconds(work))
+    flop = 2 * num_tokens * ROWS * HIDDEN
+    return {name: round(flop / statistics.median(t) / 1e9, 1) for name, t in times.items()}
+
+
+def machine() -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    model = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "processor": model[0] if model else platform.processor(),
+        "simd": _native.simd_level(),
+        "threads": _native.num_threads(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "load_average": Path("/proc/loadavg").read_text().split()[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mib", type=int, default=512, help="rows of each dtype, in MiB")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(False)
+    results: list[dict[str, object]] = []
+    for dtype in DTYPES:
+        num_blocks = (arguments.mib << 20) // (ROWS * PARTS * HIDDEN * dtype.itemsize)
+        blocks = torch.empty(num_blocks, ROWS, PARTS, HIDDEN, dtype=dtype)
+        blocks[:] = torch.randn(ROWS, PARTS, HIDDEN).to(dtype)
+        check(blocks[0])
+        for num_tokens in (1, 4, 16):
+            results.append({"dtype": str(dtype)[6:], "num_tokens": num_tokens, **decode(blocks, num_tokens)})
+            print(*(f"{key}={value}" for key, value in results[-1].items()), flush=True)
+        results.append({"dtype": str(dtype)[6:], "num_tokens": 128, **prefill(blocks[0], 128, 15)})
+        print(*(f"{key}={value}" for key, value in results[-1].items()), flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
