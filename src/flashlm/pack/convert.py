@@ -8,8 +8,8 @@ weights pass through a fixed set of buffers (about 0.6 GiB) in three overlapping
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -261,13 +261,14 @@ def _write_files(job: _Job, record: ProgressRecord, progress: ProgressCallback) 
     record.finished = {name: sums for name, sums in record.finished.items() if _is_there(job, name)}
     done = sum(sizes[name] for name in record.finished)
     total = sum(sizes.values())
-    with WriteBehind() as writer:
-        for name, steps in _files(job, record, writer):
-            for step_bytes, checksums in steps:
-                progress(done + step_bytes, total, name)
-                if checksums:
-                    record.finished[name] = checksums
-                    save_record(job.pack, record)
+    with WriteBehind() as writer, closing(_files(job, record, writer)) as files:
+        for name, steps in files:
+            with closing(steps):
+                for step_bytes, checksums in steps:
+                    progress(done + step_bytes, total, name)
+                    if checksums:
+                        record.finished[name] = checksums
+                        save_record(job.pack, record)
             done += sizes[name]
 
 
@@ -282,10 +283,10 @@ def _path(job: _Job, name: str) -> Path | None:
     return job.pack / name if name == RESIDENT_NAME else job.pack / FLASH_DIR / name
 
 
-_Steps = Iterator[tuple[int, tuple[str, ...]]]
+_Steps = Generator[tuple[int, tuple[str, ...]]]
 
 
-def _files(job: _Job, record: ProgressRecord, writer: WriteBehind) -> Iterator[tuple[str, _Steps]]:
+def _files(job: _Job, record: ProgressRecord, writer: WriteBehind) -> Generator[tuple[str, _Steps]]:
     """Yield each unfinished file with the steps that write it."""
     if RESIDENT_NAME not in record.finished:
         reading, writing = BufferPool(4), BufferPool(3)

@@ -8,7 +8,7 @@ for models of up to some 10 B parameters, several passes over the file for large
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +72,17 @@ class LayerPools:
 
 
 def read_layer(
-    reader: DirectReader, layout: LayerLayout, parts: tuple[LayerPart, ...], pools: LayerPools
+    reader: DirectReader,
+    layout: LayerLayout,
+    parts: tuple[LayerPart, ...],
+    pools: LayerPools,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    panel_bytes: int = PANEL_BYTES,
 ) -> Iterator[RowChunk]:
     """Yield the rows of a layer in order, in chunks of whole blocks. Holds what `LayerPools` allows."""
-    chunk_rows = max(CHUNK_BYTES // layout.block_stride_bytes, 1) * layout.block_rows
-    panel_rows = _panel_rows(layout, parts, chunk_rows)
+    chunk_rows = max(chunk_bytes // layout.block_stride_bytes, 1) * layout.block_rows
+    panel_rows = _panel_rows(layout, parts, chunk_rows, panel_bytes)
     for panel_start in range(0, layout.num_rows, panel_rows):
         panel = range(panel_start, min(panel_start + panel_rows, layout.num_rows))
         columns: dict[int, tuple[torch.Tensor, AlignedBuffer]] = {
@@ -95,11 +101,11 @@ def read_layer(
             yield RowChunk(rows, tuple(tensors[index] for index in range(len(parts))), tuple(buffers))
 
 
-def _panel_rows(layout: LayerLayout, parts: tuple[LayerPart, ...], chunk_rows: int) -> int:
+def _panel_rows(layout: LayerLayout, parts: tuple[LayerPart, ...], chunk_rows: int, panel_bytes: int) -> int:
     neuron_bytes = sum(layout.hidden_size * part.entry.dtype.itemsize for part in parts if part.source.neuron_axis == 1)
-    if neuron_bytes * layout.num_rows <= PANEL_BYTES:
+    if neuron_bytes * layout.num_rows <= panel_bytes:
         return layout.num_rows
-    return max(PANEL_BYTES // neuron_bytes // chunk_rows, 1) * chunk_rows
+    return max(panel_bytes // neuron_bytes // chunk_rows, 1) * chunk_rows
 
 
 def _read_rows(
@@ -156,7 +162,7 @@ def write_layer(
     parts: tuple[LayerPart, ...],
     pools: LayerPools,
     writer: WriteBehind,
-) -> Iterator[tuple[int, tuple[str, ...]]]:
+) -> Generator[tuple[int, tuple[str, ...]]]:
     """Write a layer's file from `chunks`; after each chunk yield the bytes done and the checksums of its blocks.
 
     The file is in place when the iterator is exhausted, and not before.

@@ -178,7 +178,7 @@ def read_manifest(pack: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise PackError(f"{path} is not JSON ({error}): convert the model again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:  # True == 1
         raise PackError(
             f"{path} has format version {version!r}, this flashlm reads version {FORMAT_VERSION}:"
             " update flashlm, or convert the model again"

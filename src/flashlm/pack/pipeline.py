@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 from flashlm.pack.direct_file import AlignedBuffer
@@ -125,7 +125,8 @@ class WriteBehind:
         self._jobs.append(self._executor.submit(job))
 
     def finish(self) -> None:
-        """Wait for all jobs queued so far."""
+        """Wait for all jobs queued so far, then raise the first error among them."""
         jobs, self._jobs = self._jobs, []
+        wait(jobs)  # none may outlive the file that it writes to
         for future in jobs:
             future.result()

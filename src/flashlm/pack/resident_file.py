@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +169,7 @@ class _Stream:
 
 def write_resident(
     path: Path, plan: ResidentPlan, pieces: Iterator[_Piece], pools: tuple[BufferPool, BufferPool], writer: WriteBehind
-) -> Iterator[tuple[int, tuple[str, ...]]]:
+) -> Generator[tuple[int, tuple[str, ...]]]:
     """Write the file from `pieces`; after each yield the bytes done, and at the end the checksums of its chunks.
 
     Args:

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashlm.errors import PackError
+from flashlm.pack.convert import convert
+from flashlm.pack.manifest import manifest_path, read_manifest
+from tests.models import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("manifest")
+    save_checkpoint(folder / "source", "llama")
+    convert(folder / "source", folder / "pack")
+    return manifest_path(folder / "pack").read_text()
+
+
+def _read(folder: Path, text: str | bytes) -> object:
+    manifest_path(folder).parent.mkdir(exist_ok=True, parents=True)
+    manifest_path(folder).write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_manifest(folder)
+
+
+def _change(text: str, *path: str | int, value: object) -> str:
+    content = json.loads(text)
+    place = content
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return json.dumps(content)
+
+
+def test_folder_without_manifest_is_no_pack(tmp_path: Path) -> None:
+    with pytest.raises(PackError, match=r"not a finished pack.*flashlm convert"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None, [1], True])
+def test_unknown_version_is_refused_by_name(version: object, good: str, tmp_path: Path) -> None:
+    with pytest.raises(PackError, match="format version"):
+        _read(tmp_path, _change(good, "format_version", value=version))
+
+
+@pytest.mark.parametrize(
+    "name", ["../layer-00000.rows", "/etc/passwd", "layer-00000.rows/..", "layer-0.rows", "layer-00000.rows\n", ""]
+)
+def test_path_that_leaves_the_pack_is_refused(name: str, good: str, tmp_path: Path) -> None:
+    with pytest.raises(PackError, match=r"layers\.0\.file"):
+        _read(tmp_path, _change(good, "layers", 0, "file", value=name))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("hidden_size",), 1 << 40),
+        (("hidden_size",), 1000),
+        (("hidden_size",), "48"),
+        (("block_rows",), 0),
+        (("row_stride_bytes",), 1024),
+        (("layers",), []),
+        (("layers", 0, "num_rows"), 1000),
+        (("layers", 0, "checksums"), ["0"]),
+        (("layers", 1, "file"), "layer-00000.rows"),
+        (("layers", 0, "surprise"), 1),
+        (("resident", "chunk_bytes"), 1),
+        (("dtype",), "int4"),
+    ],
+)
+def test_field_that_does_not_fit_is_refused(path: tuple[str, ...], value: object, good: str, tmp_path: Path) -> None:
+    with pytest.raises(PackError, match="is invalid at"):
+        _read(tmp_path, _change(good, *path, value=value))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(tmp_path: Path, junk: bytes) -> None:
+    with pytest.raises(PackError):
+        _read(tmp_path, junk)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_manifest_with_a_changed_piece_is_read_or_refused(tmp_path: Path, good: str, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(good)))
+    junk = data.draw(st.text(max_size=8))
+    try:
+        _read(tmp_path, good[:start] + junk + good[start + len(junk) :])
+    except PackError:
+        return
