@@ -13,67 +13,72 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from flashlm.errors import ConfigError, PackError, StorageError
 from flashlm.pack.convert import convert
+from flashlm.pack.families import build_meta_model
 from flashlm.pack.manifest import read_manifest
 from flashlm.pack.verify import verify
-from tests.models import save_checkpoint
+from tests.models import save_checkpoint, tiny_config
 from tests.pack.packs import all_bytes
 
-# Kills itself without any clean-up at the n-th report of progress, which may come anywhere inside a file.
-_KILLED = """
-import os, signal, sys
-from flashlm.pack.convert import convert
-calls = 0
-def die_at(done, total, what):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-convert(sys.argv[1], sys.argv[2], block_rows=16, progress=die_at)
-"""
-
-# Reports peak memory in KiB: before the conversion, and after it.
-_MEASURED = """
-import resource, sys
+# Imports once, then converts in one forked child after the other: `SOURCE PACK WHAT CALL`, where a child kills itself
+# without any clean-up at the n-th report of progress on a file. Prints how each child ended, and its peak memory in KiB.
+_CHILDREN = """
+import os, resource, signal, sys
 import torch, transformers
 from transformers import AutoModelForCausalLM
 from flashlm.pack.convert import convert
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-convert(sys.argv[1], sys.argv[2])
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+def run(source, pack, what, call):
+    calls = 0
+    def die_at(done, total, now):
+        nonlocal calls
+        calls += now == what
+        if calls == int(call):
+            os.kill(os.getpid(), signal.SIGKILL)
+    convert(source, pack, progress=die_at)
+for line in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        run(*line.split())
+        os._exit(0)
+    _, status, usage = os.wait4(child, 0)
+    print(status, usage.ru_maxrss)
 """
 
 
-def _run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=200, check=False
+def _run(*lines: str) -> list[tuple[int, int]]:
+    """Return the wait status and the peak memory in KiB of each child."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILDREN, *lines], capture_output=True, text=True, timeout=250, check=True
     )
+    return [(int(line.split()[0]), int(line.split()[1])) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     save_checkpoint(folder / "source", "llama", num_hidden_layers=4)
-    convert(folder / "source", folder / "pack", block_rows=16)
+    convert(folder / "source", folder / "pack")
     return folder
 
 
 def test_killed_conversions_go_on_and_end_with_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     pack = tmp_path / "pack"
-    finished_layers = []
-    for call in (3, 24, 5):  # inside model.safetensors, in layer 0, in a later layer after going on
-        killed = _run(_KILLED, whole / "source", pack, call)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        with pytest.raises(PackError, match="not a finished pack"):
-            read_manifest(pack)
-        finished_layers.append(len(list((pack / "flash").glob("layer-*.rows"))))
-    assert 0 < finished_layers[-1] < 4
-    files = list((pack / "flash").glob("layer-*.rows"))
-    before = {path: path.stat().st_ino for path in files[:-1]}
-    convert(whole / "source", pack, block_rows=16)
-    assert all(path.stat().st_ino == inode for path, inode in before.items())
+    points = [
+        "model.safetensors 2",  # the first file half written
+        "layer-00000.rows 1",  # a layer half written
+        "layer-00002.rows 2",  # a layer in place, but not yet recorded
+    ]
+    ends = _run(*(f"{whole / 'source'} {pack} {point}" for point in points))
+    assert [status for status, _ in ends] == [signal.SIGKILL] * 3
+    with pytest.raises(PackError, match="not a finished pack"):
+        read_manifest(pack)
+    before = {path: path.stat().st_ino for path in (pack / "flash").glob("layer-0000[01].rows")}
+    assert len(before) == 2
+    convert(whole / "source", pack)
+    assert all(path.stat().st_ino == inode for path, inode in before.items())  # kept, not written again
     assert all_bytes(pack) == all_bytes(whole / "pack")
 
 
@@ -84,12 +89,12 @@ def test_interrupted_conversion_goes_on(name: str, whole: Path, tmp_path: Path) 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(whole / "source", tmp_path / "pack", block_rows=16, progress=interrupt)
+        convert(whole / "source", tmp_path / "pack", progress=interrupt)
     assert not list((tmp_path / "pack").rglob(".*.tmp"))
     with pytest.raises(ConfigError, match=r"unfinished conversion.*delete it"):
-        convert(whole / "source", tmp_path / "pack", block_rows=32)
+        convert(whole / "source", tmp_path / "pack", dtype="fp32")
     lines: list[str] = []
-    convert(whole / "source", tmp_path / "pack", block_rows=16, announce=lines.append)
+    convert(whole / "source", tmp_path / "pack", announce=lines.append)
     assert all_bytes(tmp_path / "pack") == all_bytes(whole / "pack")
 
 
@@ -104,7 +109,7 @@ def test_source_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_start_are_no_obstacle(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "pack" / "flash").mkdir(parents=True)
     (tmp_path / "pack" / "flash" / ".progress.json.tmp").write_text("{")
-    convert(whole / "source", tmp_path / "pack", block_rows=16)
+    convert(whole / "source", tmp_path / "pack")
     assert all_bytes(tmp_path / "pack") == all_bytes(whole / "pack")
 
 
@@ -114,9 +119,9 @@ def test_finished_file_that_was_cut_is_written_again(whole: Path, tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(whole / "source", tmp_path / "pack", block_rows=16, progress=interrupt)
+        convert(whole / "source", tmp_path / "pack", progress=interrupt)
     (tmp_path / "pack" / "flash" / "layer-00001.rows").write_bytes(b"short")
-    convert(whole / "source", tmp_path / "pack", block_rows=16)
+    convert(whole / "source", tmp_path / "pack")
     assert all_bytes(tmp_path / "pack") == all_bytes(whole / "pack")
 
 
@@ -179,7 +184,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_too_small_disk_is_refused_before_anything_is_written(whole: Path, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(15 << 20))
     with pytest.raises(StorageError, match=r"does not fit.* needed,.* free") as raised:
-        convert(whole / "source", small_disk / "pack", block_rows=16)
+        convert(whole / "source", small_disk / "pack")
     assert raised.value.wanted_bytes is not None
     assert raised.value.wanted_bytes > (raised.value.got_bytes or 0)
     assert not (small_disk / "pack" / "model.safetensors").exists()
@@ -199,27 +204,29 @@ def test_disk_that_fills_up_half_way_is_reported_and_can_go_on(whole: Path, smal
                     return
 
     with pytest.raises(StorageError, match=r"no space left.*run the same command again") as raised:
-        convert(whole / "source", small_disk / "pack", block_rows=16, progress=fill)
+        convert(whole / "source", small_disk / "pack", progress=fill)
     assert raised.value.errno == errno.ENOSPC
     filler.unlink()
-    convert(whole / "source", small_disk / "pack", block_rows=16)
+    convert(whole / "source", small_disk / "pack")
     assert all_bytes(small_disk / "pack") == all_bytes(whole / "pack")
+
+
+def _save_blank(folder: Path, *, num_layers: int) -> None:
+    """A checkpoint of zeros with layers of 24 MiB."""
+    config = tiny_config("llama", num_hidden_layers=num_layers, hidden_size=256, intermediate_size=16384)
+    config.save_pretrained(folder)
+    state = build_meta_model(config).state_dict()
+    blank = {name: torch.zeros(value.shape, dtype=torch.bfloat16) for name, value in state.items()}
+    save_file(blank, folder / "model.safetensors")
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    peaks = []
-    for num_layers in (2, 6):
-        source, pack = tmp_path / f"source{num_layers}", tmp_path / f"pack{num_layers}"
-        save_checkpoint(
-            source, "llama", dtype=torch.bfloat16, num_hidden_layers=num_layers, hidden_size=512, head_dim=128,
-            intermediate_size=16384,
-        )  # fmt: skip
-        measured = _run(_MEASURED, source, pack)
-        assert measured.returncode == 0, measured.stderr
-        before, after = map(int, measured.stdout.split())
-        peaks.append(after - before)
-    assert verify(pack).problems == ()
-    layer_kib = 3 * 512 * 16384 * 2 // 1024  # 48 MiB; three layers would show
-    assert peaks[1] < peaks[0] + layer_kib
-    assert peaks[1] < 5 * layer_kib
+    for num_layers in (4, 10):
+        _save_blank(tmp_path / f"source{num_layers}", num_layers=num_layers)
+    ends = _run(*(f"{tmp_path}/source{count} {tmp_path}/pack{count} none 1" for count in (4, 10)))
+    assert [status for status, _ in ends] == [0, 0]
+    smaller_kib, larger_kib = (peak for _, peak in ends)
+    assert larger_kib < smaller_kib + 3 * (24 << 10)  # six layers more, less than three in memory
+    assert larger_kib < 1 << 20
+    assert verify(tmp_path / "pack10").problems == ()
