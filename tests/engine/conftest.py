@@ -13,6 +13,7 @@ from flashlm.pack.convert import convert
 from tests.models import save_checkpoint
 
 NUM_POSITIONS = 160
+OVERRIDES = {"stablelm": {"hidden_size": 64}}  # its rotary share must come out even
 BLOCK_ROWS = 16  # several blocks a layer, the last one ragged
 
 
@@ -38,7 +39,8 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
         if (family, dtype) not in made:
             folder = tmp_path_factory.mktemp(f"{family}-{dtype}")
             positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
-            save_checkpoint(folder / "source", family, **{positions: NUM_POSITIONS})
+            overrides = {positions: NUM_POSITIONS, **OVERRIDES.get(family, {})}
+            save_checkpoint(folder / "source", family, **overrides)
             convert(folder / "source", folder / "pack", dtype=dtype, block_rows=BLOCK_ROWS)
             made[family, dtype] = TinyPack(folder / "source", folder / "pack")
         return made[family, dtype]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from flashlm.engine.config import DEFAULT_CONTEXT, Settings, make_settings
+from flashlm.engine.config import DEFAULT_CONTEXT, Settings
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.needs import measure_needs, torch_dtype
@@ -114,6 +114,7 @@ class FlashModel:
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
             layer.bind(self._stream, gemm)
+        model.requires_grad_(False)
         model.flash = self
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -225,10 +226,10 @@ def load(
     from flashlm.engine.quantizer import FlashConfig, register
 
     register()
-    make_settings(dram, mode, context, pin)
+    asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin)
     read_manifest(Path(pack))
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
     config = AutoConfig.from_pretrained(pack, **trust)
-    config.quantization_config = FlashConfig(dram=dram, mode=mode, context=context, pin=pin)
+    config.quantization_config = asked.to_dict() | asked.get_loading_attributes()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pack, config=config, **from_pretrained)
     return model
