@@ -24,7 +24,7 @@ from tests.models import save_checkpoint, tiny_config
 from tests.pack.packs import all_bytes
 
 # Imports once, then converts in one forked child after the other: `SOURCE PACK WHAT CALL`, where a child kills itself
-# without any clean-up at the n-th report of progress on a file. Prints how each child ended, and its peak memory in KiB.
+# without any clean-up at the n-th report of progress on a file. Prints how each child ended and its peak memory in KiB.
 _CHILDREN = """
 import os, resource, signal, sys
 import torch, transformers
@@ -133,12 +133,15 @@ def test_damaged_progress_record_is_refused(whole: Path, tmp_path: Path) -> None
 
 
 def test_second_conversion_at_the_same_time_is_refused(whole: Path, tmp_path: Path) -> None:
-    (tmp_path / "pack" / "flash").mkdir(parents=True)
+    leftover = tmp_path / "pack" / "flash" / ".layer-00000.rows.tmp"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
     fd = os.open(tmp_path / "pack" / "flash", os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
     try:
         with pytest.raises(ConfigError, match="another conversion"):
             convert(whole / "source", tmp_path / "pack")
+        assert leftover.exists()  # the other one is writing it
     finally:
         os.close(fd)
 

@@ -35,7 +35,14 @@ from flashlm.pack.manifest import (
 )
 from flashlm.pack.names import map_names, tied_pairs
 from flashlm.pack.pipeline import BufferPool, ReadAhead, WriteBehind
-from flashlm.pack.progress_record import ProgressRecord, only_one, open_record, remove_record, save_record
+from flashlm.pack.progress_record import (
+    ProgressRecord,
+    only_one,
+    open_record,
+    prepare_folder,
+    remove_record,
+    save_record,
+)
 from flashlm.pack.resident_file import (
     CHECKSUM_CHUNK_BYTES,
     ResidentPlan,
@@ -121,11 +128,12 @@ def convert(
     target = Path(pack).expanduser()
     _check_target(folder, target)
     job = _plan(str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code)
-    record = open_record(target, job.fingerprint)
-    if record is None:
-        announce(f"{target} is already finished: nothing to do")
-        return read_manifest(target)
+    prepare_folder(target)
     with only_one(target), _one_torch_thread():
+        record = open_record(target, job.fingerprint)
+        if record is None:
+            announce(f"{target} is already finished: nothing to do")
+            return read_manifest(target)
         _check_space(job, record)
         announce(_describe(job, record))
         _write_files(job, record, progress or (lambda done, total, what: None))

@@ -35,28 +35,41 @@ class ProgressRecord(BaseModel):
     finished: dict[str, tuple[str, ...]] = {}
 
 
+def prepare_folder(pack: Path) -> None:
+    """Make the folder of a pack, or accept one that is a pack already, finished or not.
+
+    Raises:
+        ConfigError: The folder holds something else.
+        StorageError: It can't be made.
+    """
+    try:
+        if _is_fresh(pack):
+            (pack / FLASH_DIR).mkdir(parents=True, exist_ok=True)
+        elif not manifest_path(pack).exists() and not (pack / FLASH_DIR / PROGRESS_NAME).exists():
+            raise ConfigError(f"{pack} is not empty and is no unfinished pack: choose another folder")
+    except OSError as error:
+        raise write_error(pack, error) from error
+
+
 def open_record(pack: Path, fingerprint: str) -> ProgressRecord | None:
-    """Prepare the folder of a pack and return what is done in it; None where the pack is already finished.
+    """Return what is done in a prepared folder, or None where the pack is finished. Call it under `only_one`.
 
     Leftover temporary files are removed.
 
     Raises:
-        ConfigError: The folder holds something else, or another conversion, finished or not.
-        StorageError: It can't be made or written.
+        ConfigError: The folder holds another conversion, finished or not.
+        PackError: The record is damaged.
+        StorageError: The folder can't be written.
     """
     if manifest_path(pack).exists():
         _check_finished(pack, fingerprint)
         return None
     path = pack / FLASH_DIR / PROGRESS_NAME
     try:
-        if _is_fresh(pack):
-            (pack / FLASH_DIR).mkdir(parents=True, exist_ok=True)
-        record = _read(path) if path.exists() else None
-        if record is None:
-            if not _is_fresh(pack):
-                raise ConfigError(f"{pack} is not empty and is no unfinished pack: choose another folder")
-            record = ProgressRecord(fingerprint=fingerprint)
-            save_record(pack, record)
+        _remove_leftovers(pack)
+        if not path.exists():
+            save_record(pack, ProgressRecord(fingerprint=fingerprint))
+        record = _read(path)
     except OSError as error:
         raise write_error(pack, error) from error
     if record.fingerprint != fingerprint:
@@ -64,7 +77,6 @@ def open_record(pack: Path, fingerprint: str) -> ProgressRecord | None:
             f"{pack} holds an unfinished conversion of another source or with other settings:"
             " delete it, or give the same source and settings"
         )
-    _remove_leftovers(pack)
     return record
 
 

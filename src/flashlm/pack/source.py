@@ -71,7 +71,8 @@ def resolve_source(source: str | Path, *, trust_remote_code: bool = False) -> Pa
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError, RuntimeError) as error:  # hub errors derive from these, as do httpx's
         raise ConfigError(
-            f"source {str(source)!r} is neither a local folder nor a model that the hub gives: {error}"
+            f"source {str(source)!r} is neither a local folder nor a model that the hub gives:"
+            f" {str(error).strip().partition(chr(10))[0]}"
         ) from error
 
 
