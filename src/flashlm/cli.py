@@ -101,7 +101,14 @@ def convert(
     from flashlm.pack.info import describe
 
     with console.progress_bar() as progress:
-        run(source, pack, dtype=dtype.value, trust_remote_code=trust_remote_code, progress=progress, announce=console.note)
+        run(
+            source,
+            pack,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            announce=console.note,
+        )
     _print_info(describe(pack), as_json)
 
 
@@ -126,7 +133,9 @@ def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
     with console.progress_bar() as progress:
         report = run(pack, progress=progress)
     if as_json:
-        console.print_json({"pack": str(pack), "num_checked_bytes": report.num_bytes, "problems": list(report.problems)})
+        console.print_json(
+            {"pack": str(pack), "num_checked_bytes": report.num_bytes, "problems": list(report.problems)}
+        )
     report.raise_for_problems()
     if not as_json:
         print(f"{pack}: {format_size(report.num_bytes)} in {report.num_files} files checked, all checksums match")
@@ -163,9 +172,7 @@ def generate(
     from flashlm.engine.generate import Generation, Sampling
     from flashlm.engine.generate import generate as run
 
-    sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-    )
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     result: Generation = run(
         pack,
         _read_prompt(prompt, prompt_file),

@@ -11,10 +11,9 @@ import sys
 import time
 
 import pytest
+from tests.models import save_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from tests.models import save_checkpoint
 
 TIMEOUT_S = 120
 

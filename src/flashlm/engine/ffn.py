@@ -64,6 +64,9 @@ class FlashFFN(nn.Module):
         self.layer = layer
         self.layout = layout
         self.activation = activation
+        self.up_bias: nn.Parameter | None
+        self.gate_bias: nn.Parameter | None
+        self.down_bias: nn.Parameter | None
         self._dtype = getattr(torch, layout.dtype)
         self._bound: _Bound | None = None
         for name, is_present, size in (
@@ -93,7 +96,9 @@ class FlashFFN(nn.Module):
         """
         bound = self._bound
         if bound is None:
-            raise ConfigError("this streamed layer has no weights yet: load the pack with flashlm.load or from_pretrained")
+            raise ConfigError(
+                "this streamed layer has no weights yet: load the pack with flashlm.load or from_pretrained"
+            )
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
         tokens = hidden_states.reshape(-1, self.layout.hidden_size)

@@ -55,8 +55,10 @@ class BlockGemm:
         self, layout: LayerLayout, address: int, num_rows: int
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Return the block's gate (or None), up and down parts, each (num_rows, hidden_size), as views or widened."""
-        views = self._views(layout, address, num_rows) if self.strategy == "native" else self._widened(
-            layout, address, num_rows
+        views = (
+            self._views(layout, address, num_rows)
+            if self.strategy == "native"
+            else self._widened(layout, address, num_rows)
         )
         return (views[0] if layout.has_gate else None), views[-2], views[-1]
 
@@ -65,7 +67,9 @@ class BlockGemm:
         num_bytes = num_rows * layout.row_stride_bytes
         memory = (ctypes.c_uint8 * num_bytes).from_address(address)
         rows = torch.frombuffer(memory, dtype=self._dtype).view(num_rows, layout.row_stride_bytes // itemsize)
-        return [rows[:, part * layout.hidden_size : (part + 1) * layout.hidden_size] for part in range(layout.num_parts)]
+        return [
+            rows[:, part * layout.hidden_size : (part + 1) * layout.hidden_size] for part in range(layout.num_parts)
+        ]
 
     def _widened(self, layout: LayerLayout, address: int, num_rows: int) -> list[torch.Tensor]:
         needed = layout.num_parts * num_rows * layout.hidden_size

@@ -155,9 +155,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool) -
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError("this pack's tokenizer has no chat template: leave --chat out")
         message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty: give --prompt or --prompt-file some text")
@@ -180,10 +178,11 @@ def _check_positions(pack: Path, num_prompt_tokens: int, max_new_tokens: int) ->
 def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None) -> Any:
     if on_text is None:
         return None
+    emit = on_text
     from transformers import TextStreamer
 
     class _CallbackStreamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped here
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            on_text(text)
+            emit(text)
 
     return _CallbackStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -22,6 +22,7 @@ from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import BudgetError, ConfigError, PackError
 from flashlm.memory.budget import Placement, place
 from flashlm.memory.limits import read_memory_limits
+from flashlm.pack.files import check_files, check_resident_file
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
 from flashlm.sizes import format_size
 from flashlm.storage.reader import Reader
@@ -79,16 +80,13 @@ class FlashModel:
             )
         layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
         context = settings.context or DEFAULT_CONTEXT
-        needs = measure_needs(
-            model.config, layouts, resident_bytes=manifest.resident.num_bytes, context=context
-        )
+        needs = measure_needs(model.config, layouts, resident_bytes=manifest.resident.num_bytes, context=context)
         dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
         mode = settings.resolved_mode
         placement = place(layouts, needs, dram_bytes, max_pinned_bytes=settings.max_pinned_bytes)
+        check_files(pack, manifest)
         _swap_layers(model, manifest)
-        flash = cls(
-            pack=pack, manifest=manifest, mode=mode, context=context, placement=placement, reader=Reader()
-        )
+        flash = cls(pack=pack, manifest=manifest, mode=mode, context=context, placement=placement, reader=Reader())
         logger.info("%s", flash.describe())
         return flash
 
@@ -105,9 +103,7 @@ class FlashModel:
             self.reader.open(layer_path(self.pack, entry), expected_bytes=layout.file_bytes)
             for entry, layout in zip(manifest.layers, layouts, strict=True)
         ]
-        self._stream = BlockStream(
-            self.reader, files, layouts, self.placement, read_ahead=self.mode != "naive"
-        )
+        self._stream = BlockStream(self.reader, files, layouts, self.placement, read_ahead=self.mode != "naive")
         self.telemetry = Telemetry(self._stream.counters)
         gemm = BlockGemm(manifest.dtype)
         for entry in manifest.layers:
@@ -227,7 +223,7 @@ def load(
 
     register()
     asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin)
-    read_manifest(Path(pack))
+    check_resident_file(Path(pack), read_manifest(Path(pack)))
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
     config = AutoConfig.from_pretrained(pack, **trust)
     config.quantization_config = asked.to_dict() | asked.get_loading_attributes()

@@ -26,9 +26,9 @@ LIVE_VECTORS_PER_TOKEN = 12
 def kv_cache_bytes_per_token(config: Any, dtype_bytes: int) -> int:
     """Return the bytes that one token of one sequence adds to the KV cache of a transformers `config`."""
     text = config.get_text_config(decoder=True)
-    num_heads = text.num_attention_heads
-    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    num_heads = int(text.num_attention_heads)
+    num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
+    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // num_heads)
     return int(2 * text.num_hidden_layers * num_kv_heads * head_dim * dtype_bytes)
 
 
@@ -39,9 +39,10 @@ def working_bytes(config: Any, layouts: Sequence[LayerLayout], context: int) -> 
     dtype_bytes = DTYPE_BYTES[layout.dtype]
     widened = layout.num_parts if choose_strategy(layout.dtype) == "widen" else 0
     scratch_bytes = layout.block_rows * widened * layout.hidden_size * 4
-    per_token_bytes = text.hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4) + 3 * layout.block_rows * 4
+    hidden_size, vocab_size = int(text.hidden_size), int(text.vocab_size)
+    per_token_bytes = hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4) + 3 * layout.block_rows * 4
     attention_mask_bytes = context * context
-    logits_bytes = text.vocab_size * (dtype_bytes + 3 * 4)
+    logits_bytes = vocab_size * (dtype_bytes + 3 * 4)
     return SLACK_BYTES + scratch_bytes + context * per_token_bytes + attention_mask_bytes + logits_bytes
 
 

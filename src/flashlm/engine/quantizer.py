@@ -127,4 +127,3 @@ def register() -> None:
     known = getattr(quantizers_auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
     if isinstance(known, tuple):
         quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, FlashConfig)
-

@@ -10,21 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flashlm import __version__
-from flashlm.errors import ConfigError, PackError, StorageError
-from flashlm.pack.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from flashlm.errors import ConfigError, StorageError
+from flashlm.pack.conversion_plan import ConversionPlan, layer_file_name, plan_conversion
 from flashlm.pack.direct_file import DirectReader, write_small_file
-from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
-from flashlm.pack.layer_file import LayerPart, LayerPools, read_layer, write_layer
-from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
+from flashlm.pack.layer_file import LayerPools, read_layer, write_layer
 from flashlm.pack.manifest import (
     FLASH_DIR,
-    MAX_DIMENSION,
     RESIDENT_NAME,
     LayerEntry,
     Manifest,
@@ -33,7 +29,6 @@ from flashlm.pack.manifest import (
     manifest_path,
     read_manifest,
 )
-from flashlm.pack.names import map_names, tied_pairs
 from flashlm.pack.pipeline import BufferPool, ReadAhead, WriteBehind
 from flashlm.pack.progress_record import (
     ProgressRecord,
@@ -43,16 +38,8 @@ from flashlm.pack.progress_record import (
     remove_record,
     save_record,
 )
-from flashlm.pack.resident_file import (
-    CHECKSUM_CHUNK_BYTES,
-    ResidentPlan,
-    ResidentTensor,
-    is_same,
-    pack_dtype,
-    read_resident,
-    write_resident,
-)
-from flashlm.pack.source import canonical_dtype, files_to_copy, fingerprint, load_config, pack_config, resolve_source
+from flashlm.pack.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
+from flashlm.pack.source import canonical_dtype, pack_config, resolve_source
 from flashlm.sizes import format_size
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -61,35 +48,6 @@ AnnounceCallback = Callable[[str], None]
 """Called with one line that says what will be, or was, done."""
 
 _SPARE_BYTES = 16 << 20  # manifest, progress record, file system overhead
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A conversion in all its parts, before anything is written."""
-
-    pack: Path
-    source_name: str
-    checkpoint: Checkpoint
-    model_type: str
-    dtype: str
-    block_rows: int
-    layers: tuple[FfnLayer, ...]
-    layouts: tuple[LayerLayout, ...]
-    parts: tuple[tuple[LayerPart, ...], ...]
-    resident: ResidentPlan
-    copied: tuple[Path, ...]
-    fingerprint: str
-
-    @property
-    def file_bytes(self) -> dict[str, int]:
-        """Sizes of the large files by name, in the order in which they are written."""
-        layers = {layer_file_name(index): layout.file_bytes for index, layout in enumerate(self.layouts)}
-        return {RESIDENT_NAME: self.resident.num_bytes, **layers}
-
-
-def layer_file_name(index: int) -> str:
-    """Return the name of a layer's file in `flash/`."""
-    return f"layer-{index:05d}.rows"
 
 
 def convert(
@@ -127,17 +85,17 @@ def convert(
     folder = resolve_source(source, trust_remote_code=trust_remote_code)
     target = Path(pack).expanduser()
     _check_target(folder, target)
-    job = _plan(str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code)
+    plan = plan_conversion(str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code)
     prepare_folder(target)
     with only_one(target), _one_torch_thread():
-        record = open_record(target, job.fingerprint)
+        record = open_record(target, plan.fingerprint)
         if record is None:
             announce(f"{target} is already finished: nothing to do")
             return read_manifest(target)
-        _check_space(job, record)
-        announce(_describe(job, record))
-        _write_files(job, record, progress or (lambda done, total, what: None))
-        return _finish(job, record)
+        _check_space(plan, record)
+        announce(_describe(plan, record))
+        _write_files(plan, record, progress or (lambda done, total, what: None))
+        return _finish(plan, record)
 
 
 def _check_target(folder: Path, target: Path) -> None:
@@ -148,108 +106,26 @@ def _check_target(folder: Path, target: Path) -> None:
         raise ConfigError(f"{target} is not a folder")
 
 
-def _plan(
-    source_name: str, folder: Path, target: Path, dtype: str, block_rows: int | None, trust_remote_code: bool
-) -> _Job:
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(folder)
-    model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    layers = find_ffn_layers(model)
-    entries = map_names(model, checkpoint)
-    for duplicate, original in tied_pairs(model, entries):
-        with DirectReader() as reader:
-            if is_same(reader, entries[duplicate], entries[original]):
-                del entries[duplicate]
-    rows = _block_rows(layers, dtype, block_rows)
-    copied = files_to_copy(folder, trust_remote_code=trust_remote_code)
-    settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__}
-    return _Job(
-        pack=target,
-        source_name=source_name,
-        checkpoint=checkpoint,
-        model_type=config.model_type,
-        dtype=dtype,
-        block_rows=rows,
-        layers=layers,
-        layouts=tuple(_layout(layer, dtype, rows) for layer in layers),
-        parts=tuple(_layer_parts(layer, entries) for layer in layers),
-        resident=ResidentPlan(_resident_tensors(layers, entries, dtype)),
-        copied=tuple(copied),
-        fingerprint=fingerprint(checkpoint, copied, settings),
-    )
-
-
-def _block_rows(layers: tuple[FfnLayer, ...], dtype: str, wanted: int | None) -> int:
-    if wanted is not None:
-        if wanted <= 0 or wanted % ROWS_PER_STEP or wanted > MAX_DIMENSION:
-            raise ConfigError(f"block_rows is {wanted}: a multiple of {ROWS_PER_STEP} above zero expected")
-        return wanted
-    largest = max(layers, key=lambda layer: layer.num_rows)
-    return choose_block_rows(
-        hidden_size=largest.hidden_size, num_rows=largest.num_rows, has_gate=largest.has_gate, dtype=dtype
-    )
-
-
-def _layout(layer: FfnLayer, dtype: str, block_rows: int) -> LayerLayout:
-    return LayerLayout(
-        hidden_size=layer.hidden_size,
-        num_rows=layer.num_rows,
-        has_gate=layer.has_gate,
-        dtype=dtype,
-        block_rows=block_rows,
-    )
-
-
-def _layer_parts(layer: FfnLayer, entries: dict[str, TensorEntry]) -> tuple[LayerPart, ...]:
-    parts = tuple(LayerPart(source, entries[source.name]) for source in layer.parts)
-    for part in parts:
-        if not part.entry.dtype.is_floating_point:
-            raise PackError(f"{part.entry.path} holds {part.entry.name} as {part.entry.dtype}: floating point expected")
-    return parts
-
-
-def _resident_tensors(
-    layers: tuple[FfnLayer, ...], entries: dict[str, TensorEntry], dtype: str
-) -> list[ResidentTensor]:
-    """Return every tensor that is not streamed, and the biases of the streamed layers under the pack's names."""
-    wanted: torch.dtype = getattr(torch, dtype)
-    streamed = {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
-    tensors = [
-        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=pack_dtype(entry.dtype, wanted))
-        for name, entry in sorted(entries.items())
-        if name not in streamed
-    ]
-    for layer in layers:
-        for name, source in layer.biases.items():
-            size = layer.hidden_size if name.endswith(".down_bias") else layer.num_rows
-            tensors.append(
-                ResidentTensor(
-                    name=name, source=entries[source.name], first=source.first_neuron, shape=(size,), dtype=wanted
-                )
-            )
-    return tensors
-
-
-def _check_space(job: _Job, record: ProgressRecord) -> None:
-    needed = sum(size for name, size in job.file_bytes.items() if name not in record.finished) + _SPARE_BYTES
-    stats = os.statvfs(job.pack)
+def _check_space(plan: ConversionPlan, record: ProgressRecord) -> None:
+    needed = sum(size for name, size in plan.file_bytes.items() if name not in record.finished) + _SPARE_BYTES
+    stats = os.statvfs(plan.pack)
     free = stats.f_bavail * stats.f_frsize
     if needed > free:
         raise StorageError(
-            f"{job.pack} does not fit on its device: {format_size(needed)} ({needed} bytes) needed,"
+            f"{plan.pack} does not fit on its device: {format_size(needed)} ({needed} bytes) needed,"
             f" {format_size(free)} ({free} bytes) free",
-            path=str(job.pack), wanted_bytes=needed, got_bytes=free,
+            path=str(plan.pack), wanted_bytes=needed, got_bytes=free,
         )  # fmt: skip
 
 
-def _describe(job: _Job, record: ProgressRecord) -> str:
-    sizes = job.file_bytes
+def _describe(plan: ConversionPlan, record: ProgressRecord) -> str:
+    sizes = plan.file_bytes
     done = sum(sizes[name] for name in record.finished if name in sizes)
     going_on = f", going on after {format_size(done)}" if done else ""
     streamed = sum(sizes.values()) - sizes[RESIDENT_NAME]
     return (
-        f"writing {format_size(sum(sizes.values()))} to {job.pack}: {format_size(streamed)} in {len(job.layers)}"
-        f" streamed layers, {format_size(sizes[RESIDENT_NAME])} resident, {job.dtype}{going_on}"
+        f"writing {format_size(sum(sizes.values()))} to {plan.pack}: {format_size(streamed)} in {len(plan.layers)}"
+        f" streamed layers, {format_size(sizes[RESIDENT_NAME])} resident, {plan.dtype}{going_on}"
     )
 
 
@@ -264,73 +140,71 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_files(job: _Job, record: ProgressRecord, progress: ProgressCallback) -> None:
-    sizes = job.file_bytes
-    record.finished = {name: sums for name, sums in record.finished.items() if _is_there(job, name)}
+def _write_files(plan: ConversionPlan, record: ProgressRecord, progress: ProgressCallback) -> None:
+    sizes = plan.file_bytes
+    record.finished = {name: sums for name, sums in record.finished.items() if _is_there(plan, name)}
     done = sum(sizes[name] for name in record.finished)
     total = sum(sizes.values())
-    with WriteBehind() as writer, closing(_files(job, record, writer)) as files:
+    with WriteBehind() as writer, closing(_files(plan, record, writer)) as files:
         for name, steps in files:
             with closing(steps):
                 for step_bytes, checksums in steps:
                     progress(done + step_bytes, total, name)
                     if checksums:
                         record.finished[name] = checksums
-                        save_record(job.pack, record)
+                        save_record(plan.pack, record)
             done += sizes[name]
 
 
-def _is_there(job: _Job, name: str) -> bool:
-    path = _path(job, name)
-    return path is not None and path.is_file() and path.stat().st_size == job.file_bytes[name]
+def _is_there(plan: ConversionPlan, name: str) -> bool:
+    path = _path(plan, name)
+    return path is not None and path.is_file() and path.stat().st_size == plan.file_bytes[name]
 
 
-def _path(job: _Job, name: str) -> Path | None:
-    if name not in job.file_bytes:
+def _path(plan: ConversionPlan, name: str) -> Path | None:
+    if name not in plan.file_bytes:
         return None
-    return job.pack / name if name == RESIDENT_NAME else job.pack / FLASH_DIR / name
+    return plan.pack / name if name == RESIDENT_NAME else plan.pack / FLASH_DIR / name
 
 
 _Steps = Generator[tuple[int, tuple[str, ...]]]
 
 
-def _files(job: _Job, record: ProgressRecord, writer: WriteBehind) -> Generator[tuple[str, _Steps]]:
+def _files(plan: ConversionPlan, record: ProgressRecord, writer: WriteBehind) -> Generator[tuple[str, _Steps]]:
     """Yield each unfinished file with the steps that write it."""
     if RESIDENT_NAME not in record.finished:
         reading, writing = BufferPool(4), BufferPool(3)
         with (
             DirectReader() as reader,
-            ReadAhead(read_resident(reader, job.resident, reading), depth=2, pools=(reading,)) as pieces,
+            ReadAhead(read_resident(reader, plan.resident, reading), depth=2, pools=(reading,)) as pieces,
         ):
-            path = job.pack / RESIDENT_NAME
-            yield RESIDENT_NAME, write_resident(path, job.resident, pieces, (reading, writing), writer)
-    todo = [index for index in range(len(job.layers)) if layer_file_name(index) not in record.finished]
-    pools = LayerPools(num_column_parts=max(_num_column_parts(parts) for parts in job.parts))
+            path = plan.pack / RESIDENT_NAME
+            yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer)
+    todo = [index for index in range(len(plan.layers)) if layer_file_name(index) not in record.finished]
+    pools = LayerPools(num_column_parts=plan.num_column_parts)
     with DirectReader() as reader:
-        chunks = (chunk for index in todo for chunk in read_layer(reader, job.layouts[index], job.parts[index], pools))
+        chunks = (
+            chunk for index in todo for chunk in read_layer(reader, plan.layouts[index], plan.parts[index], pools)
+        )
         with ReadAhead(chunks, depth=2, pools=pools.reading) as ahead:
             for index in todo:
-                path = job.pack / FLASH_DIR / layer_file_name(index)
-                yield path.name, write_layer(path, job.layouts[index], ahead, job.parts[index], pools, writer)
+                path = plan.pack / FLASH_DIR / layer_file_name(index)
+                yield path.name, write_layer(path, plan.layouts[index], ahead, plan.parts[index], pools, writer)
 
 
-def _num_column_parts(parts: tuple[LayerPart, ...]) -> int:
-    return sum(part.source.neuron_axis == 1 for part in parts)
-
-
-def _finish(job: _Job, record: ProgressRecord) -> Manifest:
+def _finish(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
     """Write the small files, and last of all the manifest."""
-    for path in job.copied:
-        write_small_file(job.pack / path.name, path.read_bytes())
-    write_small_file(job.pack / "config.json", pack_config(job.checkpoint.folder, job.dtype).encode())
-    manifest = _manifest(job, record)
-    write_small_file(manifest_path(job.pack), (manifest.model_dump_json(indent=1) + "\n").encode())
-    remove_record(job.pack)
+    for path in plan.copied:
+        write_small_file(plan.pack / path.name, path.read_bytes())
+    write_small_file(plan.pack / "config.json", pack_config(plan.checkpoint.folder, plan.dtype).encode())
+    manifest = _manifest(plan, record)
+    write_small_file(manifest_path(plan.pack), (manifest.model_dump_json(indent=1) + "\n").encode())
+    remove_record(plan.pack)
     return manifest
 
 
-def _manifest(job: _Job, record: ProgressRecord) -> Manifest:
-    layout = job.layouts[0]
+def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
+    layout = plan.layouts[0]
     entries = tuple(
         LayerEntry(
             module=layer.module,
@@ -342,27 +216,27 @@ def _manifest(job: _Job, record: ProgressRecord) -> Manifest:
             has_down_bias=layer.down_bias is not None,
             checksums=record.finished[layer_file_name(index)],
         )
-        for index, layer in enumerate(job.layers)
+        for index, layer in enumerate(plan.layers)
     )
     return Manifest(
         flashlm_version=__version__,
-        model_type=job.model_type,
-        dtype=job.dtype,  # type: ignore[arg-type]  # canonical_dtype returned it
+        model_type=plan.model_type,
+        dtype=plan.dtype,  # type: ignore[arg-type]  # canonical_dtype returned it
         hidden_size=layout.hidden_size,
         has_gate=layout.has_gate,
-        activation=job.layers[0].activation,
-        block_rows=job.block_rows,
+        activation=plan.layers[0].activation,
+        block_rows=plan.block_rows,
         row_stride_bytes=layout.row_stride_bytes,
         block_stride_bytes=layout.block_stride_bytes,
         layers=entries,
         resident=ResidentEntry(
-            num_bytes=job.resident.num_bytes,
+            num_bytes=plan.resident.num_bytes,
             chunk_bytes=CHECKSUM_CHUNK_BYTES,
             checksums=record.finished[RESIDENT_NAME],
         ),
         source=SourceEntry(
-            name=job.source_name,
-            files={path.name: path.stat().st_size for path in job.checkpoint.files},
-            fingerprint=job.fingerprint,
+            name=plan.source_name,
+            files={path.name: path.stat().st_size for path in plan.checkpoint.files},
+            fingerprint=plan.fingerprint,
         ),
     )

@@ -177,7 +177,10 @@ class Reader:
                 )
             else:
                 number = self._native.submit(
-                    [(one.file._id, one.offset, one.num_bytes, one.buffer.address + one.buffer_offset) for one in requests]
+                    [
+                        (one.file._id, one.offset, one.num_bytes, one.buffer.address + one.buffer_offset)
+                        for one in requests
+                    ]
                 )
         except (ValueError, TypeError) as error:
             raise _refused(requests[0], str(error)) from error

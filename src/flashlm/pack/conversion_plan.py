@@ -1,0 +1,158 @@
+"""What a conversion will write: which tensors go into rows, which stay resident, in which files, of which sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flashlm import __version__
+from flashlm.errors import ConfigError, PackError
+from flashlm.pack.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from flashlm.pack.direct_file import DirectReader
+from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
+from flashlm.pack.layer_file import LayerPart
+from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
+from flashlm.pack.manifest import MAX_DIMENSION, RESIDENT_NAME
+from flashlm.pack.names import map_names, tied_pairs
+from flashlm.pack.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
+from flashlm.pack.source import files_to_copy, fingerprint, load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan:
+    """A conversion in all its parts, before anything is written.
+
+    Attributes:
+        pack: The folder to write.
+        source_name: The source as it was given.
+        checkpoint: The source's weight files.
+        model_type: The transformers model type.
+        dtype: Element type of the pack.
+        block_rows: Rows per block.
+        layers: The feed-forward layers, in forward order.
+        layouts: The geometry of each layer's file.
+        parts: For each layer where the parts of its rows are.
+        resident: What goes into `model.safetensors`.
+        copied: Small files to copy.
+        fingerprint: Identifies the conversion.
+    """
+
+    pack: Path
+    source_name: str
+    checkpoint: Checkpoint
+    model_type: str
+    dtype: str
+    block_rows: int
+    layers: tuple[FfnLayer, ...]
+    layouts: tuple[LayerLayout, ...]
+    parts: tuple[tuple[LayerPart, ...], ...]
+    resident: ResidentPlan
+    copied: tuple[Path, ...]
+    fingerprint: str
+
+    @property
+    def file_bytes(self) -> dict[str, int]:
+        """Sizes of the large files by name, in the order in which they are written."""
+        layers = {layer_file_name(index): layout.file_bytes for index, layout in enumerate(self.layouts)}
+        return {RESIDENT_NAME: self.resident.num_bytes, **layers}
+
+    @property
+    def num_column_parts(self) -> int:
+        """The most parts of a layer that lie column by column."""
+        return max(sum(part.source.neuron_axis == 1 for part in parts) for parts in self.parts)
+
+
+def layer_file_name(index: int) -> str:
+    """Return the name of a layer's file in `flash/`."""
+    return f"layer-{index:05d}.rows"
+
+
+def plan_conversion(
+    source_name: str, folder: Path, target: Path, dtype: str, block_rows: int | None, trust_remote_code: bool
+) -> ConversionPlan:
+    """Read the source's headers and config and decide what goes where; writes nothing.
+
+    Raises:
+        ConfigError: A wrong setting.
+        UnsupportedModelError: The model's feed-forward layers can't be placed.
+        PackError: The source is damaged or incomplete.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder)
+    model = build_meta_model(config, trust_remote_code=trust_remote_code)
+    layers = find_ffn_layers(model)
+    entries = map_names(model, checkpoint)
+    for duplicate, original in tied_pairs(model, entries):
+        with DirectReader() as reader:
+            if is_same(reader, entries[duplicate], entries[original]):
+                del entries[duplicate]
+    rows = _block_rows(layers, dtype, block_rows)
+    copied = files_to_copy(folder, trust_remote_code=trust_remote_code)
+    settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__}
+    return ConversionPlan(
+        pack=target,
+        source_name=source_name,
+        checkpoint=checkpoint,
+        model_type=config.model_type,
+        dtype=dtype,
+        block_rows=rows,
+        layers=layers,
+        layouts=tuple(_layout(layer, dtype, rows) for layer in layers),
+        parts=tuple(_layer_parts(layer, entries) for layer in layers),
+        resident=ResidentPlan(_resident_tensors(layers, entries, dtype)),
+        copied=tuple(copied),
+        fingerprint=fingerprint(checkpoint, copied, settings),
+    )
+
+
+def _block_rows(layers: tuple[FfnLayer, ...], dtype: str, wanted: int | None) -> int:
+    if wanted is not None:
+        if wanted <= 0 or wanted % ROWS_PER_STEP or wanted > MAX_DIMENSION:
+            raise ConfigError(f"block_rows is {wanted}: a multiple of {ROWS_PER_STEP} above zero expected")
+        return wanted
+    largest = max(layers, key=lambda layer: layer.num_rows)
+    return choose_block_rows(
+        hidden_size=largest.hidden_size, num_rows=largest.num_rows, has_gate=largest.has_gate, dtype=dtype
+    )
+
+
+def _layout(layer: FfnLayer, dtype: str, block_rows: int) -> LayerLayout:
+    return LayerLayout(
+        hidden_size=layer.hidden_size,
+        num_rows=layer.num_rows,
+        has_gate=layer.has_gate,
+        dtype=dtype,
+        block_rows=block_rows,
+    )
+
+
+def _layer_parts(layer: FfnLayer, entries: dict[str, TensorEntry]) -> tuple[LayerPart, ...]:
+    parts = tuple(LayerPart(source, entries[source.name]) for source in layer.parts)
+    for part in parts:
+        if not part.entry.dtype.is_floating_point:
+            raise PackError(f"{part.entry.path} holds {part.entry.name} as {part.entry.dtype}: floating point expected")
+    return parts
+
+
+def _resident_tensors(
+    layers: tuple[FfnLayer, ...], entries: dict[str, TensorEntry], dtype: str
+) -> list[ResidentTensor]:
+    """Return every tensor that is not streamed, and the biases of the streamed layers under the pack's names."""
+    wanted: torch.dtype = getattr(torch, dtype)
+    streamed = {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
+    tensors = [
+        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=pack_dtype(entry.dtype, wanted))
+        for name, entry in sorted(entries.items())
+        if name not in streamed
+    ]
+    for layer in layers:
+        for name, source in layer.biases.items():
+            size = layer.hidden_size if name.endswith(".down_bias") else layer.num_rows
+            tensors.append(
+                ResidentTensor(
+                    name=name, source=entries[source.name], first=source.first_neuron, shape=(size,), dtype=wanted
+                )
+            )
+    return tensors
