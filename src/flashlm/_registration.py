@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 _REGISTRY = "transformers.quantizers.auto"
+_QUANTIZER = "flashlm.engine.quantizer"  # registers itself when it has run
 
 
 class _RegisteringLoader(Loader):
@@ -27,9 +29,7 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        from flashlm.engine.quantizer import register
-
-        register()
+        import_module(_QUANTIZER)
 
 
 class _RegistryFinder(MetaPathFinder):
@@ -50,8 +50,6 @@ class _RegistryFinder(MetaPathFinder):
 def register_with_transformers() -> None:
     """Register now if transformers' registry is there, else as soon as it is imported."""
     if _REGISTRY in sys.modules:
-        from flashlm.engine.quantizer import register
-
-        register()
+        import_module(_QUANTIZER)
     elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegistryFinder())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -43,6 +45,21 @@ def test_plain_from_pretrained_works_and_reads_the_environment(tiny_pack, monkey
     monkeypatch.setenv("FLASHLM_DRAM", "1MiB")
     with pytest.raises(BudgetError, match="below the"):
         AutoModelForCausalLM.from_pretrained(tiny.pack)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import flashlm; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import flashlm",
+        "import flashlm.engine.quantizer; from transformers import AutoModelForCausalLM",
+        "import flashlm; flashlm.FlashConfig; from transformers import AutoModelForCausalLM",
+    ],
+)
+def test_packs_are_known_whatever_is_imported_first(imports, tiny_pack):
+    code = f"{imports}; AutoModelForCausalLM.from_pretrained({str(tiny_pack('llama').pack)!r}).flash"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_quantization_config_argument_is_taken_over(tiny_pack):

@@ -219,9 +219,8 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from flashlm.engine.quantizer import FlashConfig, register
+    from flashlm.engine.quantizer import FlashConfig
 
-    register()
     asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin)
     check_resident_file(Path(pack), read_manifest(Path(pack)))
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}

@@ -117,7 +117,7 @@ def _pack_folder(checkpoint_files: list[str] | None) -> Path:
 
 
 def register() -> None:
-    """Make transformers know packs. Calling it again does nothing."""
+    """Make transformers know packs; this module calls it once. Calling it again does nothing."""
     if QUANT_METHOD in quantizers_auto.AUTO_QUANTIZER_MAPPING:
         return
     quantizers_auto.register_quantization_config(QUANT_METHOD)(FlashConfig)
@@ -127,3 +127,6 @@ def register() -> None:
     known = getattr(quantizers_auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
     if isinstance(known, tuple):
         quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, FlashConfig)
+
+
+register()
