@@ -1,0 +1,118 @@
+"""A GGUF file with the matrices of a transformers config, in 16 bits, for llama.cpp.
+
+llama.cpp knows Llama; it does not know OPT. GPT-2 stands in for it: learned positions, LayerNorm, biases everywhere, an
+ungated FFN of two matrices, the output tied to the embedding, so that every matrix is there once with the same size.
+Only the activation differs (GELU for ReLU), which is no work to speak of. Weights are random, written tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+import torch
+from random_weights import RandomPool, as_bytes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+STAND_INS = {"opt": "gpt2", "llama": "llama"}
+GGUF_TYPES = {torch.float16: gguf.GGMLQuantizationType.F16, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
+FILE_TYPES = {torch.float16: gguf.LlamaFileType.MOSTLY_F16, torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _gpt2_shapes(config: PretrainedConfig) -> Shapes:
+    d, d_ffn = config.hidden_size, config.ffn_dim
+    shapes: Shapes = {
+        "token_embd.weight": (config.vocab_size, d),
+        "position_embd.weight": (config.max_position_embeddings, d),
+        "output_norm.weight": (d,),
+        "output_norm.bias": (d,),
+    }
+    layer = {"attn_norm": (d,), "attn_qkv": (3 * d, d), "attn_output": (d, d)}
+    layer |= {"ffn_norm": (d,), "ffn_up": (d_ffn, d), "ffn_down": (d, d_ffn)}
+    for number in range(config.num_hidden_layers):
+        for name, shape in layer.items():
+            shapes[f"blk.{number}.{name}.weight"] = shape
+            shapes[f"blk.{number}.{name}.bias"] = shape[:1]
+    return shapes
+
+
+def _llama_shapes(config: PretrainedConfig) -> Shapes:
+    d, d_ffn = config.hidden_size, config.intermediate_size
+    d_kv = d // config.num_attention_heads * config.num_key_value_heads
+    shapes: Shapes = {"token_embd.weight": (config.vocab_size, d), "output_norm.weight": (d,)}
+    if not config.tie_word_embeddings:
+        shapes["output.weight"] = (config.vocab_size, d)
+    layer = {"attn_norm": (d,), "attn_q": (d, d), "attn_k": (d_kv, d), "attn_v": (d_kv, d), "attn_output": (d, d)}
+    layer |= {"ffn_norm": (d,), "ffn_gate": (d_ffn, d), "ffn_up": (d_ffn, d), "ffn_down": (d, d_ffn)}
+    for number in range(config.num_hidden_layers):
+        shapes |= {f"blk.{number}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    writer.add_name("random weights")
+    writer.add_file_type(FILE_TYPES[dtype])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    if config.model_type == "llama":
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    else:
+        writer.add_feed_forward_length(config.ffn_dim)
+        writer.add_layer_norm_eps(1e-5)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    """Add a vocabulary that is valid and says nothing: the runs feed token ids."""
+    kinds = gguf.TokenType
+    special = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
+    special += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    tokens = special + [(f"t{number}", kinds.NORMAL) for number in range(vocab_size - len(special))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_scores([0.0] * vocab_size)
+    writer.add_token_types([int(kind) for _, kind in tokens])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def write_gguf(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = torch.float16) -> int:
+    """Write the twin of `config` and return its bytes; a file that is there is complete and stays.
+
+    Matrices are in `dtype`, vectors in float32, as llama.cpp wants them.
+    """
+    if path.exists():
+        return path.stat().st_size
+    architecture = STAND_INS[config.model_type]
+    shapes = _gpt2_shapes(config) if architecture == "gpt2" else _llama_shapes(config)
+    pool = RandomPool(dtype)
+    partial = path.with_suffix(".partial")
+    writer = gguf.GGUFWriter(partial, architecture)
+    _add_settings(writer, config, dtype)
+    _add_tokenizer(writer, config.vocab_size)
+    for name, shape in shapes.items():
+        is_matrix = len(shape) > 1
+        size = math.prod(shape) * (2 if is_matrix else 4)
+        kind = GGUF_TYPES[dtype] if is_matrix else gguf.GGMLQuantizationType.F32
+        writer.add_tensor_info(name, shape, np.dtype(np.float16 if is_matrix else np.float32), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, shape in shapes.items():
+        tensor = pool.tensor(name, shape)
+        writer.write_tensor_data(as_bytes(tensor if len(shape) > 1 else tensor.float()))
+    writer.close()
+    partial.rename(path)
+    return path.stat().st_size

@@ -1,0 +1,282 @@
+"""One measured process of the hybrid benchmark: it loads one system, times it, and writes what it saw as JSON.
+
+    python hybrid_child.py SPEC.json OUT.json
+
+`SPEC.json` names the job and its settings; `hybrid.py` writes it, and starts this file inside the memory cgroup.
+Results are written after every sample, so that a child killed for memory leaves what it had. Every system is fed the
+same fixed random token ids, so that logits can be compared between systems.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Spec = dict[str, Any]
+
+
+class Runner(Protocol):
+    """A loaded model that is fed token ids."""
+
+    def forward(self, token_ids: list[int]) -> np.ndarray:
+        """Append the ids to the context and return the last token's logits, float32, (vocab,)."""
+
+    def reset(self) -> None:
+        """Forget the context."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return settings and versions for the record."""
+
+    def last_telemetry(self) -> dict[str, Any]:
+        """Return what the system itself recorded of the last forward, or nothing."""
+
+
+class TorchRunner:
+    """A transformers model and its KV cache."""
+
+    def __init__(self, model: Any, facts: dict[str, Any]) -> None:
+        self.model = model
+        self.cache: Any = None
+        self._facts = facts
+
+    def forward(self, token_ids: list[int]) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            out = self.model(
+                input_ids=torch.tensor([token_ids]), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+        self.cache = out.past_key_values
+        return out.logits[0, -1].float().numpy()
+
+    def reset(self) -> None:
+        self.cache = None
+
+    def facts(self) -> dict[str, Any]:
+        return self._facts
+
+    def last_telemetry(self) -> dict[str, Any]:
+        return {}
+
+
+def load_accelerate(spec: Spec) -> Runner:
+    """Load a checkpoint with what fits of it in memory and the rest on disk, as `device_map="auto"` does it."""
+    import accelerate
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        spec["checkpoint"],
+        dtype=getattr(torch, spec["dtype"]),
+        device_map="auto",
+        max_memory={"cpu": spec["cpu_bytes"]},
+        offload_folder=spec["offload_folder"],
+    )
+    if spec["copy_resident"]:
+        # safetensors hands out views of the mapped file, whose pages the kernel drops under the cap and reads again
+        # for every token; copied weights stay
+        for weight in model.parameters():
+            if not weight.is_meta:
+                weight.data = weight.data.clone()
+    placement = list(model.hf_device_map.values())
+    facts = {
+        "settings": f"device_map='auto', max_memory={{'cpu': {spec['cpu_bytes']}}}, offload_folder, {spec['dtype']}",
+        "resident_weights": "copied out of the mapped file" if spec["copy_resident"] else "mapped",
+        "num_modules_in_memory": placement.count("cpu"),
+        "num_modules_on_disk": placement.count("disk"),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "num_threads": torch.get_num_threads(),
+    }
+    return TorchRunner(model.eval(), facts)
+
+
+class LlamaCppRunner:
+    """llama.cpp through llama-cpp-python, weights memory-mapped."""
+
+    def __init__(self, spec: Spec) -> None:
+        import llama_cpp
+
+        self.api = llama_cpp
+        self.llama = llama_cpp.Llama(
+            model_path=spec["gguf"],
+            n_ctx=spec["context"],
+            n_batch=max(spec["prefill_tokens"], 32),
+            n_threads=spec["num_threads"],
+            n_threads_batch=spec["num_threads"],
+            use_mmap=True,
+            use_mlock=False,
+            logits_all=False,
+            verbose=False,
+        )
+
+    def forward(self, token_ids: list[int]) -> np.ndarray:
+        self.llama.eval(token_ids)
+        logits = self.api.llama_get_logits_ith(self.llama.ctx, -1)
+        return np.ctypeslib.as_array(logits, shape=(self.llama.n_vocab(),)).copy()
+
+    def reset(self) -> None:
+        self.llama.reset()
+
+    def facts(self) -> dict[str, Any]:
+        system = self.api.llama_print_system_info().decode()
+        return {
+            "settings": f"mmap on, mlock off, n_threads={self.llama.n_threads}",
+            "versions": {"llama-cpp-python": self.api.__version__},
+            "system_info": system,
+            "architecture": self.llama.metadata["general.architecture"],
+        }
+
+    def last_telemetry(self) -> dict[str, Any]:
+        return {}
+
+
+def load_flashlm(spec: Spec) -> Runner:
+    from flashlm_face import load
+
+    return load(spec)
+
+
+LOADERS = {"flashlm": load_flashlm, "accelerate": load_accelerate, "llama.cpp": LlamaCppRunner}
+
+
+class Recorder:
+    """The result so far, on disk after every change."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.result: dict[str, Any] = {}
+
+    def note(self, **values: Any) -> None:
+        self.result.update(values)
+        self.result["max_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.result, indent=1))
+        partial.rename(self.path)
+
+
+def disk_read_bytes() -> int:
+    """Return the bytes that this process has had read from the device, page faults included."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    return 0
+
+
+def timed_forward(runner: Runner, token_ids: list[int]) -> tuple[dict[str, Any], np.ndarray]:
+    """Run one forward; return its record and its logits. Raises where the logits are not numbers."""
+    bytes_before, cpu_before_s, start_s = disk_read_bytes(), time.process_time(), time.perf_counter()
+    logits = runner.forward(token_ids)
+    wall_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_before_s
+    if not np.isfinite(logits).all():
+        raise ArithmeticError("the logits are not finite")
+    record = {"num_tokens": len(token_ids), "wall_s": wall_s, "cpu_s": cpu_s, "argmax": int(logits.argmax())}
+    record["disk_read_bytes"] = disk_read_bytes() - bytes_before
+    return record | runner.last_telemetry(), logits
+
+
+def measure(spec: Spec, recorder: Recorder) -> None:
+    """Load the system, then a short prompt and decode tokens, then long prompts; all samples kept."""
+    ids = np.random.default_rng(1).integers(3, spec["vocab_size"], size=spec["context"]).tolist()
+    start_s = time.perf_counter()
+    runner = LOADERS[spec["system"]](spec)
+    recorder.note(load_s=time.perf_counter() - start_s, facts=runner.facts())
+    num_prompt = spec["prompt_tokens"]
+    prompt, logits = timed_forward(runner, ids[:num_prompt])
+    recorder.note(prompt=prompt)
+    decode: list[dict[str, Any]] = []
+    kept = [logits]
+    for token in ids[num_prompt : num_prompt + spec["decode_tokens"] + 1]:
+        record, logits = timed_forward(runner, [token])
+        decode.append(record)
+        kept.append(logits)
+        recorder.note(decode=decode)
+    np.save(recorder.path.with_suffix(".npy"), np.stack(kept))
+    prefill: list[dict[str, Any]] = []
+    for _ in range(spec["num_prefills"]):
+        runner.reset()
+        record, _ = timed_forward(runner, ids[: spec["prefill_tokens"]])
+        prefill.append(record)
+        recorder.note(prefill=prefill)
+    recorder.note(facts=runner.facts(), finished=True)
+
+
+def convert(spec: Spec, recorder: Recorder) -> None:
+    """Convert a checkpoint to a pack."""
+    from flashlm_face import convert_checkpoint
+
+    start_s = time.perf_counter()
+    convert_checkpoint(Path(spec["checkpoint"]), Path(spec["pack"]), spec["dtype"])
+    recorder.note(wall_s=time.perf_counter() - start_s, finished=True)
+
+
+def write_twin(spec: Spec, recorder: Recorder) -> None:
+    """Write the GGUF of a shape."""
+    import torch
+    from gguf_twin import STAND_INS, write_gguf
+    from shapes import config_of
+
+    config = config_of(spec["shape"])
+    size = write_gguf(Path(spec["gguf"]), config, dtype=getattr(torch, spec["dtype"]))
+    recorder.note(bytes=size, architecture=STAND_INS[config.model_type], dtype=spec["dtype"], finished=True)
+
+
+def write_weights(spec: Spec, recorder: Recorder) -> None:
+    """Write the random checkpoint of a shape."""
+    from random_weights import write_checkpoint
+    from shapes import config_of
+
+    config = config_of(spec["shape"], num_layers=spec.get("num_layers"))
+    size = write_checkpoint(Path(spec["checkpoint"]), config)
+    recorder.note(bytes=size, vocab_size=config.vocab_size, weights="random", finished=True)
+
+
+def rates(spec: Spec, recorder: Recorder) -> None:
+    """Measure the sequential rate over the given files, and memory."""
+    from device_rate import memory_read_rate, sequential_rates
+
+    files = [Path(path) for path in spec["files"]]
+    recorder.note(
+        sequential_gb_per_s=sequential_rates(files, limit_bytes=spec["limit_bytes"], num_passes=spec["num_passes"]),
+        files=spec["files_are"],
+        memory_read_gb_per_s=memory_read_rate(),
+        finished=True,
+    )
+
+
+def arithmetic(spec: Spec, recorder: Recorder) -> None:
+    """Time a long prompt with every layer resident, on a model of few layers, and scale to all of them."""
+    from flashlm_face import load, time_layers
+
+    runner = load(spec)
+    ids = np.random.default_rng(1).integers(3, spec["vocab_size"], size=spec["prefill_tokens"]).tolist()
+    recorder.note(**time_layers(runner, ids, num_layers=spec["full_layers"], repeats=spec["repeats"]), finished=True)
+
+
+JOBS = {
+    "measure": measure,
+    "convert": convert,
+    "gguf": write_twin,
+    "checkpoint": write_weights,
+    "rates": rates,
+    "arithmetic": arithmetic,
+}
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    recorder = Recorder(Path(sys.argv[2]))
+    JOBS[spec["job"]](spec, recorder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Model shapes that a benchmark can build without downloading anything: a transformers config each, no weights.
+
+transformers is imported only where a config is made, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def _opt(*, layers: int, d_model: int, heads: int, vocab: int = 50272, positions: int = 2048) -> PretrainedConfig:
+    from transformers import OPTConfig
+
+    return OPTConfig(
+        num_hidden_layers=layers,
+        hidden_size=d_model,
+        word_embed_proj_dim=d_model,
+        ffn_dim=4 * d_model,
+        num_attention_heads=heads,
+        vocab_size=vocab,
+        max_position_embeddings=positions,
+        do_layer_norm_before=True,
+        activation_function="relu",
+        dtype="bfloat16",
+        architectures=["OPTForCausalLM"],
+    )
+
+
+def _llama(*, layers: int, d_model: int, heads: int, d_ffn: int, vocab: int = 32000) -> PretrainedConfig:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=d_model,
+        intermediate_size=d_ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "opt-6.7b": lambda: _opt(layers=32, d_model=4096, heads=32),
+    "llama-2-7b": lambda: _llama(layers=32, d_model=4096, heads=32, d_ffn=11008),
+    # the rest try the harness, not the machine
+    "opt-1.3b": lambda: _opt(layers=24, d_model=2048, heads=32),
+    "opt-tiny": lambda: _opt(layers=4, d_model=256, heads=4, vocab=1024, positions=512),
+    "llama-tiny": lambda: _llama(layers=4, d_model=256, heads=4, d_ffn=704, vocab=1024),
+}
+
+
+def config_of(shape: str, *, num_layers: int | None = None) -> PretrainedConfig:
+    """Return the config of the preset `shape`, with another number of layers where `num_layers` is given."""
+    config = SHAPES[shape]()
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
+    return config
+
+
+def stored_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor that a checkpoint of `config` stores (tied ones once), allocating none."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
