@@ -94,7 +94,7 @@ def child(run: Run, step: str, spec: Record, *, cap_bytes: int | None = None, dr
     A failure is a record too, but the next run tries again.
     """
     done = run.record(step)
-    if done and done["spec"] == spec and done["run"]["cap_bytes"] == cap_bytes:
+    if done and is_same(done, spec, cap_bytes):
         log(f"{step}: done before")
         return done
     spec_path, out_path = run.record_path(step).with_suffix(".spec"), run.record_path(step).with_suffix(".out")
@@ -117,6 +117,11 @@ def child(run: Run, step: str, spec: Record, *, cap_bytes: int | None = None, dr
     log(f"{step}: {'done' if ok else 'FAILED'} in {ended['wall_s']:.1f} s")
     ended |= {"cache_state": cache_state, "load_average_before": load_before, "cap_bytes": cap_bytes}
     return run.keep(step, {"ok": ok, "spec": spec, "run": ended, "result": result})
+
+
+def is_same(record: Record, spec: Record, cap_bytes: int | None) -> bool:
+    """Return whether a record was made with these settings."""
+    return bool(record["spec"] == spec and record["run"]["cap_bytes"] == cap_bytes)
 
 
 def must(record: Record, step: str) -> Record:
@@ -212,10 +217,18 @@ def system_spec(run: Run, system: str) -> Record:
     return spec
 
 
+def is_measured(run: Run, number: int, system: str) -> bool:
+    """Return whether a system's record of a round is there."""
+    record = run.record(f"round-{number}-{system}")
+    return record is not None and is_same(record, system_spec(run, system), run.cap_bytes)
+
+
 def measure(run: Run) -> None:
     """Run every system once per round, in turn; odd rounds backwards, so that a drifting machine favours none."""
     for number in range(1, run.args.rounds + 1):
         systems = run.args.systems if number % 2 else run.args.systems[::-1]
+        if not all(is_measured(run, number, system) for system in systems):
+            forget(run, [f"rates-round-{number}-"])  # the rates must be of the same time as what they judge
         measure_rates(run, f"round-{number}-before")
         for system in systems:
             record = child(
@@ -241,10 +254,13 @@ def measure_arithmetic(run: Run) -> None:
 
 def check_space(run: Run) -> None:
     """Say what will be written and refuse where it does not fit."""
-    copies = {"checkpoint": 1, "gguf": 1, "dd": 1, "convert": 1}
-    needed = sum(n * run.weight_bytes for step, n in copies.items() if step in run.args.steps and not run.record(step))
-    if "arithmetic" in run.args.steps and not run.record("arithmetic"):
-        needed += 2 * run.weight_bytes * ARITHMETIC_LAYERS // run.num_layers
+    todo = [step for step in run.args.steps if not run.record(step)]
+    lasting = sum(run.weight_bytes for step in todo if step in ("checkpoint", "gguf", "convert"))
+    if "arithmetic" in todo:
+        lasting += 2 * run.weight_bytes * ARITHMETIC_LAYERS // run.num_layers
+    # dd removes its file before the conversion begins
+    before_conversion = sum(run.weight_bytes for step in todo if step in ("checkpoint", "gguf", "dd"))
+    needed = max(lasting, before_conversion)
     free = shutil.disk_usage(run.folder).free
     log(f"writes about {format_size(needed)} more into {run.folder}, where {format_size(free)} are free")
     if free < needed * 1.02 + (1 << 30):
@@ -263,9 +279,19 @@ def clean(folder: Path) -> None:
         folder.rmdir()
 
 
+def belongs(run: Run, step: str, record: Record) -> bool:
+    """Return whether a record is of this run's rounds and cap, not of an earlier run with others."""
+    words = step.removeprefix("rates-").split("-")
+    if words[0] != "round":
+        return True
+    of_cap = step.startswith("rates-") or record["run"]["cap_bytes"] == run.cap_bytes
+    return of_cap and int(words[1]) <= run.args.rounds
+
+
 def gather(run: Run) -> Record:
     """Return the whole result: facts, settings, and every record."""
     records = {path.stem: json.loads(path.read_text()) for path in sorted(run.path("steps").glob("*.json"))}
+    records = {step: record for step, record in records.items() if belongs(run, step, record)}
     settings = {name: value for name, value in vars(run.args).items() if name not in ("work", "results", "docs")}
     whole = {
         "benchmark": "hybrid",
@@ -318,7 +344,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--peer-tokens", type=int, default=4, help="decode tokens timed for the peers, after one warm-up")
     add("--prompt-tokens", type=int, default=16, help="prompt before the decode tokens")
     add("--prefill-tokens", type=int, default=128, help="tokens of the timed prompt")
-    add("--prefills", type=int, default=3, help="timed prompts of flashlm hybrid")
+    add("--prefills", type=int, default=2, help="timed prompts of flashlm hybrid")
     add("--peer-prefills", type=int, default=0, help="timed prompts of the peers")
     add("--context", type=int, default=256, help="tokens that the KV cache may hold")
     add("--accelerate-share", type=float, default=0.75, help="part of the cap that accelerate may fill with weights")
