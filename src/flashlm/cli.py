@@ -251,9 +251,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments, prog_name="flashlm")
     except FlashError as error:
         _fail(error, error.exit_code, arguments)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nflashlm: interrupted\n")
-        sys.exit(INTERRUPTED)
+    except SystemExit as done:  # typer has turned Ctrl-C into this one
+        if done.code == INTERRUPTED:
+            sys.stderr.write("\nflashlm: interrupted\n")
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

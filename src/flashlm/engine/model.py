@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from flashlm.engine.config import DEFAULT_CONTEXT, Settings
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.linear import widen_linears
 from flashlm.engine.needs import measure_needs, torch_dtype
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.stream import BlockStream
@@ -111,6 +112,8 @@ class FlashModel:
             assert isinstance(layer, FlashFFN)
             layer.bind(self._stream, gemm)
         model.requires_grad_(False)
+        if gemm.strategy == "widen":
+            widen_linears(model)
         model.flash = self
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward, with_kwargs=True)
