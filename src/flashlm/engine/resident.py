@@ -57,7 +57,7 @@ def load_resident(model: nn.Module, path: Path, entry: ResidentEntry, reader: Re
 
 def _read_whole(reader: Reader, file: File, num_bytes: int) -> torch.Tensor:
     """Return the file's bytes as uint8 (num_bytes,); the last, unaligned piece is read apart."""
-    buffer = AlignedBuffer(round_up(num_bytes, BLOCK_ALIGN_BYTES))
+    buffer = AlignedBuffer(round_up(num_bytes, BLOCK_ALIGN_BYTES), huge_pages=False)  # docs/experiments.md: first touch
     aligned_bytes = num_bytes // BLOCK_ALIGN_BYTES * BLOCK_ALIGN_BYTES
     reader.read(
         [

@@ -108,7 +108,7 @@ class BlockStream:
         """Read every pinned block into one buffer; return it and the address of each layer's blocks."""
         if not placement.pinned_bytes:
             return None, [[] for _ in layouts]
-        pool = AlignedBuffer(placement.pinned_bytes)
+        pool = AlignedBuffer(placement.pinned_bytes, huge_pages=False)  # docs/experiments.md: first touch
         addresses: list[list[int]] = []
         requests = []
         position = 0
