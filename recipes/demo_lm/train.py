@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, metrics and model")
     parser.add_argument("--data-name", default="a text without a name", help="for the model card")
     parser.add_argument("--licence", default="other", help="the text's licence, for the model card (cc-by-sa-3.0, ...)")
+    parser.add_argument("--remark", default="", help="a sentence on how the training went, for the model card")
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
@@ -91,7 +92,7 @@ def train(options: argparse.Namespace, settings: Settings) -> int:
             return EXIT_INTERRUPTED
     progress.note("exporting, and measuring perplexity")
     folder = options.out / "model"
-    provenance = Provenance(data_name=options.data_name, licence=options.licence)
+    provenance = Provenance(data_name=options.data_name, licence=options.licence, remark=options.remark)
     precision = "bf16 autocast" if bf16 else "fp32"
     record = export(run, folder, options.data, precision=precision, threads=options.threads, provenance=provenance)
     print(json.dumps(record))

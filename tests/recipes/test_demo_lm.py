@@ -24,6 +24,7 @@ from demo_training.run import Process, Run, StopRequest  # noqa: E402
 from demo_training.schedule import RunningClock, Schedule  # noqa: E402
 from demo_training.settings import Settings  # noqa: E402
 
+REMARK = "The ship sank twice."
 TINY = Settings(
     vocab_size=512,
     hidden_size=32,
@@ -72,6 +73,14 @@ def test_run_resumed_after_a_stop_is_bit_identical(data: Path, tmp_path: Path) -
     assert losses[0] == losses[1]
 
 
+def test_resume_with_fewer_steps_decays_from_where_it_is(data: Path, tmp_path: Path) -> None:
+    first = make_run(data, tmp_path, Settings(**{**vars(TINY), "steps": 100}))
+    assert not first.train(lambda: first.step == 5)
+    second = make_run(data, tmp_path, Settings(**{**vars(TINY), "steps": 6}))
+    assert second.train(lambda: False)
+    assert [record["lr_factor"] for record in second.metrics.read()][5:] == [1.0, 0.6667, 0.3333]
+
+
 def test_resume_with_another_model_size_is_refused(data: Path, tmp_path: Path) -> None:
     make_run(data, tmp_path).train(lambda: True)
     wider = Settings(**{**vars(TINY), "ffn_size": 128})
@@ -83,7 +92,10 @@ def test_command_trains_and_exports_a_model_that_transformers_loads(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = [word for name, value in vars(TINY).items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert train.main(["--data", str(data), "--out", str(tmp_path), "--precision", "fp32", *sizes]) == 0
+    assert (
+        train.main(["--data", str(data), "--out", str(tmp_path), "--precision", "fp32", "--remark", REMARK, *sizes])
+        == 0
+    )
     record = json.loads(capsys.readouterr().out)
     folder = tmp_path / "model"
 
@@ -100,6 +112,7 @@ def test_command_trains_and_exports_a_model_that_transformers_loads(
     assert " <unk>" not in tokenizer.decode(written)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"{record['test']['perplexity_per_word']:.1f}" in card
+    assert REMARK in card
     assert str(tmp_path) not in "".join(p.read_text(encoding="utf-8") for p in folder.glob("*.[jm]*[nd]"))
 
 

@@ -33,12 +33,12 @@ A decoder of the OPT architecture with {millions:.1f} M parameters (embeddings t
 | data | {data_name}, training split |
 | steps | {steps}, the learning rate falling from step {decay_start_step} on |
 | tokens seen | {tokens_seen:,} ({epochs:.2f} epochs) |
-| optimiser | Muon (matrices in layers), AdamW (the rest) |
+| optimiser, peak learning rate | Muon (matrices in layers), {muon_lr}; AdamW (the rest), {adam_lr} |
 | precision | {precision} |
 | machine | {machine} |
 | training time | {training_minutes:.0f} minutes, evaluation and pauses not counted |
 
-{curve}
+{remark}{curve}
 ## Perplexity
 
 Of the exported bfloat16 weights, computed in float32. Every token is scored once. The text follows one `</s>`; windows are
@@ -75,13 +75,13 @@ def write_card(record: dict[str, Any]) -> str:
         f"| {record[split]['num_words']:,} | {record[split]['perplexity_per_word']:.1f} |"
         for split in ("valid", "test")
     ]
-    values = record["settings"] | record
-    return CARD.format(
-        **values,
-        millions=record["num_parameters"] / 1e6,
-        rows="\n".join(rows),
-        activity=", ".join(f"{fraction:.1%}" for fraction in record["active_neurons"]),
-        curve=CURVE if record["has_loss_curve"] else "",
-        unknown=UNKNOWN if record["suppresses_unknown"] else "",
-        command=COMMAND,
-    )
+    texts = {
+        "millions": record["num_parameters"] / 1e6,
+        "rows": "\n".join(rows),
+        "activity": ", ".join(f"{fraction:.1%}" for fraction in record["active_neurons"]),
+        "remark": f"{record['remark']}\n\n" if record["remark"] else "",
+        "curve": CURVE if record["has_loss_curve"] else "",
+        "unknown": UNKNOWN if record["suppresses_unknown"] else "",
+        "command": COMMAND,
+    }
+    return CARD.format(**(record["settings"] | record | texts))

@@ -31,6 +31,8 @@ class Provenance:
     """Name of the training text."""
     licence: str
     """Licence of the training text, as an identifier that model cards use."""
+    remark: str = ""
+    """What else a reader should know of the training, such as settings changed on the way."""
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
