@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.models import save_checkpoint
 from transformers import PreTrainedModel
 
 from flashlm.pack.convert import convert
+from tests.models import save_checkpoint
 
 NUM_POSITIONS = 160
 OVERRIDES = {"stablelm": {"hidden_size": 64}}  # its rotary share must come out even

@@ -75,7 +75,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def smallest_dram_bytes(pack: Path, context: int | None = None) -> int:
+def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
     """Return the smallest `dram` with which a process like this one runs `pack`.
 
     Builds the model without weights, as loading does, so that the libraries that it needs are counted.
@@ -85,7 +85,7 @@ def smallest_dram_bytes(pack: Path, context: int | None = None) -> int:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    manifest = read_manifest(pack)
+    manifest = read_manifest(Path(pack))
     config = AutoConfig.from_pretrained(pack)
     del config.quantization_config
     with torch.device("meta"):
