@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
 BUILT := $(VENV)/.built
 NATIVE := CMakeLists.txt $(wildcard native/* native/kernels/*)
 TEST_REPORT := build/tests.xml
@@ -13,16 +12,12 @@ TEST_REPORT := build/tests.xml
 help:  ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(BUILT): pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first and pinned: an open range may bring gigabytes of GPU libraries
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,recipes]'
-	touch $(STAMP)
-
-$(BUILT): $(STAMP) $(NATIVE)
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $(BUILT)
 
 setup: $(BUILT)  ## Make .venv and build the native extension
