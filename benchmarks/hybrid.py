@@ -23,13 +23,13 @@ from typing import Any
 
 from capped import drop_page_cache, run_capped
 from hybrid_report import publish, summarise
-from machine import describe_block_device, describe_commit, describe_machine, today
+from machine import describe_block_device, describe_commit, describe_machine, machine_counters, today
 from shapes import SHAPES
 
 from flashlm.sizes import format_size, parse_size_bytes
 
 HERE = Path(__file__).resolve().parent
-SYSTEMS = ("naive", "hybrid", "accelerate", "llama.cpp")
+SYSTEMS = ("naive", "hybrid", "accelerate", "accelerate-mapped", "llama.cpp")
 STEPS = ("checkpoint", "gguf", "dd", "convert", "measure", "arithmetic")
 OWN_ENTRIES = (
     "checkpoint",
@@ -103,7 +103,7 @@ def child(run: Run, step: str, spec: Record, *, cap_bytes: int | None = None, dr
     out_path.unlink(missing_ok=True)
     cache_state = drop_page_cache(model_files(run)) if drop else "as found"
     log(f"{step}: started" + (f" under {format_size(cap_bytes)}" if cap_bytes else ""))
-    load_before = os.getloadavg()[0]
+    load_before, counters = os.getloadavg()[0], machine_counters(run.folder)
     argv = [sys.executable, str(HERE / "hybrid_child.py"), str(spec_path), str(out_path)]
     ended: Record
     if cap_bytes:
@@ -116,6 +116,7 @@ def child(run: Run, step: str, spec: Record, *, cap_bytes: int | None = None, dr
     ok = ended["returncode"] == 0 and result.get("finished", False)
     log(f"{step}: {'done' if ok else 'FAILED'} in {ended['wall_s']:.1f} s")
     ended |= {"cache_state": cache_state, "load_average_before": load_before, "cap_bytes": cap_bytes}
+    ended["whole_machine"] = {name: now - counters[name] for name, now in machine_counters(run.folder).items()}
     return run.keep(step, {"ok": ok, "spec": spec, "run": ended, "result": result})
 
 
@@ -207,11 +208,12 @@ def system_spec(run: Run, system: str) -> Record:
     if system in ("naive", "hybrid"):
         spec |= {"system": "flashlm", "mode": system, "pack": str(run.path("pack")), "dram_bytes": run.cap_bytes}
         spec |= {"decode_tokens": args.tokens, "num_prefills": args.prefills if system == "hybrid" else 0}
-    elif system == "accelerate":
+    elif system.startswith("accelerate"):
+        spec["system"] = "accelerate"
         cpu_bytes = int(run.cap_bytes * args.accelerate_share)
         spec |= {"checkpoint": str(run.path("checkpoint")), "offload_folder": str(run.path("offload"))}
         spec |= {"cpu_bytes": cpu_bytes, "dtype": args.accelerate_dtype}
-        spec |= {"copy_resident": args.accelerate_resident == "copied"}
+        spec |= {"copy_resident": system == "accelerate"}
     else:
         spec |= {"gguf": str(gguf_path(run)), "dtype": args.gguf_dtype}
     return spec
@@ -347,8 +349,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefills", type=int, default=2, help="timed prompts of flashlm hybrid")
     add("--peer-prefills", type=int, default=0, help="timed prompts of the peers")
     add("--context", type=int, default=256, help="tokens that the KV cache may hold")
-    add("--accelerate-share", type=float, default=0.75, help="part of the cap that accelerate may fill with weights")
-    add("--accelerate-resident", choices=("copied", "mapped"), default="copied", help="see benchmarks/README.md")
+    add("--accelerate-share", type=float, default=0.85, help="part of the cap that accelerate may fill with weights")
     add("--accelerate-dtype", default="bfloat16", help="dtype that accelerate computes in")
     add("--gguf-dtype", choices=("float16", "bfloat16"), default="float16", help="dtype of the GGUF's matrices")
     add("--rate-bytes", type=parse_size_bytes, default=4 << 30, help="bytes of each pass over the files")
@@ -391,8 +392,14 @@ def main() -> None:
     for name, do in steps.items():
         if name in args.steps:
             do(run)
-    publish(gather(run), results=args.results, docs=args.docs)
-    if not args.keep:
+    whole = gather(run)
+    publish(whole, results=args.results, docs=args.docs)
+    failed = [step for step, record in whole["records"].items() if not record["ok"]]
+    if failed:
+        log(
+            f"failed: {', '.join(failed)}; the work folder stays, the same command tries them again, --clean removes it"
+        )
+    elif not args.keep:
         clean(run.folder)
 
 

@@ -84,7 +84,7 @@ def load_accelerate(spec: Spec) -> Runner:
         for weight in model.parameters():
             if not weight.is_meta:
                 weight.data = weight.data.clone()
-    placement = list(model.hf_device_map.values())
+    placement = list(getattr(model, "hf_device_map", {"": "cpu"}).values())  # no map where everything fits
     facts = {
         "settings": f"device_map='auto', max_memory={{'cpu': {spec['cpu_bytes']}}}, offload_folder, {spec['dtype']}",
         "resident_weights": "copied out of the mapped file" if spec["copy_resident"] else "mapped",

@@ -56,6 +56,22 @@ def describe_block_device(folder: Path) -> dict[str, Any]:
     return {"name": device.name, **facts}
 
 
+def machine_counters(folder: Path) -> dict[str, float]:
+    """Return what the whole machine has done so far: device bytes and processor seconds, other programs' included.
+
+    Differences over a run, held against the run's own figures, show whether somebody else was busy meanwhile.
+    """
+    ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+    user_s, nice_s, system_s, _, _, irq_s, softirq_s, steal_s = ticks[:8]
+    counters = {"cpu_busy_s": user_s + nice_s + system_s + irq_s + softirq_s, "cpu_stolen_s": steal_s}
+    number = folder.stat().st_dev
+    stat = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat")
+    if stat.exists():
+        words = stat.read_text().split()
+        counters |= {"device_read_bytes": int(words[2]) * 512, "device_written_bytes": int(words[6]) * 512}
+    return counters
+
+
 def describe_commit(repository: Path) -> dict[str, Any]:
     """Return the commit and whether the tree differs from it; empty outside a git checkout."""
 
