@@ -330,14 +330,16 @@ def plot(whole: Record, path: Path) -> None:
         axes.barh(row, system["s_per_token"], color=colour, height=0.6)
         axes.plot(system["s_per_token_samples"], [row] * len(system["s_per_token_samples"]), "k.", ms=4, alpha=0.6)
         right = max(system["s_per_token_samples"])
-        axes.annotate(f"{system['s_per_token']:.2f} s", (right, row), (6, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            f"median {system['s_per_token']:.2f} s", (right, row), (6, 0), textcoords="offset points", va="center"
+        )
     ideal = summary["ideal_hybrid_s_per_token"]
     if ideal:
         axes.axvline(ideal, color="#d62728", ls="--", lw=1.2, label=f"ideal hybrid: {ideal:.2f} s")
         axes.legend(loc="lower right", frameon=False)
     axes.set_yticks(range(len(shown)), [SYSTEM_NAMES[name] for name in shown])
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.28)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds per token (bar: median, dots: samples; shorter is better)")
     axes.set_title(f"{whole['shape']}, 16 bits, process capped at {format_size(whole['cap_bytes'])}", fontsize=11)
