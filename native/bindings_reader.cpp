@@ -5,7 +5,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <tuple>
 
@@ -23,7 +26,11 @@ using RawRequest = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::
 
 constexpr std::chrono::milliseconds SIGNAL_CHECK_EVERY{100};
 
-// Owns a native reader; `close` ends it early, and every later call says so.
+// Owns a native reader; `close` ends it early, and every later call says so. `reader_` changes hands under the GIL only; a
+// call that releases the GIL holds a share, so a `close` by another thread does not take the reader from under it.
+//
+// A forked child has neither the threads nor a ring of its own: taking a completion there would rob the parent. It may not
+// use the reader and leaves it alone when it ends.
 class ReaderHandle {
   public:
     ReaderHandle(const std::string& backend, std::size_t queue_depth, std::size_t num_threads,
@@ -40,53 +47,105 @@ class ReaderHandle {
             throw std::runtime_error(std::string("io_uring is refused here: ") + std::strerror(refusal_));
         }
         if (!reader_) reader_ = make_thread_reader(num_threads, piece_bytes);
+        backend_ = reader_->backend();
     }
+    ~ReaderHandle() {
+        if (is_forked()) new std::shared_ptr<Reader>(std::move(reader_));
+    }
+    ReaderHandle(const ReaderHandle&) = delete;
+    ReaderHandle& operator=(const ReaderHandle&) = delete;
 
-    Reader& get() const {
+    std::shared_ptr<Reader> get() const {
+        if (is_forked()) throw std::invalid_argument("the reader belongs to the process that this one was forked from");
         if (!reader_) throw std::invalid_argument("the reader is closed");
-        return *reader_;
+        return reader_;
     }
+    bool is_usable() const { return reader_ && !is_forked(); }
+    std::string backend() const { return backend_; }
     std::string refusal() const { return refusal_ ? std::strerror(refusal_) : ""; }
-    void close() { reader_.reset(); }
+    void close() {
+        if (!is_usable()) return;
+        std::shared_ptr<Reader> reader = reader_;
+        {
+            nb::gil_scoped_release release;
+            reader->drain();
+        }
+        if (!reader_) return;  // another thread closed it meanwhile
+        bytes_read_ = reader->bytes_read();
+        num_reads_ = reader->num_reads();
+        reader_.reset();
+    }
+    std::uint64_t bytes_read() const { return is_usable() ? reader_->bytes_read() : bytes_read_; }
+    std::uint64_t num_reads() const { return is_usable() ? reader_->num_reads() : num_reads_; }
 
   private:
+    bool is_forked() const { return getpid() != pid_; }
+
+    const pid_t pid_ = getpid();
     int refusal_ = 0;
-    std::unique_ptr<Reader> reader_;
+    std::string backend_;
+    std::shared_ptr<Reader> reader_;
+    std::uint64_t bytes_read_ = 0;  // of a closed reader
+    std::uint64_t num_reads_ = 0;
 };
 
 std::tuple<int, std::uint64_t> open(ReaderHandle& handle, const std::string& path, bool direct) {
+    const std::shared_ptr<Reader> reader = handle.get();
+    nb::gil_scoped_release release;
     File file;
     if (const int error = open_file(path, direct, file)) return {error, 0};
-    return {0, handle.get().add_file(std::move(file))};
+    return {0, reader->add_file(std::move(file))};
+}
+
+// Closing the reader has closed its files.
+void close_file_of(ReaderHandle& handle, std::uint64_t file_id) {
+    if (handle.is_usable()) handle.get()->remove_file(file_id);
 }
 
 std::tuple<std::uint64_t, bool, std::uint32_t> file_info(ReaderHandle& handle, std::uint64_t file_id) {
-    const File& file = handle.get().file(file_id);
-    return {file.num_bytes, file.is_direct, file.alignment};
+    const std::shared_ptr<const File> file = handle.get()->file(file_id);
+    return {file->num_bytes, file->is_direct, file->alignment};
+}
+
+// Raises ValueError(why, index of the refused request).
+std::uint64_t begin(ReaderHandle& handle, const std::vector<Request>& requests) {
+    const std::shared_ptr<Reader> reader = handle.get();
+    try {
+        nb::gil_scoped_release release;
+        return reader->submit(requests);
+    } catch (const RefusedRequest& refused) {
+        PyErr_SetObject(PyExc_ValueError, nb::make_tuple(refused.what(), refused.index).ptr());
+        throw nb::python_error();
+    }
 }
 
 std::uint64_t submit(ReaderHandle& handle, const std::vector<RawRequest>& raw) {
     std::vector<Request> requests;
     requests.reserve(raw.size());
     for (const auto& [file_id, offset, length, address] : raw) requests.push_back({file_id, offset, length, address});
-    nb::gil_scoped_release release;
-    return handle.get().submit(requests);
+    return begin(handle, requests);
 }
 
 std::uint64_t submit_one(ReaderHandle& handle, std::uint64_t file_id, std::uint64_t offset, std::uint64_t length,
                          std::uint64_t address) {
+    return begin(handle, {{file_id, offset, length, address}});
+}
+
+bool is_done(ReaderHandle& handle, std::uint64_t ticket) {
+    const std::shared_ptr<Reader> reader = handle.get();
     nb::gil_scoped_release release;
-    return handle.get().submit({{file_id, offset, length, address}});
+    return reader->is_done(ticket);
 }
 
 // Returns None, or (errno, path, offset, wanted, got) of the ticket's first failure. Signals are served meanwhile.
 nb::object wait(ReaderHandle& handle, std::uint64_t ticket) {
+    const std::shared_ptr<Reader> reader = handle.get();
     Failure failure;
     for (;;) {
         WaitResult result;
         {
             nb::gil_scoped_release release;
-            result = handle.get().wait(ticket, SIGNAL_CHECK_EVERY, failure);
+            result = reader->wait(ticket, SIGNAL_CHECK_EVERY, failure);
         }
         if (result == WaitResult::done) return nb::none();
         if (result == WaitResult::failed) {
@@ -99,7 +158,6 @@ nb::object wait(ReaderHandle& handle, std::uint64_t ticket) {
 }  // namespace
 
 void bind_reader(nb::module_& m) {
-    using Release = nb::call_guard<nb::gil_scoped_release>;
     nb::class_<AlignedBuffer>(m, "AlignedBuffer")
         .def(nb::init<std::size_t, bool>(), "num_bytes"_a, "huge_pages"_a = true)
         .def_prop_ro("address", [](const AlignedBuffer& self) { return reinterpret_cast<std::size_t>(self.data()); })
@@ -109,19 +167,18 @@ void bind_reader(nb::module_& m) {
     nb::class_<ReaderHandle>(m, "Reader")
         .def(nb::init<const std::string&, std::size_t, std::size_t, std::size_t>(), "backend"_a, "queue_depth"_a,
              "num_threads"_a, "piece_bytes"_a)
-        .def_prop_ro("backend", [](const ReaderHandle& self) { return std::string(self.get().backend()); })
+        .def_prop_ro("backend", &ReaderHandle::backend)
         .def_prop_ro("refusal", &ReaderHandle::refusal)
-        .def_prop_ro("bytes_read", [](const ReaderHandle& self) { return self.get().bytes_read(); })
-        .def_prop_ro("num_reads", [](const ReaderHandle& self) { return self.get().num_reads(); })
+        .def_prop_ro("bytes_read", &ReaderHandle::bytes_read)
+        .def_prop_ro("num_reads", &ReaderHandle::num_reads)
         .def("open", &open, "path"_a, "direct"_a, "(errno, 0) or (0, file id).")
         .def("file_info", &file_info, "file_id"_a, "(bytes, is direct, alignment).")
-        .def("close_file", [](ReaderHandle& self, std::uint64_t id) { self.get().remove_file(id); }, "file_id"_a)
+        .def("close_file", &close_file_of, "file_id"_a)
         .def("submit", &submit, "requests"_a)
         .def("submit_one", &submit_one, "file_id"_a, "offset"_a, "length"_a, "address"_a)
-        .def("is_done", [](ReaderHandle& self, std::uint64_t id) { return self.get().is_done(id); }, "ticket"_a,
-             Release())
+        .def("is_done", &is_done, "ticket"_a)
         .def("wait", &wait, "ticket"_a)
-        .def("close", &ReaderHandle::close, Release());
+        .def("close", &ReaderHandle::close);
 }
 
 }  // namespace flashlm

@@ -12,6 +12,7 @@ constexpr std::size_t HUGE_PAGE_BYTES = std::size_t{2} << 20;
 }
 
 AlignedBuffer::AlignedBuffer(std::size_t num_bytes, bool huge_pages) : num_bytes_(num_bytes) {
+    if (num_bytes > PTRDIFF_MAX) throw std::bad_alloc();  // the sum below must not wrap around
     const bool wants_huge = huge_pages && num_bytes >= HUGE_PAGE_BYTES;
     mapped_bytes_ = (num_bytes ? num_bytes : 1) + (wants_huge ? HUGE_PAGE_BYTES : 0);
     mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -36,17 +36,15 @@ void make_direct(File& file) {
 #ifdef __APPLE__
     file.is_direct = fcntl(file.fd, F_NOCACHE, 1) == 0;  // no alignment rules; written for, not tested
 #elif defined(O_DIRECT)
-    const int fd = open(file.path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
-    if (fd < 0) return;
+    // On the descriptor that was looked at: opened again by its path, it could be another file.
+    if (fcntl(file.fd, F_SETFL, O_DIRECT) != 0) return;
     DirectAlignment told;
-    const bool is_told = ask_direct_alignment(fd, told);
-    std::uint32_t alignment = is_told ? told.offset : probe_alignment(fd);
+    const bool is_told = ask_direct_alignment(file.fd, told);
+    const std::uint32_t alignment = is_told ? told.offset : probe_alignment(file.fd);
     if (alignment == 0) {
-        close(fd);
+        fcntl(file.fd, F_SETFL, 0);
         return;
     }
-    close(file.fd);
-    file.fd = fd;
     file.is_direct = true;
     file.alignment = alignment;
     file.memory_alignment = is_told ? told.memory : MEMORY_ALIGNMENT;
@@ -57,7 +55,7 @@ void make_direct(File& file) {
 
 int open_file(const std::string& path, bool want_direct, File& file) {
     file.path = path;
-    file.fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    file.fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would wait for its writer
     if (file.fd < 0) return errno;
     struct stat status;
     if (fstat(file.fd, &status) != 0) {
@@ -69,6 +67,7 @@ int open_file(const std::string& path, bool want_direct, File& file) {
         close_file(file);
         return S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
     }
+    fcntl(file.fd, F_SETFL, 0);  // blocking: io_uring answers EAGAIN on some file systems otherwise
     file.num_bytes = static_cast<std::uint64_t>(status.st_size);
     if (want_direct) make_direct(file);
     return 0;

@@ -3,11 +3,12 @@
 #include <errno.h>
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace flashlm {
 
 namespace {
+
+constexpr unsigned MAX_RESTARTS = 16;  // a bad address gives EFAULT, too
 
 struct FileCloser {
     void operator()(File* file) const {
@@ -25,11 +26,11 @@ std::uint64_t Reader::add_file(File file) {
     return next_file_++;
 }
 
-const File& Reader::file(std::uint64_t file_id) {
+std::shared_ptr<const File> Reader::file(std::uint64_t file_id) {
     Lock lock(mutex_);
     const auto found = files_.find(file_id);
     if (found == files_.end()) throw std::invalid_argument("the file is closed");
-    return *found->second;
+    return found->second;
 }
 
 void Reader::remove_file(std::uint64_t file_id) {
@@ -37,24 +38,23 @@ void Reader::remove_file(std::uint64_t file_id) {
     files_.erase(file_id);
 }
 
-void Reader::check(const Request& request, const File& file) const {
+const std::shared_ptr<File>& Reader::check(const Request& request, std::size_t index) const {
+    const auto found = files_.find(request.file_id);
+    if (found == files_.end()) throw RefusedRequest(index, "the file is closed");
+    const File& file = *found->second;
     const bool is_aligned = request.offset % file.alignment == 0 && request.length % file.alignment == 0 &&
                             request.address % file.memory_alignment == 0;
-    if (is_aligned && request.length > 0 && request.address != 0) return;
-    throw std::invalid_argument(file.path + ": misaligned read of " + std::to_string(request.length) +
-                                " bytes at offset " + std::to_string(request.offset) + " to address " +
-                                std::to_string(request.address) + ": offset and length must be multiples of " +
-                                std::to_string(file.alignment) + ", the address of " +
-                                std::to_string(file.memory_alignment) + ", and nothing may be empty");
+    if (is_aligned && request.length > 0 && request.address != 0) return found->second;
+    throw RefusedRequest(index, "misaligned or empty: offset and length must be multiples of " +
+                                    std::to_string(file.alignment) + ", the address of " +
+                                    std::to_string(file.memory_alignment) + "; the address is " +
+                                    std::to_string(request.address));
 }
 
 std::uint64_t Reader::submit(const std::vector<Request>& requests) {
     Lock lock(mutex_);
-    for (const Request& request : requests) {
-        const auto found = files_.find(request.file_id);
-        if (found == files_.end()) throw std::invalid_argument("the file is closed");
-        check(request, *found->second);
-    }
+    if (is_drained_) throw std::invalid_argument("the reader is closed");
+    for (std::size_t index = 0; index < requests.size(); ++index) check(requests[index], index);
     auto ticket = std::make_shared<Ticket>();
     for (const Request& request : requests) {
         const auto& file = files_[request.file_id];
@@ -99,15 +99,29 @@ WaitResult Reader::wait(std::uint64_t id, std::chrono::milliseconds timeout, Fai
 
 void Reader::drain() {
     Lock lock(mutex_);
-    pending_.clear();
+    is_drained_ = true;
+    cancel_pending();
     while (in_flight_) {
         make_progress(lock, std::chrono::milliseconds(100));
-        pending_.clear();  // rests of partial reads
+        cancel_pending();  // rests of partial reads
     }
+    files_.clear();
+}
+
+void Reader::cancel_pending() {
+    for (const auto& piece : pending_) fail(*piece, ECANCELED, piece->landed);
+    pending_.clear();
+    landed_.notify_all();
 }
 
 bool Reader::land(Piece& piece, long result) {
     if (result == -EINTR || result == -EAGAIN) return true;
+    // io_uring fails reads so whose submitting thread ended before they did; another thread begins them again.
+    const bool is_orphaned = result == -ECANCELED || result == -EFAULT;
+    if (is_orphaned && piece.num_restarts < MAX_RESTARTS) {
+        ++piece.num_restarts;
+        return true;
+    }
     ++num_reads_;
     const std::uint64_t wanted = piece.length - piece.landed;
     if (result > 0) {
@@ -121,14 +135,18 @@ bool Reader::land(Piece& piece, long result) {
         }
         if (usable > 0) return true;
     }
-    if (!piece.ticket->has_failed) {
-        const std::uint64_t got = piece.landed + (result > 0 ? static_cast<std::uint64_t>(result) : 0);
-        piece.ticket->has_failed = true;
-        piece.ticket->failure = {result < 0 ? static_cast<int>(-result) : 0, piece.file->path, piece.offset,
-                                 piece.length, got};
-    }
-    --piece.ticket->pieces_left;
+    fail(piece, result < 0 ? static_cast<int>(-result) : 0,
+         piece.landed + (result > 0 ? static_cast<std::uint64_t>(result) : 0));
     return false;
+}
+
+void Reader::fail(const Piece& piece, int error, std::uint64_t got) {
+    Ticket& ticket = *piece.ticket;
+    // The first place of a file: where it ended, or where its device begins to fail.
+    const bool is_earlier = ticket.failure.path == piece.file->path && ticket.failure.offset > piece.offset;
+    if (!ticket.has_failed || is_earlier) ticket.failure = {error, piece.file->path, piece.offset, piece.length, got};
+    ticket.has_failed = true;
+    --ticket.pieces_left;
 }
 
 std::uint64_t Reader::bytes_read() {

@@ -11,6 +11,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -34,6 +35,12 @@ struct Failure {
     std::uint64_t got = 0;
 };
 
+// A request that can't be begun; nothing of its batch was.
+struct RefusedRequest : std::invalid_argument {
+    RefusedRequest(std::size_t index, const std::string& why) : std::invalid_argument(why), index(index) {}
+    std::size_t index;  // in its batch
+};
+
 enum class WaitResult { done, failed, timed_out };
 
 class Reader {
@@ -45,15 +52,16 @@ class Reader {
     virtual const char* backend() const = 0;
 
     std::uint64_t add_file(File file);
-    const File& file(std::uint64_t file_id);  // throws std::invalid_argument for an unknown or closed one
+    std::shared_ptr<const File> file(std::uint64_t file_id);  // throws std::invalid_argument for an unknown or closed one
     void remove_file(std::uint64_t file_id);  // its descriptor is closed when its last read has landed
 
-    // Begins a batch. Throws std::invalid_argument for an unknown file or a request that is not aligned as its file needs.
+    // Begins a batch. Throws RefusedRequest for an unknown file or a request that is not aligned as its file needs.
     std::uint64_t submit(const std::vector<Request>& requests);
     bool is_done(std::uint64_t ticket);
     // A ticket that is done or failed is forgotten by this call; an unknown one counts as done.
     WaitResult wait(std::uint64_t ticket, std::chrono::milliseconds timeout, Failure& failure);
-    // Drops what has not been begun and lets what is in flight land. Called by the destructors of the back ends.
+    // Lets what is in flight land; what has not been begun fails with ECANCELED, so nobody waits for it for ever. Nothing
+    // can be begun afterwards. Called by the destructors of the back ends.
     void drain();
 
     std::uint64_t bytes_read();
@@ -72,6 +80,7 @@ class Reader {
         std::uint64_t length;
         unsigned char* address;
         std::uint64_t landed = 0;
+        unsigned num_restarts = 0;
     };
     using Lock = std::unique_lock<std::mutex>;
 
@@ -91,7 +100,9 @@ class Reader {
     std::size_t in_flight_ = 0;
 
   private:
-    void check(const Request& request, const File& file) const;
+    const std::shared_ptr<File>& check(const Request& request, std::size_t index) const;
+    void cancel_pending();
+    static void fail(const Piece& piece, int error, std::uint64_t got);
 
     std::unordered_map<std::uint64_t, std::shared_ptr<File>> files_;
     std::unordered_map<std::uint64_t, std::shared_ptr<Ticket>> tickets_;
@@ -99,6 +110,7 @@ class Reader {
     std::uint64_t next_ticket_ = 1;
     std::uint64_t bytes_read_ = 0;
     std::uint64_t num_reads_ = 0;
+    bool is_drained_ = false;
 };
 
 // Returns null where the kernel or the container refuses io_uring; `error` then says why.

@@ -13,16 +13,16 @@ namespace {
 class ThreadReader final : public Reader {
   public:
     ThreadReader(std::size_t num_threads, std::size_t piece_bytes) : Reader(num_threads, piece_bytes) {
-        for (std::size_t index = 0; index < num_threads; ++index) threads_.emplace_back([this] { serve(); });
+        try {
+            for (std::size_t index = 0; index < num_threads; ++index) threads_.emplace_back([this] { serve(); });
+        } catch (...) {
+            end_threads();  // a running thread that is not joined would end the process
+            throw;
+        }
     }
     ~ThreadReader() override {
         drain();
-        {
-            Lock lock(mutex_);
-            is_closing_ = true;
-        }
-        wanted_.notify_all();
-        for (std::thread& thread : threads_) thread.join();
+        end_threads();
     }
 
     const char* backend() const override { return "threads"; }
@@ -35,6 +35,15 @@ class ThreadReader final : public Reader {
     }
 
   private:
+    void end_threads() {
+        {
+            Lock lock(mutex_);
+            is_closing_ = true;
+        }
+        wanted_.notify_all();
+        for (std::thread& thread : threads_) thread.join();
+    }
+
     void serve() {
         Lock lock(mutex_);
         for (;;) {

@@ -157,11 +157,17 @@ class UringReader final : public Reader {
     }
 
     void make_progress(Lock& lock, std::chrono::milliseconds timeout) override {
-        if (reap(lock) || timeout.count() == 0) return;
+        // Completions are left to the thread that waits in the kernel: taken from under it, it would sleep on.
         if (is_polled_) {
-            landed_.wait_for(lock, timeout);
+            if (timeout.count()) landed_.wait_for(lock, timeout);
             return;
         }
+        if (reap(lock)) landed_.notify_all();
+        else if (timeout.count()) poll(lock, timeout);
+    }
+
+  private:
+    void poll(Lock& lock, std::chrono::milliseconds timeout) {
         is_polled_ = true;
         const unsigned to_submit = ring_.num_unsubmitted();
         lock.unlock();
@@ -176,7 +182,6 @@ class UringReader final : public Reader {
         }
     }
 
-  private:
     void push(Piece* piece) {
         const std::uint64_t left = piece->length - piece->landed;
         ring_.push(piece->file->fd, piece->address + piece->landed, static_cast<std::uint32_t>(left),

@@ -105,11 +105,13 @@ class Reader:
             raise ConfigError(f"I/O back end {wanted!r} is unknown: choose one of {', '.join(get_args(Backend))}")
         try:
             self._native = _native.Reader(wanted, queue_depth, num_threads, piece_bytes)
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"{error}; got queue_depth={queue_depth}, num_threads={num_threads}") from error
+        except (ValueError, TypeError, RuntimeError) as error:  # TypeError: a negative number
+            got = f"queue_depth={queue_depth}, num_threads={num_threads}, piece_bytes={piece_bytes}"
+            raise ConfigError(f"{error}; got {got}") from error
         self._queue_depth = queue_depth if self.backend == "io_uring" else num_threads
         self._files: list[File] = []
         self._buffers: dict[int, list[AlignedBuffer]] = {}
+        self._buffers_submitting: list[list[AlignedBuffer]] = []
 
     @property
     def backend(self) -> str:
@@ -145,7 +147,10 @@ class Reader:
             StorageError: It can't be opened, or is not of the expected size.
         """
         path = Path(path)
-        error, file_id = self._native.open(str(path), direct)
+        try:
+            error, file_id = self._native.open(str(path), direct)
+        except ValueError as closed:
+            raise StorageError(f"{path} can't be opened: {closed}", path=str(path)) from closed
         if error:
             raise StorageError(f"{path} can't be opened: {os.strerror(error)}", path=str(path), errno=error)
         file = File(self._native, file_id, path)
@@ -167,8 +172,16 @@ class Reader:
             StorageError: A request is not aligned as its file needs, lies outside its buffer, or its file is closed.
         """
         for request in requests:
+            if not 0 <= request.offset < 1 << 63 or request.num_bytes <= 0:
+                raise _refused(request, "the offset must be from 0 to 2^63 - 1, the length more than 0")
             if request.buffer_offset < 0 or request.buffer_offset + request.num_bytes > request.buffer.num_bytes:
-                raise _refused(request, f"does not fit a buffer of {request.buffer.num_bytes} bytes")
+                where = f"at {request.buffer_offset} it does not fit a buffer of {request.buffer.num_bytes} bytes"
+                raise _refused(request, where)
+            if request.file._reader is not self._native:
+                raise _refused(request, "the file was opened by another reader")
+        # Held before the first read begins: an interrupt may fall between any two of these lines.
+        buffers = [request.buffer for request in requests]
+        self._buffers_submitting.append(buffers)
         try:
             if len(requests) == 1:
                 one = requests[0]
@@ -182,34 +195,50 @@ class Reader:
                         for one in requests
                     ]
                 )
-        except (ValueError, TypeError) as error:
-            raise _refused(requests[0], str(error)) from error
-        self._buffers[number] = [request.buffer for request in requests]
+        except ValueError as error:
+            self._buffers_submitting.remove(buffers)
+            if not requests:
+                raise StorageError(str(error), path="") from error
+            why, index = error.args if len(error.args) == 2 else (error, 0)
+            raise _refused(requests[index], str(why)) from error
+        self._buffers[number] = buffers
+        self._buffers_submitting.remove(buffers)
         return Ticket(number)
 
     def is_done(self, ticket: Ticket) -> bool:
-        """Return whether the reads of `ticket` have landed or failed."""
-        return self._native.is_done(ticket.number)
+        """Return whether the reads of `ticket` have landed or failed.
+
+        Raises:
+            StorageError: The reader is closed.
+        """
+        try:
+            return self._native.is_done(ticket.number)
+        except (ValueError, RuntimeError) as error:
+            raise StorageError(str(error), path="") from error
 
     def wait(self, ticket: Ticket) -> None:
         """Wait until all reads of `ticket` have landed. An interrupted wait can be taken up again.
 
         Raises:
-            StorageError: A read failed or the file ended too early; none of the ticket's reads is in flight any more.
+            StorageError: A read failed, the file ended too early or the reader was closed before the read began; none of
+                the ticket's reads is in flight any more. Offset, wanted and got are those of the piece that failed.
         """
-        failure = self._native.wait(ticket.number)
+        try:
+            failure = self._native.wait(ticket.number)
+        except (ValueError, RuntimeError) as error:
+            raise StorageError(str(error), path="") from error
         self._buffers.pop(ticket.number, None)
         if failure is None:
             return
-        error, path, offset, wanted, got = failure
-        what = os.strerror(error) if error else "the file ended"
+        code, path, offset, wanted, got = failure
+        what = os.strerror(code) if code else "the file ended"
         raise StorageError(
             f"{path}: reading {wanted} bytes at offset {offset} gave {got}: {what}",
             path=path,
             offset=offset,
             wanted_bytes=wanted,
             got_bytes=got,
-            errno=error or None,
+            errno=code or None,
         )
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
@@ -242,7 +271,7 @@ class Reader:
         return content
 
     def close(self) -> None:
-        """Let reads in flight land and close all files. Closing twice does nothing."""
+        """Let reads in flight land, fail those not begun, and close all files. Closing twice does nothing."""
         self._native.close()
         self._buffers.clear()
         self._files.clear()
@@ -254,6 +283,11 @@ class Reader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        # Before the buffers: files keep the native reader, and its reads in flight, beyond this object.
+        if hasattr(self, "_native"):
+            self.close()
 
 
 def _refused(request: ReadRequest, why: str) -> StorageError:
