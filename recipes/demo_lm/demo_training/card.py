@@ -54,8 +54,9 @@ Share of FFN neurons above zero after ReLU, layer by layer, on validation text: 
 ## Use and limits
 
 For demonstrations and tests of inference software. It writes text that looks like an encyclopaedia and means nothing: names,
-dates and claims are made up. It has seen one small English corpus and no instructions, code or dialogue; biases of the text
-are its own. Begin a prompt with a space and write punctuation as the corpus does (` The ship was built in 1910 , and`).
+dates and claims are made up. Sample from it, as its generation settings do: greedy decoding soon repeats itself. It has
+seen one small English corpus and no instructions, code or dialogue; biases of the text are its own. Begin a prompt with a
+space and write punctuation as the corpus does (` The ship was built in 1910 , and`).
 {unknown}
 ## Licence
 

@@ -36,17 +36,21 @@ class Provenance:
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """Return sampling defaults for a small model; the corpus' unknown-word mark is never generated."""
+    """Return sampling defaults for a small model, which would repeat itself without the two brakes on repetition.
+
+    The corpus' unknown-word mark is never generated.
+    """
     unknown = [index for token, index in tokenizer.get_vocab().items() if token.removeprefix("Ġ") == "<unk>"]
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=True,
-        temperature=0.8,
+        temperature=0.7,
         top_k=50,
         top_p=0.95,
-        repetition_penalty=1.1,
+        repetition_penalty=1.2,
+        no_repeat_ngram_size=3,
         max_new_tokens=128,
         suppress_tokens=sorted(unknown) or None,
     )
