@@ -14,12 +14,12 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from tests.models import save_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flashlm.cli import main
 from flashlm.errors import PackError
+from tests.models import save_checkpoint
 
 TIMEOUT_S = 120
 
