@@ -23,7 +23,7 @@ __all__ = ["AlignedBuffer", "Backend", "File", "ReadRequest", "Reader", "Ticket"
 Backend = Literal["auto", "io_uring", "threads"]
 ENV_BACKEND = "FLASHLM_IO_BACKEND"
 
-# `benchmarks/reader.py` has the measurements behind these.
+# docs/experiments.md, "read sizes and depths", has the measurements behind these.
 DEFAULT_QUEUE_DEPTH = 128
 DEFAULT_NUM_THREADS = 8
 DEFAULT_PIECE_BYTES = 1 << 20
