@@ -3,7 +3,8 @@
     python recipes/demo_lm/demo.py [--prompt TEXT] [--work DIR]
 
 The cap is what a process like this one needs at least, plus half of the streamed bytes: the other half is read from flash
-for every token. What `flashlm convert` and `flashlm generate --stats` do, in one process.
+for every token (pinning is bounded too: what a process weighs varies by more than this small model).
+What `flashlm convert` and `flashlm generate --stats` do, in one process.
 """
 
 from __future__ import annotations
@@ -42,14 +43,17 @@ def run(prompt: str, work: Path) -> None:
     with console.progress_bar() as progress:
         convert(MODEL, pack, progress=progress)
     streamed_bytes = read_manifest(pack).streamed_bytes
-    dram_bytes = smallest_dram_bytes(pack, CONTEXT) + streamed_bytes // 2
-    console.note(f"FFN {format_size(streamed_bytes)}; dram {format_size(dram_bytes)} holds half of it")
+    half_bytes = streamed_bytes // 2
+    dram_bytes = smallest_dram_bytes(pack, CONTEXT) + half_bytes
+    console.note(f"FFN {format_size(streamed_bytes)}; half of it may be pinned under dram {format_size(dram_bytes)}")
     sys.stdout.write(prompt)
+    sys.stdout.flush()
     result = generate(
         pack,
         prompt,
         dram=dram_bytes,
         context=CONTEXT,
+        pin=half_bytes,  # what a process weighs differs by more than this model's FFN
         sampling=Sampling(max_new_tokens=NUM_NEW_TOKENS, temperature=0.8, top_k=50, seed=1),
         on_loaded=lambda flash: console.note(flash.describe()),
         on_text=lambda text: print(text, end="", flush=True),

@@ -172,6 +172,10 @@ def generate(
     from flashlm.engine.generate import Generation, Sampling
     from flashlm.engine.generate import generate as run
 
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     result: Generation = run(
         pack,

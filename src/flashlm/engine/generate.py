@@ -70,6 +70,7 @@ def generate(
     dram: str | int | None = None,
     mode: str | None = None,
     context: int | None = None,
+    pin: str | int | None = None,
     sampling: Sampling | None = None,
     is_chat: bool = False,
     on_loaded: Callable[[FlashModel], None] | None = None,
@@ -80,7 +81,7 @@ def generate(
     Args:
         pack: Folder made by `flashlm convert`.
         prompt: The text to continue.
-        dram, mode, context: As in `load`; context defaults to just what this run needs.
+        dram, mode, context, pin: As in `load`; context defaults to just what this run needs.
         sampling: How tokens are chosen.
         is_chat: Wrap the prompt in the pack's chat template, as the user's turn.
         on_loaded: Called once the model is ready.
@@ -104,7 +105,7 @@ def generate(
             f"the prompt has {num_prompt_tokens} tokens and {sampling.max_new_tokens} more are wanted,"
             f" but context is {settings.context}: raise --context to {wanted} or more, or ask for fewer tokens"
         )
-    model = load(pack, dram=dram, mode=mode, context=settings.context or wanted)
+    model = load(pack, dram=dram, mode=mode, context=settings.context or wanted, pin=pin)
     if on_loaded is not None:
         on_loaded(model.flash)
     if sampling.seed is not None:

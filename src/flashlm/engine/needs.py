@@ -19,6 +19,9 @@ from flashlm.pack.manifest import read_manifest
 # Measured on the families' tests and a 6.7 B model under a cgroup cap: libraries that are imported late (generation,
 # tokenizers), thread stacks, and what the C allocator keeps for itself.
 SLACK_BYTES = 160 << 20
+# What `info` adds to the smallest dram: the libraries of the process that will run weigh a little more or less (a tokenizer
+# is loaded first, for one).
+PROCESS_MARGIN_BYTES = 16 << 20
 # Live hidden-size vectors per token at the peak of a prefill: residual, norm, q, k, v, attention output, their
 # transposed copies, and the streamed layer's fp32 input and output.
 LIVE_VECTORS_PER_TOKEN = 12
@@ -78,6 +81,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
     """Return the smallest `dram` with which a process like this one runs `pack`.
 
+    It includes a margin of `PROCESS_MARGIN_BYTES`.
+
     Builds the model without weights, as loading does, so that the libraries that it needs are counted.
 
     Raises:
@@ -94,4 +99,4 @@ def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
     needs = measure_needs(
         config, layouts, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT
     )
-    return floor_bytes(layouts, needs)
+    return floor_bytes(layouts, needs) + PROCESS_MARGIN_BYTES
