@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from flashlm import _native
-from flashlm.engine import kernels
+from flashlm import kernels
 
 HIDDEN, ROWS, PARTS = 4096, 256, 3
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -9,7 +9,7 @@ void bind_kernels(nanobind::module_& m);
 NB_MODULE(_native, m) {
     // Buffers live until the interpreter ends wherever a traceback or a global holds a model; that is no leak.
     nanobind::set_leak_warnings(false);
-    m.doc() = "Direct reads and row kernels; use flashlm.storage and flashlm.engine.kernels.";
+    m.doc() = "Direct reads and row kernels; use flashlm.storage and flashlm.kernels.";
     flashlm::bind_reader(m);
     flashlm::bind_kernels(m);
 }

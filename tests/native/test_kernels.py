@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashlm import _native
-from flashlm.engine import kernels
-from flashlm.engine.kernels import RowBlock
+from flashlm import kernels
+from flashlm.kernels import RowBlock
 from flashlm.errors import ConfigError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flashlm.engine import kernels
+from flashlm import kernels
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.stream import BlockStream
 from flashlm.errors import ConfigError
@@ -26,6 +26,11 @@ from flashlm.pack.layout import LayerLayout
 MAX_KERNEL_TOKENS = 16
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+# fp32 tokens (num_tokens, hidden_size) to the rows that each may use, bool (num_tokens, num_rows).
+Selection = Callable[[torch.Tensor], torch.Tensor]
+# Layer, rows of a block, the layer's fp32 input (num_tokens, hidden_size), and act(trigger) of these rows, fp32
+# (num_tokens, rows of the block). The trigger is the gate's output, or the up-projection's where there is no gate.
+Observer = Callable[[int, range, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,11 @@ class FlashFFN(nn.Module):
         activation: Elementwise function of fp32 tensors.
         dtype: Element type of the biases.
         has_up_bias, has_gate_bias, has_down_bias: Which biases the checkpoint holds.
+
+    Attributes:
+        observer: Called for every block of a dense pass; None in normal use.
+        selection: Rows that a dense pass may use, the others count as zero; None is all. For calibration and evaluation.
+        activation_threshold: Neurons with |act(trigger)| not above this count as zero (CATS, FATReLU); 0 changes nothing.
     """
 
     def __init__(
@@ -64,6 +74,9 @@ class FlashFFN(nn.Module):
         self.layer = layer
         self.layout = layout
         self.activation = activation
+        self.observer: Observer | None = None
+        self.selection: Selection | None = None
+        self.activation_threshold = 0.0
         self.up_bias: nn.Parameter | None
         self.gate_bias: nn.Parameter | None
         self.down_bias: nn.Parameter | None
@@ -106,7 +119,7 @@ class FlashFFN(nn.Module):
         if len(tokens) <= MAX_KERNEL_TOKENS:
             self._run_rows(bound, tokens.to(torch.float32).contiguous(), output)
         else:
-            self._run_gemm(bound, bound.gemm.prepare(tokens), output)
+            self._run_gemm(bound, tokens, output)
         if self.down_bias is not None:
             output += self.down_bias
         return output.to(hidden_states.dtype).reshape(hidden_states.shape)
@@ -114,6 +127,7 @@ class FlashFFN(nn.Module):
     def _run_rows(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """Add every row's share for a few tokens: fp32 `(num_tokens, hidden_size)` in and out."""
         layout = self.layout
+        allowed = None if self.selection is None else self.selection(tokens)
         with bound.stream.layer(self.layer) as blocks:
             for block, address in enumerate(blocks):
                 span = layout.rows_of(block)
@@ -122,27 +136,48 @@ class FlashFFN(nn.Module):
                 )
                 hidden = torch.empty(len(tokens), len(span))
                 kernels.project(tokens, rows, layout.num_parts - 2, hidden, _part(bound.up_bias, span))
+                gate = None
                 if layout.has_gate:
                     gate = torch.empty(len(tokens), len(span))
                     kernels.project(tokens, rows, 0, gate, _part(bound.gate_bias, span))
-                    hidden *= self.activation(gate)
-                else:
-                    hidden = self.activation(hidden)
+                hidden = self._activate(hidden, gate, span, tokens, allowed)
                 kernels.accumulate(hidden, rows, output)
 
     def _run_gemm(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        """Add every row's share for many tokens; `tokens` as `BlockGemm.prepare` made them."""
+        """Add every row's share for many tokens."""
         layout = self.layout
+        prepared = bound.gemm.prepare(tokens)
+        is_watched = self.observer is not None or self.selection is not None
+        plain = tokens.to(torch.float32).contiguous() if is_watched else tokens
+        allowed = None if self.selection is None else self.selection(plain)
         with bound.stream.layer(self.layer) as blocks:
             for block, address in enumerate(blocks):
                 span = layout.rows_of(block)
                 gate_part, up_part, down_part = bound.gemm.parts(layout, address, len(span))
-                hidden = bound.gemm.project(tokens, up_part, _part(bound.up_bias, span))
+                hidden = bound.gemm.project(prepared, up_part, _part(bound.up_bias, span))
+                gate = None
                 if gate_part is not None:
-                    hidden *= self.activation(bound.gemm.project(tokens, gate_part, _part(bound.gate_bias, span)))
-                else:
-                    hidden = self.activation(hidden)
+                    gate = bound.gemm.project(prepared, gate_part, _part(bound.gate_bias, span))
+                hidden = self._activate(hidden, gate, span, plain, allowed)
                 bound.gemm.accumulate(hidden, down_part, output)
+
+    def _activate(
+        self,
+        up: torch.Tensor,
+        gate: torch.Tensor | None,
+        span: range,
+        tokens: torch.Tensor,
+        allowed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the hidden activations of a block, fp32 (num_tokens, rows of the block); may overwrite `up`."""
+        activated = self.activation(up if gate is None else gate)
+        if self.observer is not None:
+            self.observer(self.layer, span, tokens, activated)
+        if self.activation_threshold > 0.0:
+            activated = activated.masked_fill(activated.abs() <= self.activation_threshold, 0.0)
+        if allowed is not None:
+            activated = activated.masked_fill(~allowed[:, span.start : span.stop], 0.0)
+        return activated if gate is None else up.mul_(activated)
 
     def extra_repr(self) -> str:
         """Show shapes in `print(model)`."""

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from flashlm.engine import kernels
+from flashlm import kernels
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 
 Strategy = Literal["native", "widen"]

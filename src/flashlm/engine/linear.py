@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flashlm.engine import kernels
+from flashlm import kernels
 
 PIECE_BYTES = 16 << 20  # fp32 scratch of one piece; as fast as larger ones
 
