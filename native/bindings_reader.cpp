@@ -14,6 +14,7 @@
 
 #include "buffer.h"
 #include "reader.h"
+#include "row_reads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -131,6 +132,28 @@ std::uint64_t submit_one(ReaderHandle& handle, std::uint64_t file_id, std::uint6
     return begin(handle, {{file_id, offset, length, address}});
 }
 
+// Returns (ticket, reads, bytes). Raises ValueError like `begin`.
+std::tuple<std::uint64_t, std::size_t, std::uint64_t> submit_rows(
+    ReaderHandle& handle, std::uint64_t file_id, std::uint64_t row_stride, std::uint64_t block_rows,
+    std::uint64_t block_stride, std::size_t rows, std::size_t slots, std::size_t num_rows, std::size_t slab,
+    std::size_t scratch, std::size_t max_gap, std::size_t max_bytes) {
+    const std::shared_ptr<Reader> reader = handle.get();
+    if (!row_stride || !block_rows) throw std::invalid_argument("row_stride and block_rows must be above zero");
+    try {
+        nb::gil_scoped_release release;
+        RowReads reads = plan_row_reads({file_id, row_stride, block_rows, block_stride},
+                                        reinterpret_cast<const std::int32_t*>(rows),
+                                        reinterpret_cast<const std::int32_t*>(slots), num_rows,
+                                        reinterpret_cast<unsigned char*>(slab),
+                                        reinterpret_cast<unsigned char*>(scratch), max_gap, max_bytes);
+        const std::size_t num_reads = reads.requests.size();
+        return {reader->submit_scatter(std::move(reads.requests)), num_reads, reads.num_bytes};
+    } catch (const RefusedRequest& refused) {
+        PyErr_SetObject(PyExc_ValueError, nb::make_tuple(refused.what(), refused.index).ptr());
+        throw nb::python_error();
+    }
+}
+
 bool is_done(ReaderHandle& handle, std::uint64_t ticket) {
     const std::shared_ptr<Reader> reader = handle.get();
     nb::gil_scoped_release release;
@@ -176,6 +199,8 @@ void bind_reader(nb::module_& m) {
         .def("close_file", &close_file_of, "file_id"_a)
         .def("submit", &submit, "requests"_a)
         .def("submit_one", &submit_one, "file_id"_a, "offset"_a, "length"_a, "address"_a)
+        .def("submit_rows", &submit_rows, "file_id"_a, "row_stride"_a, "block_rows"_a, "block_stride"_a, "rows_address"_a,
+             "slots_address"_a, "num_rows"_a, "slab_address"_a, "scratch_address"_a, "max_gap"_a, "max_bytes"_a)
         .def("is_done", &is_done, "ticket"_a)
         .def("wait", &wait, "ticket"_a)
         .def("close", &ReaderHandle::close);

@@ -9,6 +9,17 @@ namespace flashlm {
 namespace {
 
 constexpr unsigned MAX_RESTARTS = 16;  // a bad address gives EFAULT, too
+constexpr std::size_t MAX_PARTS = 1024;  // IOV_MAX of Linux and macOS
+
+// Drops the first `landed` bytes of a scattered read's destinations.
+void advance(std::vector<iovec>& parts, std::uint64_t landed) {
+    std::size_t done = 0;
+    while (done < parts.size() && landed >= parts[done].iov_len) landed -= parts[done++].iov_len;
+    parts.erase(parts.begin(), parts.begin() + static_cast<std::ptrdiff_t>(done));
+    if (landed == 0 || parts.empty()) return;
+    parts[0].iov_base = static_cast<unsigned char*>(parts[0].iov_base) + landed;
+    parts[0].iov_len -= landed;
+}
 
 struct FileCloser {
     void operator()(File* file) const {
@@ -65,6 +76,37 @@ std::uint64_t Reader::submit(const std::vector<Request>& requests) {
             ++ticket->pieces_left;
         }
     }
+    return begin(lock, std::move(ticket));
+}
+
+std::uint64_t Reader::submit_scatter(std::vector<ScatterRequest> requests) {
+    Lock lock(mutex_);
+    if (is_drained_) throw std::invalid_argument("the reader is closed");
+    std::vector<std::uint64_t> lengths(requests.size(), 0);
+    for (std::size_t index = 0; index < requests.size(); ++index) {
+        const ScatterRequest& request = requests[index];
+        if (request.parts.empty() || request.parts.size() > MAX_PARTS) {
+            throw RefusedRequest(index, "a scattered read has 1 to " + std::to_string(MAX_PARTS) + " parts");
+        }
+        std::uint64_t offset = request.offset;
+        for (const iovec& part : request.parts) {
+            check({request.file_id, offset, part.iov_len, reinterpret_cast<std::uint64_t>(part.iov_base)}, index);
+            offset += part.iov_len;
+        }
+        lengths[index] = offset - request.offset;
+    }
+    auto ticket = std::make_shared<Ticket>();
+    for (std::size_t index = 0; index < requests.size(); ++index) {
+        ScatterRequest& request = requests[index];
+        const auto& file = files_[request.file_id];
+        pending_.push_back(std::make_unique<Piece>(
+            Piece{file, ticket, request.offset, lengths[index], nullptr, 0, 0, std::move(request.parts)}));
+        ++ticket->pieces_left;
+    }
+    return begin(lock, std::move(ticket));
+}
+
+std::uint64_t Reader::begin(Lock& lock, std::shared_ptr<Ticket> ticket) {
     const std::uint64_t id = next_ticket_++;
     tickets_[id] = std::move(ticket);
     start_pieces(lock);
@@ -129,6 +171,7 @@ bool Reader::land(Piece& piece, long result) {
         bytes_read_ += usable;
         if (usable < wanted) usable -= usable % piece.file->alignment;  // go on where a read may start
         piece.landed += usable;
+        if (!piece.address) advance(piece.parts, usable);
         if (piece.landed == piece.length) {
             --piece.ticket->pieces_left;
             return false;

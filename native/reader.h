@@ -5,6 +5,8 @@
 // its ticket fails with what was wanted and got, and no other ticket is touched. All calls are thread-safe.
 #pragma once
 
+#include <sys/uio.h>
+
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -25,6 +27,13 @@ struct Request {
     std::uint64_t offset;
     std::uint64_t length;
     std::uint64_t address;
+};
+
+// One stretch of a file that lands in several places, in order. Its length is the sum of the parts'.
+struct ScatterRequest {
+    std::uint64_t file_id;
+    std::uint64_t offset;
+    std::vector<iovec> parts;
 };
 
 struct Failure {
@@ -57,6 +66,8 @@ class Reader {
 
     // Begins a batch. Throws RefusedRequest for an unknown file or a request that is not aligned as its file needs.
     std::uint64_t submit(const std::vector<Request>& requests);
+    // The same for stretches with several destinations. They are not cut: each is one read.
+    std::uint64_t submit_scatter(std::vector<ScatterRequest> requests);
     bool is_done(std::uint64_t ticket);
     // A ticket that is done or failed is forgotten by this call; an unknown one counts as done.
     WaitResult wait(std::uint64_t ticket, std::chrono::milliseconds timeout, Failure& failure);
@@ -81,6 +92,7 @@ class Reader {
         unsigned char* address;
         std::uint64_t landed = 0;
         unsigned num_restarts = 0;
+        std::vector<iovec> parts = {};  // what has not landed of a scattered read; `address` is null then
     };
     using Lock = std::unique_lock<std::mutex>;
 
@@ -101,6 +113,7 @@ class Reader {
 
   private:
     const std::shared_ptr<File>& check(const Request& request, std::size_t index) const;
+    std::uint64_t begin(Lock& lock, std::shared_ptr<Ticket> ticket);
     void cancel_pending();
     static void fail(const Piece& piece, int error, std::uint64_t got);
 

@@ -55,9 +55,12 @@ class ThreadReader final : public Reader {
             bool goes_on = true;
             while (goes_on) {
                 lock.unlock();
-                const ssize_t count = pread(piece->file->fd, piece->address + piece->landed,
-                                            piece->length - piece->landed,
-                                            static_cast<off_t>(piece->offset + piece->landed));
+                const auto offset = static_cast<off_t>(piece->offset + piece->landed);
+                const ssize_t count =
+                    piece->address ? pread(piece->file->fd, piece->address + piece->landed,
+                                           piece->length - piece->landed, offset)
+                                   : preadv(piece->file->fd, piece->parts.data(), static_cast<int>(piece->parts.size()),
+                                            offset);
                 const long result = count < 0 ? -errno : static_cast<long>(count);
                 lock.lock();
                 goes_on = land(*piece, result);

@@ -59,12 +59,14 @@ class Ring {
 
     int error() const { return error_; }
 
-    void push(int fd, void* address, std::uint32_t length, std::uint64_t offset, std::uint64_t tag) {
+    // `opcode` decides what `address` and `length` are: a buffer and its bytes, or iovecs and how many.
+    void push(std::uint8_t opcode, int fd, const void* address, std::uint32_t length, std::uint64_t offset,
+              std::uint64_t tag) {
         const unsigned tail = *sq_tail_;
         const unsigned index = tail & *sq_mask_;
         io_uring_sqe& entry = entries_[index];
         std::memset(&entry, 0, sizeof entry);
-        entry.opcode = IORING_OP_READ;
+        entry.opcode = opcode;
         entry.fd = fd;
         entry.addr = reinterpret_cast<std::uint64_t>(address);
         entry.len = length;
@@ -183,9 +185,19 @@ class UringReader final : public Reader {
     }
 
     void push(Piece* piece) {
-        const std::uint64_t left = piece->length - piece->landed;
-        ring_.push(piece->file->fd, piece->address + piece->landed, static_cast<std::uint32_t>(left),
-                   piece->offset + piece->landed, reinterpret_cast<std::uint64_t>(piece));
+        const std::uint64_t left = piece->length - piece->landed, offset = piece->offset + piece->landed;
+        const auto tag = reinterpret_cast<std::uint64_t>(piece);
+        if (piece->address) {
+            ring_.push(IORING_OP_READ, piece->file->fd, piece->address + piece->landed, static_cast<std::uint32_t>(left),
+                       offset, tag);
+        } else if (piece->parts.size() == 1) {
+            const iovec& part = piece->parts[0];
+            ring_.push(IORING_OP_READ, piece->file->fd, part.iov_base, static_cast<std::uint32_t>(part.iov_len), offset,
+                       tag);
+        } else {
+            ring_.push(IORING_OP_READV, piece->file->fd, piece->parts.data(),
+                       static_cast<std::uint32_t>(piece->parts.size()), offset, tag);
+        }
     }
 
     // Takes all completions; returns whether there was one.

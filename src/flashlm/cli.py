@@ -43,6 +43,7 @@ class ModeChoice(StrEnum):
 
     auto = "auto"
     hybrid = "hybrid"
+    sparse = "sparse"
     naive = "naive"
 
 
@@ -149,7 +150,9 @@ def generate(
         Path | None, typer.Option(help="File with the text to continue; - reads stdin.", show_default=False)
     ] = None,
     dram: DramOption = None,
-    mode: Annotated[ModeChoice, typer.Option(help="auto picks the fastest exact one.")] = ModeChoice.auto,
+    mode: Annotated[
+        ModeChoice, typer.Option(help="auto: sparse where a calibration met its error budget, else hybrid (exact).")
+    ] = ModeChoice.auto,
     context: ContextOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[

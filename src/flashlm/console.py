@@ -83,6 +83,10 @@ def _phase_rows(phase: dict[str, Any], label: str) -> list[tuple[str, str]]:
     if not phase["num_passes"]:
         return []
     passes = phase["num_passes"]
+    asked = phase["hit_rows"] + phase["miss_rows"]
+    cached = (
+        [(f"{label}: rows a pass", f"{asked / passes:.0f}, {phase['hit_share']:.0%} held in DRAM")] if asked else []
+    )
     return [
         (f"{label}: tokens/s", f"{phase['tokens_per_s']:.2f} ({phase['num_tokens']} tokens, {phase['wall_s']:.2f} s)"),
         (
@@ -90,5 +94,6 @@ def _phase_rows(phase: dict[str, Any], label: str) -> list[tuple[str, str]]:
             f"{format_size(phase['bytes_read'] / passes)} in {phase['num_reads'] / passes:.0f} reads,"
             f" {phase['read_gb_per_s']:.2f} GB/s",
         ),
+        *cached,
         (f"{label}: waiting / computing", f"{phase['wait_share']:.0%} / {1 - phase['wait_share']:.0%}"),
     ]

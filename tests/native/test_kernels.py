@@ -11,10 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashlm import _native
-from flashlm import kernels
-from flashlm.kernels import RowBlock
+from flashlm import _native, kernels
 from flashlm.errors import ConfigError
+from flashlm.kernels import RowBlock
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 2.0**-24  # unit roundoff of fp32

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 from flashlm.errors import ConfigError
 from flashlm.sizes import parse_size_bytes
 
-Mode = Literal["auto", "naive", "hybrid"]
+Mode = Literal["auto", "naive", "hybrid", "sparse"]
+ResolvedMode = Literal["naive", "hybrid", "sparse"]
 ENV_DRAM, ENV_MODE, ENV_CONTEXT = "FLASHLM_DRAM", "FLASHLM_MODE", "FLASHLM_CONTEXT"
 DEFAULT_CONTEXT = 2048
 
@@ -20,7 +21,8 @@ class Settings:
 
     Attributes:
         dram_bytes: Bound on the whole process; None takes what the machine or the cgroup has free, less a margin.
-        mode: `hybrid` pins what fits and streams the rest ahead of the compute; `naive` keeps nothing; `auto` picks.
+        mode: `hybrid` pins what fits and streams the rest ahead of the compute; `naive` keeps nothing; `sparse` reads the
+            rows that predictors ask for (approximate; needs a calibration); `auto` picks.
         context: Tokens that the KV cache may hold, over all sequences; None means `DEFAULT_CONTEXT`.
         pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound.
     """
@@ -44,12 +46,7 @@ class Settings:
     @property
     def max_pinned_bytes(self) -> int | None:
         """The most that may be pinned beside what `dram` allows."""
-        return 0 if self.resolved_mode == "naive" else self.pin_bytes
-
-    @property
-    def resolved_mode(self) -> Literal["naive", "hybrid"]:
-        """The mode that runs: `auto` means `hybrid`, which is exact and never slower than `naive`."""
-        return "hybrid" if self.mode == "auto" else self.mode
+        return 0 if self.mode == "naive" else self.pin_bytes
 
 
 def make_settings(

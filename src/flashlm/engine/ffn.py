@@ -6,11 +6,16 @@ block, each with a fixed order of summation, so that the placement changes no bi
 * up to `MAX_KERNEL_TOKENS` tokens (decode, small batches): our row kernels, which sum in fp32;
 * more (prefill): matrix products, block by block, so that each block is read once for all tokens.
 
+In mode `sparse` few tokens take a third way: only the rows that a predictor asks for, from the neuron cache or from
+flash (`SparseRows`). Several tokens take the union of their rows, but each counts only those predicted for itself, and
+sums run over ascending rows: a token gets the same bits alone and in a batch, whatever the cache holds.
+
 The weights themselves are not parameters of this module: only the biases are, and they stay in DRAM.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,11 +24,13 @@ from torch import nn
 
 from flashlm import kernels
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.sparse import SparseRows
 from flashlm.engine.stream import BlockStream
 from flashlm.errors import ConfigError
-from flashlm.pack.layout import LayerLayout
+from flashlm.pack.layout import LayerLayout, round_up
 
 MAX_KERNEL_TOKENS = 16
+ACTIVATION_STEP = 64  # a multiple of what torch takes at a time with any instruction set
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 # fp32 tokens (num_tokens, hidden_size) to the rows that each may use, bool (num_tokens, num_rows).
@@ -41,6 +48,17 @@ class _Bound:
     gemm: BlockGemm
     up_bias: torch.Tensor | None
     gate_bias: torch.Tensor | None
+    sparse: SparseRows | None
+    predict: Selection | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows in slots: int64 `(num_rows,)` numbers, int32 `(num_rows,)` slots from `address` on."""
+
+    address: int
+    rows: torch.Tensor
+    slots: torch.Tensor
 
 
 class FlashFFN(nn.Module):
@@ -90,9 +108,23 @@ class FlashFFN(nn.Module):
             bias = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False) if is_present else None
             self.register_parameter(name, bias)
 
-    def bind(self, stream: BlockStream, gemm: BlockGemm) -> None:
-        """Connect the layer to its rows, after the biases have been loaded."""
-        self._bound = _Bound(stream, gemm, _widened(self.up_bias), _widened(self.gate_bias))
+    def bind(
+        self,
+        stream: BlockStream,
+        gemm: BlockGemm,
+        *,
+        sparse: SparseRows | None = None,
+        predict: Selection | None = None,
+    ) -> None:
+        """Connect the layer to its rows, after the biases have been loaded.
+
+        Args:
+            stream: Gives whole blocks.
+            gemm: Products for many tokens.
+            sparse: Gives scattered rows; None outside mode `sparse`.
+            predict: The rows that tokens need; goes with `sparse`.
+        """
+        self._bound = _Bound(stream, gemm, _widened(self.up_bias), _widened(self.gate_bias), sparse, predict)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the layer's output.
@@ -116,10 +148,12 @@ class FlashFFN(nn.Module):
             raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
         tokens = hidden_states.reshape(-1, self.layout.hidden_size)
         output = torch.zeros(tokens.shape, dtype=torch.float32)
-        if len(tokens) <= MAX_KERNEL_TOKENS:
-            self._run_rows(bound, tokens.to(torch.float32).contiguous(), output)
-        else:
+        if len(tokens) > MAX_KERNEL_TOKENS:
             self._run_gemm(bound, tokens, output)
+        elif bound.sparse is not None and bound.predict is not None:
+            self._run_sparse(bound, bound.sparse, bound.predict, tokens.to(torch.float32).contiguous(), output)
+        else:
+            self._run_rows(bound, tokens.to(torch.float32).contiguous(), output)
         if self.down_bias is not None:
             output += self.down_bias
         return output.to(hidden_states.dtype).reshape(hidden_states.shape)
@@ -142,6 +176,74 @@ class FlashFFN(nn.Module):
                     kernels.project(tokens, rows, 0, gate, _part(bound.gate_bias, span))
                 hidden = self._activate(hidden, gate, span, tokens, allowed)
                 kernels.accumulate(hidden, rows, output)
+
+    def _run_sparse(
+        self,
+        bound: _Bound,
+        sparse: SparseRows,
+        predict: Selection,
+        tokens: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Add the share of the predicted rows for a few tokens: fp32 `(num_tokens, hidden_size)` in and out."""
+        started_s = time.perf_counter()
+        predicted = predict(tokens)
+        wanted = predicted[0] if len(tokens) == 1 else predicted.any(dim=0)
+        rows = wanted.nonzero().squeeze(1).to(torch.int32)
+        sparse.counters.predict_s += time.perf_counter() - started_s
+        for index, some in enumerate(sparse.chunks(self.layer, rows)):
+            with sparse.fetch(self.layer, some, is_same_step=index > 0) as fetch:
+                # Held rows first; the others once they have landed.
+                order = fetch.lookup.order.long()
+                grouped = _Rows(fetch.address, some[order].long(), fetch.lookup.slots[order])
+                allowed = None if len(tokens) == 1 else predicted[:, grouped.rows]
+                hidden = torch.empty(len(tokens), len(some))
+                self._project_rows(bound, grouped, allowed, tokens, slice(0, fetch.lookup.num_held), hidden)
+                sparse.wait(fetch)
+                self._project_rows(bound, grouped, allowed, tokens, slice(fetch.lookup.num_held, len(some)), hidden)
+                ascending = torch.empty_like(hidden)
+                ascending[:, order] = hidden
+                kernels.accumulate(ascending, self._row_block(fetch.address, fetch.lookup.slots), output)
+
+    def _project_rows(
+        self,
+        bound: _Bound,
+        grouped: _Rows,
+        allowed: torch.Tensor | None,
+        tokens: torch.Tensor,
+        part: slice,
+        hidden: torch.Tensor,
+    ) -> None:
+        """Write the hidden activations of `grouped[part]` to `hidden[:, part]`; an inactive row stops at its trigger."""
+        rows, slots = grouped.rows[part], grouped.slots[part]
+        if not len(rows):
+            return
+        has_gate = self.layout.has_gate
+        trigger = torch.empty(len(tokens), len(rows))
+        trigger_bias = bound.gate_bias if has_gate else bound.up_bias
+        bias = None if trigger_bias is None else trigger_bias[rows]
+        kernels.project(tokens, self._row_block(grouped.address, slots), 0, trigger, bias)
+        activated = _evenly(self.activation, trigger)
+        if self.activation_threshold > 0.0:
+            activated = activated.masked_fill(activated.abs() <= self.activation_threshold, 0.0)
+        if allowed is not None:
+            activated = activated.masked_fill(~allowed[:, part], 0.0)
+        if not has_gate:
+            hidden[:, part] = activated
+            return
+        firing = activated.any(dim=0).nonzero().squeeze(1)
+        up = torch.empty(len(tokens), len(firing))
+        up_bias = None if bound.up_bias is None else bound.up_bias[rows[firing]]
+        kernels.project(tokens, self._row_block(grouped.address, slots[firing]), 1, up, up_bias)
+        target = hidden[:, part]
+        target.zero_()
+        target[:, firing] = up * activated[:, firing]
+
+    def _row_block(self, address: int, slots: torch.Tensor) -> kernels.RowBlock:
+        layout = self.layout
+        return kernels.RowBlock(
+            address, len(slots), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts, slots
+        )
 
     def _run_gemm(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """Add every row's share for many tokens."""
@@ -170,7 +272,7 @@ class FlashFFN(nn.Module):
         allowed: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the hidden activations of a block, fp32 (num_tokens, rows of the block); may overwrite `up`."""
-        activated = self.activation(up if gate is None else gate)
+        activated = _evenly(self.activation, up if gate is None else gate)
         if self.observer is not None:
             self.observer(self.layer, span, tokens, activated)
         if self.activation_threshold > 0.0:
@@ -183,6 +285,19 @@ class FlashFFN(nn.Module):
         """Show shapes in `print(model)`."""
         layout = self.layout
         return f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.dtype}"
+
+
+def _evenly(activation: Activation, values: torch.Tensor) -> torch.Tensor:
+    """Return `activation` of `values`, with the same bits for a value wherever it stands.
+
+    torch works through whole vectors in one way and through what is left in another, which differs in the last bit.
+    """
+    count = values.numel()
+    if count % ACTIVATION_STEP == 0:
+        return activation(values)
+    padded = torch.zeros(round_up(count, ACTIVATION_STEP))
+    padded[:count] = values.reshape(-1)
+    return activation(padded)[:count].view(values.shape)
 
 
 def _widened(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashlm.engine.config import make_settings
-from flashlm.engine.model import EXACTNESS, FlashModel, load
+from flashlm.engine.model import FlashModel, load
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.limits import peak_process_bytes
 
@@ -123,7 +123,7 @@ def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens
     assert flash.resident_load is not None
     return {
         "mode": flash.mode,
-        "exactness": EXACTNESS,
+        "exactness": flash.exactness,
         "reader": flash.reader.describe(),
         "context": flash.context,
         "num_prompt_tokens": num_prompt_tokens,

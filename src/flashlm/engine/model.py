@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,28 +12,31 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
 from flashlm.engine.config import DEFAULT_CONTEXT, Settings
+from flashlm.engine.counters import Counters
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.linear import widen_linears
 from flashlm.engine.needs import measure_needs, torch_dtype
 from flashlm.engine.resident import ResidentLoad, load_resident
+from flashlm.engine.sparse import SparseRows
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import BudgetError, ConfigError, PackError
-from flashlm.memory.budget import Placement, place
+from flashlm.memory.budget import Placement, place, place_sparse
 from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.files import check_files, check_resident_file
+from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
 from flashlm.sizes import format_size
-from flashlm.storage.reader import Reader
+from flashlm.sparsity.predictor import Predictor
+from flashlm.storage.reader import File, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-EXACTNESS = "exact: every weight takes part in every token; the placement changes no bit"
 
 
 @dataclass(kw_only=True)
@@ -43,12 +46,14 @@ class FlashModel:
     Attributes:
         pack: The pack's folder.
         manifest: Its manifest.
-        mode: "hybrid" or "naive", as it runs.
+        mode: "hybrid", "naive" or "sparse", as it runs.
         context: Tokens that the KV cache may hold, over all sequences.
         placement: Where every block lives.
         reader: The reader of the streamed layers.
+        calibration: What mode `sparse` goes by; None in the others.
         telemetry: A record per forward pass (after loading).
         resident_load: What reading the resident part took (after loading).
+        sparse: The neuron cache and its reads (mode `sparse`, after loading).
     """
 
     pack: Path
@@ -57,8 +62,10 @@ class FlashModel:
     context: int
     placement: Placement
     reader: Reader
+    calibration: Calibration | None = None
     telemetry: Telemetry | None = None
     resident_load: ResidentLoad | None = None
+    sparse: SparseRows | None = None
     _stream: BlockStream | None = None
 
     @classmethod
@@ -83,11 +90,24 @@ class FlashModel:
         context = settings.context or DEFAULT_CONTEXT
         needs = measure_needs(model.config, layouts, resident_bytes=manifest.resident.num_bytes, context=context)
         dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
-        mode = settings.resolved_mode
+        calibration = find_calibration(pack, manifest, settings)
         placement = place(layouts, needs, dram_bytes, max_pinned_bytes=settings.max_pinned_bytes)
+        mode = resolve_mode(settings, calibration, fits=placement.streamed_bytes == 0)
+        if mode == "sparse":
+            assert calibration is not None
+            needs = replace(needs, predictor_bytes=calibration.predictor_bytes)
+            placement = place_sparse(layouts, calibration.uses, needs, dram_bytes)
         check_files(pack, manifest)
         _swap_layers(model, manifest)
-        flash = cls(pack=pack, manifest=manifest, mode=mode, context=context, placement=placement, reader=Reader())
+        flash = cls(
+            pack=pack,
+            manifest=manifest,
+            mode=mode,
+            context=context,
+            placement=placement,
+            reader=Reader(),
+            calibration=calibration if mode == "sparse" else None,
+        )
         logger.info("%s", flash.describe())
         return flash
 
@@ -104,13 +124,20 @@ class FlashModel:
             self.reader.open(layer_path(self.pack, entry), expected_bytes=layout.file_bytes)
             for entry, layout in zip(manifest.layers, layouts, strict=True)
         ]
-        self._stream = BlockStream(self.reader, files, layouts, self.placement, read_ahead=self.mode != "naive")
-        self.telemetry = Telemetry(self._stream.counters)
+        counters = Counters()
+        self.telemetry = Telemetry(counters)
+        self._stream = BlockStream(
+            self.reader, files, layouts, self.placement, read_ahead=self.mode != "naive", counters=counters
+        )
+        predictors = self._bind_sparse(layouts, files, counters)
         gemm = BlockGemm(manifest.dtype)
-        for entry in manifest.layers:
+        for index, entry in enumerate(manifest.layers):
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
-            layer.bind(self._stream, gemm)
+            predict = predictors[index].predict if predictors else None
+            layer.bind(self._stream, gemm, sparse=self.sparse, predict=predict)
+            if self.calibration is not None:
+                layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
         model.requires_grad_(False)
         if gemm.strategy == "widen":
             widen_linears(model)
@@ -119,19 +146,37 @@ class FlashModel:
         model.register_forward_hook(self._after_forward, with_kwargs=True)
         weakref.finalize(model, self.close)
 
+    def _bind_sparse(self, layouts: list[LayerLayout], files: list[File], counters: Counters) -> list[Predictor]:
+        """Make the neuron cache and load the predictors; without a calibration there are none."""
+        if self.calibration is None or self.placement.cache is None:
+            return []
+        self.sparse = SparseRows(self.reader, files, layouts, self.placement.cache, counters=counters)
+        return self.calibration.load_predictors()
+
     def close(self) -> None:
         """Let reads in flight land and close the files. The model can't be used afterwards."""
         if self._stream is not None:
             self._stream.close()
         self.reader.close()
 
+    @property
+    def exactness(self) -> str:
+        """One line: exact, or how far from it."""
+        return EXACT if self.calibration is None else self.calibration.exactness()
+
     def describe(self) -> str:
         """Return one line: mode, exactness and where the bytes are."""
         placement = self.placement
+        streamed = f"streamed {format_size(placement.streamed_bytes)} a token"
+        if placement.cache is not None:
+            streamed = (
+                f"predictors {format_size(placement.needs.predictor_bytes)}, neuron cache"
+                f" {format_size(placement.cache_bytes)} of {format_size(placement.streamed_bytes)}"
+            )
         return (
-            f"mode {self.mode} ({EXACTNESS.split(':')[0]}), dram {format_size(placement.dram_bytes)}:"
+            f"mode {self.mode} ({self.exactness.split(':')[0]}), dram {format_size(placement.dram_bytes)}:"
             f" resident {format_size(placement.needs.resident_bytes)}, pinned {format_size(placement.pinned_bytes)},"
-            f" streamed {format_size(placement.streamed_bytes)} a token, staging {format_size(placement.staging_bytes)},"
+            f" {streamed}, staging {format_size(placement.staging_bytes)},"
             f" context {self.context} tokens; reader: {self.reader.describe()}"
         )
 

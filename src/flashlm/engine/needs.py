@@ -50,7 +50,9 @@ def working_bytes(config: Any, layouts: Sequence[LayerLayout], context: int) -> 
     return SLACK_BYTES + scratch_bytes + context * per_token_bytes + attention_mask_bytes + logits_bytes
 
 
-def measure_needs(config: Any, layouts: Sequence[LayerLayout], *, resident_bytes: int, context: int) -> Needs:
+def measure_needs(
+    config: Any, layouts: Sequence[LayerLayout], *, resident_bytes: int, context: int, predictor_bytes: int = 0
+) -> Needs:
     """Return what loading a pack into this process takes.
 
     Args:
@@ -58,6 +60,7 @@ def measure_needs(config: Any, layouts: Sequence[LayerLayout], *, resident_bytes
         layouts: The streamed layers.
         resident_bytes: Size of the resident weights.
         context: Tokens of the KV cache, over all sequences.
+        predictor_bytes: Size of the row predictors that will be used.
     """
     dtype_bytes = DTYPE_BYTES[layouts[0].dtype]
     kv_bytes_per_token = kv_cache_bytes_per_token(config, dtype_bytes)
@@ -69,6 +72,7 @@ def measure_needs(config: Any, layouts: Sequence[LayerLayout], *, resident_bytes
         resident_bytes=resident_bytes,
         kv_cache_bytes=kv_bytes,
         working_bytes=working_bytes(config, layouts, context),
+        predictor_bytes=predictor_bytes,
     )
 
 

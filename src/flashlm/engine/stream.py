@@ -17,29 +17,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from flashlm.engine.counters import Counters
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.pack.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
-
-
-@dataclass(slots=True)
-class StreamCounters:
-    """Running totals of a stream; telemetry takes differences of snapshots.
-
-    Attributes:
-        bytes_read: Bytes of streamed blocks consumed.
-        num_reads: Streamed blocks consumed.
-        pinned_bytes: Bytes of pinned blocks consumed.
-        num_pinned: Pinned blocks consumed.
-        wait_s: Time spent waiting for a read to land.
-    """
-
-    bytes_read: int = 0
-    num_reads: int = 0
-    pinned_bytes: int = 0
-    num_pinned: int = 0
-    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +54,7 @@ class BlockStream:
         layouts: Their geometry.
         placement: What is pinned, and the staging.
         read_ahead: False begins a layer's reads only when it is reached.
+        counters: Where traffic and time are added up.
 
     Raises:
         StorageError: A pinned block can't be read.
@@ -85,8 +68,9 @@ class BlockStream:
         placement: Placement,
         *,
         read_ahead: bool = True,
+        counters: Counters | None = None,
     ) -> None:
-        self.counters = StreamCounters()
+        self.counters = counters or Counters()
         self._reader = reader
         self._read_ahead = read_ahead
         self._lock = threading.RLock()

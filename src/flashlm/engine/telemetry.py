@@ -5,36 +5,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from flashlm.engine.stream import StreamCounters
+from flashlm.engine.counters import Counters
 
 MAX_RECORDS = 100_000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ForwardRecord:
-    """One forward pass of the whole model.
+@dataclass(kw_only=True, slots=True)
+class ForwardRecord(Counters):
+    """One forward pass of the whole model: what `Counters` count, and besides
 
     Attributes:
         num_sequences: Sequences in the batch.
         num_tokens: Tokens per sequence; more than one is a prompt (prefill).
-        bytes_read: Bytes of streamed blocks consumed (read from flash).
-        num_reads: Streamed blocks consumed.
-        pinned_bytes: Bytes of rows that were in DRAM already.
-        num_pinned: Pinned blocks consumed.
-        wait_s: Time waiting for flash.
         wall_s: Time of the pass.
     """
 
     num_sequences: int
     num_tokens: int
-    bytes_read: int
-    num_reads: int
-    pinned_bytes: int
-    num_pinned: int
-    wait_s: float
     wall_s: float
 
     @property
@@ -48,17 +38,13 @@ class ForwardRecord:
         return self.wall_s - self.wait_s
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PhaseSummary:
+@dataclass(kw_only=True, slots=True)
+class PhaseSummary(Counters):
     """Sums over passes of one phase; `tokens_per_s` counts the tokens of all sequences."""
 
     num_passes: int
     num_tokens: int
     wall_s: float
-    wait_s: float
-    bytes_read: int
-    num_reads: int
-    pinned_bytes: int
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -75,16 +61,22 @@ class PhaseSummary:
         """Share of the time spent waiting for flash, or None before the first pass."""
         return self.wait_s / self.wall_s if self.wall_s else None
 
+    @property
+    def hit_share(self) -> float | None:
+        """Share of the rows asked for that the neuron cache held, or None where no rows were asked for."""
+        asked = self.hit_rows + self.miss_rows
+        return self.hit_rows / asked if asked else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return fields and rates as JSON-ready values."""
-        rates = {"tokens_per_s": self.tokens_per_s, "read_gb_per_s": self.read_gb_per_s, "wait_share": self.wait_share}
-        return asdict(self) | rates
+        names = ("tokens_per_s", "read_gb_per_s", "wait_share", "hit_share")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 class Telemetry:
-    """Collects a `ForwardRecord` per forward pass from the stream's running counters."""
+    """Collects a `ForwardRecord` per forward pass from a model's running counters."""
 
-    def __init__(self, counters: StreamCounters) -> None:
+    def __init__(self, counters: Counters) -> None:
         self.records: deque[ForwardRecord] = deque(maxlen=MAX_RECORDS)
         self._counters = counters
         self._before = replace(counters)
@@ -99,17 +91,12 @@ class Telemetry:
         """Record the pass that `begin` started."""
         if self._started_s is None:
             return
-        now, before = self._counters, self._before
         self.records.append(
             ForwardRecord(
                 num_sequences=num_sequences,
                 num_tokens=num_tokens,
-                bytes_read=now.bytes_read - before.bytes_read,
-                num_reads=now.num_reads - before.num_reads,
-                pinned_bytes=now.pinned_bytes - before.pinned_bytes,
-                num_pinned=now.num_pinned - before.num_pinned,
-                wait_s=now.wait_s - before.wait_s,
                 wall_s=time.perf_counter() - self._started_s,
+                **_differences(self._counters, self._before),
             )
         )
         self._started_s = None
@@ -127,14 +114,15 @@ class Telemetry:
         return _summarise(record for record in self.records if not record.is_prefill)
 
 
+def _differences(now: Counters, before: Counters) -> dict[str, Any]:
+    return {each.name: getattr(now, each.name) - getattr(before, each.name) for each in fields(Counters)}
+
+
 def _summarise(records: Iterable[ForwardRecord]) -> PhaseSummary:
     rows = list(records)
     return PhaseSummary(
         num_passes=len(rows),
         num_tokens=sum(row.num_sequences * row.num_tokens for row in rows),
         wall_s=sum(row.wall_s for row in rows),
-        wait_s=sum(row.wait_s for row in rows),
-        bytes_read=sum(row.bytes_read for row in rows),
-        num_reads=sum(row.num_reads for row in rows),
-        pinned_bytes=sum(row.pinned_bytes for row in rows),
+        **{each.name: sum(getattr(row, each.name) for row in rows) for each in fields(Counters)},
     )

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashlm.errors import BudgetError
-from flashlm.pack.layout import LayerLayout
+from flashlm.memory.cache_plan import LayerUse, least_slots, plan_capacities
+from flashlm.memory.neuron_cache import LayerCapacity
+from flashlm.pack.layout import BLOCK_ALIGN_BYTES, LayerLayout
 from flashlm.sizes import format_size
 
 MIN_STAGING_BLOCKS = 2
@@ -21,6 +23,7 @@ MIN_STAGING_BLOCKS = 2
 # 50 ms at 2.6 GB/s; taking more from the pinned share than a sixteenth would cost more reading than the gap does.
 MAX_STAGING_BYTES = 128 << 20
 STAGING_SHARE = 1 / 16
+MAX_SPARSE_STAGING_BYTES = 32 << 20  # only prompts are streamed there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Needs:
     Attributes:
         process_bytes: Interpreter and libraries, as measured before loading.
         resident_bytes: Weights that stay in DRAM.
+        predictor_bytes: Row predictors (mode `sparse`).
         kv_cache_bytes: The KV cache at the stated context.
         working_bytes: Activations, logits, scratch and allocator slack of the largest forward pass.
     """
@@ -38,11 +42,13 @@ class Needs:
     resident_bytes: int
     kv_cache_bytes: int
     working_bytes: int
+    predictor_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """The sum."""
-        return self.process_bytes + self.resident_bytes + self.kv_cache_bytes + self.working_bytes
+        weights_bytes = self.resident_bytes + self.predictor_bytes
+        return self.process_bytes + weights_bytes + self.kv_cache_bytes + self.working_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,8 @@ class Placement:
         streamed_bytes: Bytes that one pass over all layers reads.
         num_slots: Staging slots of one block each; 0 where nothing is streamed.
         slot_bytes: Bytes of a slot.
+        cache: Slots of each layer's neuron cache; None outside mode `sparse`.
+        cache_bytes: Memory of these slots.
     """
 
     dram_bytes: int
@@ -68,6 +76,8 @@ class Placement:
     streamed_bytes: int
     num_slots: int
     slot_bytes: int
+    cache: tuple[LayerCapacity, ...] | None = None
+    cache_bytes: int = 0
 
     @property
     def staging_bytes(self) -> int:
@@ -77,7 +87,7 @@ class Placement:
     @property
     def planned_bytes(self) -> int:
         """What the process should hold at its peak."""
-        return self.needs.total_bytes + self.pinned_bytes + self.staging_bytes
+        return self.needs.total_bytes + self.pinned_bytes + self.staging_bytes + self.cache_bytes
 
 
 def floor_bytes(layouts: Sequence[LayerLayout], needs: Needs) -> int:
@@ -99,16 +109,7 @@ def place(
     Raises:
         BudgetError: `dram_bytes` is below the floor; it says what is needed and for what.
     """
-    least_bytes = floor_bytes(layouts, needs)
-    if dram_bytes < least_bytes:
-        raise BudgetError(
-            f"dram={format_size(dram_bytes)} is below the {format_size(least_bytes)} that this model needs at least:"
-            f" {format_size(needs.process_bytes)} process, {format_size(needs.resident_bytes)} resident weights,"
-            f" {format_size(needs.kv_cache_bytes)} KV cache, {format_size(needs.working_bytes)} working memory,"
-            f" {format_size(least_bytes - needs.total_bytes)} staging. Raise dram or lower the context.",
-            needed_bytes=least_bytes,
-            available_bytes=dram_bytes,
-        )
+    _check_floor(needs, floor_bytes(layouts, needs), dram_bytes, "staging")
     spare_bytes = dram_bytes - needs.total_bytes
     block_bytes = [[layout.read_bytes(block) for block in range(layout.num_blocks)] for layout in layouts]
     all_bytes = sum(map(sum, block_bytes))
@@ -123,6 +124,60 @@ def place(
         pinnable_bytes = min(pinnable_bytes, max_pinned_bytes)
     num_pinned = _spread(block_bytes, pinnable_bytes)
     return _placement(block_bytes, num_pinned, needs, dram_bytes, num_slots, slot_bytes)
+
+
+def place_sparse(layouts: Sequence[LayerLayout], uses: Sequence[LayerUse], needs: Needs, dram_bytes: int) -> Placement:
+    """Share `dram_bytes` out over the staging of prompts and the neuron cache of mode `sparse`; nothing is pinned.
+
+    Args:
+        layouts: The streamed layers, in forward order.
+        uses: How each is used.
+        needs: What comes before, predictors included.
+        dram_bytes: The budget of the whole process.
+
+    Raises:
+        BudgetError: Not even one token's rows fit.
+    """
+    slot_bytes = _slot_bytes(layouts)
+    row_bytes = max(layout.row_stride_bytes for layout in layouts)
+    scratch_bytes = row_bytes + BLOCK_ALIGN_BYTES
+    least_bytes = (
+        needs.total_bytes + MIN_STAGING_BLOCKS * slot_bytes + sum(least_slots(uses)) * row_bytes + scratch_bytes
+    )
+    _check_floor(needs, least_bytes, dram_bytes, "staging and one token's rows")
+    spare_bytes = dram_bytes - least_bytes
+    num_slots = MIN_STAGING_BLOCKS + min(MAX_SPARSE_STAGING_BYTES, int(spare_bytes * STAGING_SHARE)) // slot_bytes
+    cache_bytes = dram_bytes - needs.total_bytes - num_slots * slot_bytes - scratch_bytes
+    capacities = plan_capacities(uses, cache_bytes // row_bytes)
+    held_bytes = sum(
+        capacity.num_slots * layout.row_stride_bytes for capacity, layout in zip(capacities, layouts, strict=True)
+    )
+    return Placement(
+        dram_bytes=dram_bytes,
+        needs=needs,
+        num_pinned=(0,) * len(layouts),
+        num_streamed=tuple(layout.num_blocks for layout in layouts),
+        pinned_bytes=0,
+        streamed_bytes=sum(layout.read_bytes(block) for layout in layouts for block in range(layout.num_blocks)),
+        num_slots=num_slots,
+        slot_bytes=slot_bytes,
+        cache=tuple(capacities),
+        cache_bytes=held_bytes + scratch_bytes,
+    )
+
+
+def _check_floor(needs: Needs, least_bytes: int, dram_bytes: int, rest: str) -> None:
+    if dram_bytes >= least_bytes:
+        return
+    predictors = f" {format_size(needs.predictor_bytes)} predictors," if needs.predictor_bytes else ""
+    raise BudgetError(
+        f"dram={format_size(dram_bytes)} is below the {format_size(least_bytes)} that this model needs at least:"
+        f" {format_size(needs.process_bytes)} process, {format_size(needs.resident_bytes)} resident weights,{predictors}"
+        f" {format_size(needs.kv_cache_bytes)} KV cache, {format_size(needs.working_bytes)} working memory,"
+        f" {format_size(least_bytes - needs.total_bytes)} {rest}. Raise dram or lower the context.",
+        needed_bytes=least_bytes,
+        available_bytes=dram_bytes,
+    )
 
 
 def _slot_bytes(layouts: Sequence[LayerLayout]) -> int:

@@ -14,11 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, get_args
 
+import torch
+
 from flashlm import _native
 from flashlm._native import AlignedBuffer
 from flashlm.errors import ConfigError, StorageError
 
-__all__ = ["AlignedBuffer", "Backend", "File", "ReadRequest", "Reader", "Ticket"]
+__all__ = ["AlignedBuffer", "Backend", "File", "ReadRequest", "Reader", "RowGeometry", "RowTicket", "Ticket"]
 
 Backend = Literal["auto", "io_uring", "threads"]
 ENV_BACKEND = "FLASHLM_IO_BACKEND"
@@ -27,6 +29,7 @@ ENV_BACKEND = "FLASHLM_IO_BACKEND"
 DEFAULT_QUEUE_DEPTH = 128
 DEFAULT_NUM_THREADS = 8
 DEFAULT_PIECE_BYTES = 1 << 20
+MAX_MERGED_BYTES = 1 << 20
 
 
 class File:
@@ -76,6 +79,23 @@ class Ticket:
     """A batch of reads under way."""
 
     number: int
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class RowGeometry:
+    """Where rows lie in a file: row i at (i // block_rows) * block_stride_bytes + (i % block_rows) * row_stride_bytes."""
+
+    row_stride_bytes: int
+    block_rows: int
+    block_stride_bytes: int
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class RowTicket(Ticket):
+    """A batch of scattered rows under way: how many reads it became, and their bytes, gaps read through included."""
+
+    num_reads: int
+    num_bytes: int
 
 
 class Reader:
@@ -204,6 +224,73 @@ class Reader:
         self._buffers[number] = buffers
         self._buffers_submitting.remove(buffers)
         return Ticket(number)
+
+    def submit_rows(
+        self,
+        file: File,
+        geometry: RowGeometry,
+        rows: torch.Tensor,
+        slots: torch.Tensor,
+        buffer: AlignedBuffer,
+        *,
+        buffer_offset: int = 0,
+        max_gap: int = 0,
+    ) -> RowTicket:
+        """Begin reads of scattered rows, each to its slot of `buffer`, in one submission; return at once.
+
+        Neighbouring rows are one read with several destinations.
+
+        Args:
+            file: The layer's file; must be of this reader.
+            geometry: Where its rows lie.
+            rows: int32 (num_rows,), contiguous, ascending.
+            slots: int32 (num_rows,), contiguous: row i lands at buffer_offset + slots[i] * row_stride_bytes.
+            buffer: Where they land. Its last row_stride_bytes are scratch for gaps.
+            buffer_offset: Where slot 0 is.
+            max_gap: Rows between two wanted ones that are read through rather than begin another read.
+
+        Raises:
+            StorageError: Not aligned as the file needs, a slot outside the buffer, or the file or the reader is closed.
+        """
+        for name, tensor in (("rows", rows), ("slots", slots)):
+            if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
+                raise ConfigError(
+                    f"{name} must be contiguous int32 (num_rows,), got {tensor.dtype} {tuple(tensor.shape)}"
+                )
+        if len(rows) != len(slots) or not len(rows):
+            raise ConfigError(f"{len(rows)} rows and {len(slots)} slots: they must be as many, and at least one")
+        stride_bytes = geometry.row_stride_bytes
+        scratch = buffer.num_bytes - stride_bytes
+        low, high = (int(bound) for bound in slots.aminmax())
+        if low < 0 or buffer_offset < 0 or buffer_offset + (high + 1) * stride_bytes > scratch:
+            raise ConfigError(f"slots {low} to {high} do not fit a buffer of {buffer.num_bytes} bytes")
+        if file._reader is not self._native:
+            raise StorageError(f"{file.path}: the file was opened by another reader", path=str(file.path))
+        buffers = [buffer]
+        self._buffers_submitting.append(buffers)
+        try:
+            number, num_reads, num_bytes = self._native.submit_rows(
+                file._id,
+                stride_bytes,
+                geometry.block_rows,
+                geometry.block_stride_bytes,
+                rows.data_ptr(),
+                slots.data_ptr(),
+                len(rows),
+                buffer.address + buffer_offset,
+                buffer.address + scratch,
+                max_gap,
+                MAX_MERGED_BYTES,
+            )
+        except ValueError as error:
+            self._buffers_submitting.remove(buffers)
+            why = error.args[0] if error.args else error
+            raise StorageError(
+                f"{file.path}: a read of {len(rows)} rows is refused: {why}", path=str(file.path)
+            ) from error
+        self._buffers[number] = buffers
+        self._buffers_submitting.remove(buffers)
+        return RowTicket(number, num_reads=num_reads, num_bytes=num_bytes)
 
     def is_done(self, ticket: Ticket) -> bool:
         """Return whether the reads of `ticket` have landed or failed.

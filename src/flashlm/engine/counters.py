@@ -1,0 +1,34 @@
+"""Running totals of one model's traffic and time; telemetry takes differences of snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the streamed layers have read, found in DRAM and waited for.
+
+    Attributes:
+        bytes_read: Bytes read from flash for rows that were consumed; gaps that were read through count.
+        num_reads: Reads that took: blocks, or runs of rows.
+        pinned_bytes: Bytes of pinned blocks consumed.
+        num_pinned: Pinned blocks consumed.
+        hit_rows: Rows that the neuron cache held.
+        miss_rows: Rows that it did not.
+        wait_s: Time spent waiting for reads to land.
+        submit_s: Time spent handing reads to the system.
+        manage_s: Time spent on the neuron cache's bookkeeping (the paper's memory management).
+        predict_s: Time spent predicting rows.
+    """
+
+    bytes_read: int = 0
+    num_reads: int = 0
+    pinned_bytes: int = 0
+    num_pinned: int = 0
+    hit_rows: int = 0
+    miss_rows: int = 0
+    wait_s: float = 0.0
+    submit_s: float = 0.0
+    manage_s: float = 0.0
+    predict_s: float = 0.0

@@ -1,0 +1,194 @@
+"""Rows on demand: the neuron cache, the slab that its slots are cut from, and the reads of what is missing.
+
+One pass of one layer: the rows asked for are looked up; those that are missing are submitted together, each landing in its
+slot; the caller computes on the rows that were held while they land, then on the rest (paper §3, design "Sparse decode").
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+
+from flashlm.engine.counters import Counters
+from flashlm.errors import StorageError
+from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache
+from flashlm.pack.layout import LayerLayout
+from flashlm.storage.reader import AlignedBuffer, File, Reader, RowGeometry, RowTicket
+
+
+@dataclass(slots=True)
+class RowFetch:
+    """The rows of one pass, on their way.
+
+    Attributes:
+        rows: int32 (num_rows,), ascending.
+        lookup: Their slots; those that were held come first in `lookup.order`.
+        address: Where slot 0 of the layer is.
+        ticket: The reads under way; None once they have landed.
+    """
+
+    rows: torch.Tensor
+    lookup: Lookup
+    address: int
+    ticket: RowTicket | None
+
+
+class SparseRows:
+    """Gives scattered rows of any layer, from DRAM where the neuron cache holds them, else from flash.
+
+    Args:
+        reader: The model's reader.
+        files: One open layer file per streamed layer.
+        layouts: Their geometry.
+        capacities: Slots of each layer.
+        window: Policy `window(k)`; None is LRU.
+        max_gap: Rows between two missing ones that are read through rather than begin another read.
+        counters: Where traffic and time are added up.
+
+    Raises:
+        StorageError: A pinned row can't be read.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        files: Sequence[File],
+        layouts: Sequence[LayerLayout],
+        capacities: Sequence[LayerCapacity],
+        *,
+        window: int | None = None,
+        max_gap: int = 0,
+        counters: Counters | None = None,
+    ) -> None:
+        self.counters = counters or Counters()
+        self.cache = NeuronCache(capacities, window=window)
+        self.max_gap = max_gap
+        self._reader = reader
+        self._files = files
+        self._layouts = layouts
+        self._lock = threading.RLock()
+        self._offsets = [0]
+        for capacity, layout in zip(capacities, layouts, strict=True):
+            self._offsets.append(self._offsets[-1] + capacity.num_slots * layout.row_stride_bytes)
+        self._slab = AlignedBuffer(
+            slab_bytes(layouts, capacities), huge_pages=False
+        )  # docs/experiments.md: first touch
+        self._geometries = [
+            RowGeometry(
+                row_stride_bytes=layout.row_stride_bytes,
+                block_rows=layout.block_rows,
+                block_stride_bytes=layout.block_stride_bytes,
+            )
+            for layout in layouts
+        ]
+        self._fill_pinned(capacities)
+
+    def _fill_pinned(self, capacities: Sequence[LayerCapacity]) -> None:
+        for layer, capacity in enumerate(capacities):
+            rows = torch.arange(capacity.num_pinned, dtype=torch.int32)
+            if len(rows):
+                self._reader.wait(self._submit(layer, rows, rows))
+
+    def _submit(self, layer: int, rows: torch.Tensor, slots: torch.Tensor) -> RowTicket:
+        return self._reader.submit_rows(
+            self._files[layer],
+            self._geometries[layer],
+            rows,
+            slots,
+            self._slab,
+            buffer_offset=self._offsets[layer],
+            max_gap=self.max_gap,
+        )
+
+    def chunks(self, layer: int, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield `rows` in runs that fit into the layer's slots at once; mostly one."""
+        room = max(self.cache.room(layer), 1)
+        num_pinned = self.cache.layers[layer].num_pinned
+        if len(rows) <= room:
+            yield rows
+            return
+        first = int((rows < num_pinned).sum()) if num_pinned else 0
+        stop = first + room
+        yield rows[:stop]
+        for start in range(stop, len(rows), room):
+            yield rows[start : start + room]
+
+    @contextmanager
+    def fetch(self, layer: int, rows: torch.Tensor, *, is_same_step: bool = False) -> Iterator[RowFetch]:
+        """Look `rows` (int32, ascending) up and begin to read what is missing; call `wait` before using that.
+
+        The slots are valid until the context ends. An error or an interrupt leaves no row in the cache that did not land.
+
+        Raises:
+            StorageError: A read is refused or fails (from `wait`).
+        """
+        with self._lock:
+            counters = self.counters
+            started_s = time.perf_counter()
+            lookup = self.cache.acquire(layer, rows, is_same_step=is_same_step)
+            missing = lookup.order[lookup.num_held :]
+            fetch = RowFetch(rows, lookup, self._slab.address + self._offsets[layer], None)
+            is_landed = not len(missing)
+            try:
+                managed_s = time.perf_counter()
+                counters.manage_s += managed_s - started_s
+                counters.hit_rows += lookup.num_held
+                counters.miss_rows += len(missing)
+                if not is_landed:
+                    fetch.ticket = self._submit(layer, rows[missing], lookup.slots[missing])
+                    counters.submit_s += time.perf_counter() - managed_s
+                yield fetch
+                self.wait(fetch)
+                is_landed = True
+            finally:
+                if not is_landed:
+                    self._abandon(layer, fetch, rows[missing])
+
+    def wait(self, fetch: RowFetch) -> None:
+        """Wait until the missing rows of `fetch` have landed.
+
+        Raises:
+            StorageError: A read failed.
+        """
+        if fetch.ticket is None:
+            return
+        started_s = time.perf_counter()
+        self._reader.wait(fetch.ticket)
+        self.counters.wait_s += time.perf_counter() - started_s
+        self.counters.bytes_read += fetch.ticket.num_bytes
+        self.counters.num_reads += fetch.ticket.num_reads
+        fetch.ticket = None
+
+    def _abandon(self, layer: int, fetch: RowFetch, missing: torch.Tensor) -> None:
+        """Let reads under way land, and forget their rows."""
+        self.cache.forget(layer, missing)
+        if fetch.ticket is not None:
+            with suppress(StorageError):
+                self._reader.wait(fetch.ticket)
+            fetch.ticket = None
+
+    def warm(self) -> None:
+        """Fill every layer's free slots with its first rows, sequentially: the hottest, where rows are ordered by use."""
+        for layer, capacity in enumerate(self.cache.layers):
+            rows = torch.arange(capacity.num_pinned, capacity.num_slots, dtype=torch.int32)
+            if len(rows):
+                lookup = self.cache.acquire(layer, rows)
+                missing = lookup.order[lookup.num_held :]
+                try:
+                    self._reader.wait(self._submit(layer, rows[missing], lookup.slots[missing]))
+                except BaseException:
+                    self.cache.forget(layer, rows)
+                    raise
+
+
+def slab_bytes(layouts: Sequence[LayerLayout], capacities: Sequence[LayerCapacity]) -> int:
+    """Return the memory of the slots of all layers, and of one row more that gaps are read into."""
+    slots_bytes = sum(
+        capacity.num_slots * layout.row_stride_bytes for layout, capacity in zip(layouts, capacities, strict=True)
+    )
+    return slots_bytes + max(layout.row_stride_bytes for layout in layouts)
