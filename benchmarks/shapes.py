@@ -47,9 +47,71 @@ def _llama(*, layers: int, d_model: int, heads: int, d_ffn: int, vocab: int = 32
     )
 
 
+def _falcon_7b() -> PretrainedConfig:
+    from transformers import FalconConfig
+
+    return FalconConfig(
+        num_hidden_layers=32,
+        hidden_size=4544,
+        num_attention_heads=71,
+        vocab_size=65024,
+        activation="relu",
+        multi_query=True,
+        parallel_attn=True,
+        new_decoder_architecture=False,
+        bias=False,
+        alibi=False,
+        dtype="bfloat16",
+        architectures=["FalconForCausalLM"],
+    )
+
+
+def _persimmon_8b() -> PretrainedConfig:
+    """With tied embeddings: the paper's 16.0 GB leave no room for 262,144 of them twice."""
+    from transformers import PersimmonConfig
+
+    return PersimmonConfig(
+        num_hidden_layers=36,
+        hidden_size=4096,
+        intermediate_size=16384,
+        num_attention_heads=64,
+        vocab_size=262144,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+        architectures=["PersimmonForCausalLM"],
+    )
+
+
+def _phi_2() -> PretrainedConfig:
+    from transformers import PhiConfig
+
+    return PhiConfig(
+        num_hidden_layers=32,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_attention_heads=32,
+        vocab_size=51200,
+        max_position_embeddings=2048,
+        partial_rotary_factor=0.4,
+        hidden_act="relu",
+        dtype="bfloat16",
+        architectures=["PhiForCausalLM"],
+    )
+
+
+def _relu_llama() -> PretrainedConfig:
+    config = _llama(layers=32, d_model=4096, heads=32, d_ffn=11008)
+    config.hidden_act = "relu"
+    return config
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-6.7b": lambda: _opt(layers=32, d_model=4096, heads=32),
     "llama-2-7b": lambda: _llama(layers=32, d_model=4096, heads=32, d_ffn=11008),
+    "llama-2-7b-relu": _relu_llama,
+    "falcon-7b": _falcon_7b,
+    "persimmon-8b": _persimmon_8b,
+    "phi-2": _phi_2,
     # the rest try the harness, not the machine
     "opt-1.3b": lambda: _opt(layers=24, d_model=2048, heads=32),
     "opt-tiny": lambda: _opt(layers=4, d_model=256, heads=4, vocab=1024, positions=512),

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from flashlm import console
+from flashlm.cli_eval import evaluate
 from flashlm.errors import ConfigError, FlashError
 
 app = typer.Typer(
@@ -199,6 +200,9 @@ def generate(
         _write_stats(stats_file, result.stats)
     if stats and not as_json:
         console.print_table(console.stats_rows(result.stats), title="statistics")
+
+
+app.command("eval")(evaluate)
 
 
 def _write_text(text: str) -> None:

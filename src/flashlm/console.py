@@ -41,28 +41,32 @@ def print_table(rows: list[tuple[str, str]], title: str) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Yield a callback `(done_bytes, total_bytes, what)` that draws a bar on stderr where that is a terminal."""
+def progress_bar(unit: str = "bytes") -> Iterator[Progress]:
+    """Yield a callback `(done, total, what)` that draws a bar on stderr where that is a terminal; counts are in `unit`."""
     if not sys.stderr.isatty():
-        yield lambda done_bytes, total_bytes, what: None
+        yield lambda done, total, what: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
 
+    counts: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(unit)]
+    if unit == "bytes":
+        counts = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
     bars = Bars(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
+        TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), console=Console(stderr=True)
     )
     with bars:
         task = bars.add_task("", total=None)
-        yield lambda done_bytes, total_bytes, what: bars.update(
-            task, completed=done_bytes, total=total_bytes, description=what
-        )
+        yield lambda done, total, what: bars.update(task, completed=done, total=total, description=what)
 
 
 def stats_rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
