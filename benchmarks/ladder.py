@@ -79,15 +79,7 @@ RUNGS = (
     Rung(name="+ bundle", mode="sparse", rows="serial", num_warm=8, num_timed=16),
     Rung(name="+ overlap", mode="sparse", num_warm=8, num_timed=16),
     Rung(name="LRU for window", mode="sparse", window=False, num_warm=12, num_timed=16),
-    Rung(
-        name="+ hot first, gaps of 1",
-        mode="sparse",
-        window=False,
-        order="hot_first",
-        max_gap=1,
-        num_warm=12,
-        num_timed=16,
-    ),
+    Rung(name="+ hot first", mode="sparse", window=False, order="hot_first", max_gap=1, num_warm=12, num_timed=16),
 )
 
 

@@ -164,10 +164,9 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
         if spec["trace"] is not None:
             trace = row_trace.generate(_trace_spec(spec, model), spec["trace"]["num_tokens"], 0, spec["trace"]["order"])
             predicts = [TracePredictor(trace, layer, predict) for layer, predict in enumerate(predicts)]
-        for layer, predict in zip(
-            (module for module in model.modules() if isinstance(module, FlashFFN)), predicts, strict=True
-        ):
-            layer.bind(layer._bound.stream, layer._bound.gemm, sparse=rows, predict=predict)
+        ffns = [module for module in model.modules() if isinstance(module, FlashFFN)]
+        for ffn, predict in zip(ffns, predicts, strict=True):
+            ffn.bind(ffn._bound.stream, ffn._bound.gemm, sparse=rows, predict=predict)
     needs = placement.needs
     held_bytes = needs.resident_bytes + needs.predictor_bytes + placement.pinned_bytes + placement.cache_bytes
     total_bytes = needs.resident_bytes + flash.manifest.streamed_bytes

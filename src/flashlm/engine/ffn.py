@@ -188,8 +188,7 @@ class FlashFFN(nn.Module):
         """Add the share of the predicted rows for a few tokens: fp32 `(num_tokens, hidden_size)` in and out."""
         started_s = time.perf_counter()
         predicted = predict(tokens)
-        wanted = predicted[0] if len(tokens) == 1 else predicted.any(dim=0)
-        rows = wanted.nonzero().squeeze(1).to(torch.int32)
+        rows = union(predicted)
         sparse.counters.predict_s += time.perf_counter() - started_s
         for index, some in enumerate(sparse.chunks(self.layer, rows)):
             with sparse.fetch(self.layer, some, is_same_step=index > 0) as fetch:
@@ -285,6 +284,12 @@ class FlashFFN(nn.Module):
         """Show shapes in `print(model)`."""
         layout = self.layout
         return f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.dtype}"
+
+
+def union(predicted: torch.Tensor) -> torch.Tensor:
+    """Return the rows that any token needs, int32 ascending, of bool (num_tokens, num_rows)."""
+    wanted = predicted[0] if len(predicted) == 1 else predicted.any(dim=0)
+    return wanted.nonzero().squeeze(1).to(torch.int32)
 
 
 def _evenly(activation: Activation, values: torch.Tensor) -> torch.Tensor:

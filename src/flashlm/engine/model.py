@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
 from flashlm.engine.config import DEFAULT_CONTEXT, Settings
 from flashlm.engine.counters import Counters
-from flashlm.engine.ffn import FlashFFN
+from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.linear import widen_linears
 from flashlm.engine.needs import measure_needs, torch_dtype
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+MAX_LONE_KV_BYTES = 256 << 20  # a KV cache that one thread of torch reads in passing
 
 
 @dataclass(kw_only=True)
@@ -67,6 +69,7 @@ class FlashModel:
     resident_load: ResidentLoad | None = None
     sparse: SparseRows | None = None
     _stream: BlockStream | None = None
+    _num_torch_threads: int | None = None
 
     @classmethod
     def prepare(
@@ -143,7 +146,7 @@ class FlashModel:
             widen_linears(model)
         model.flash = self
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        model.register_forward_hook(self._after_forward, with_kwargs=True)
+        model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
         weakref.finalize(model, self.close)
 
     def _bind_sparse(self, layouts: list[LayerLayout], files: list[File], counters: Counters) -> list[Predictor]:
@@ -194,10 +197,23 @@ class FlashModel:
                 available_bytes=self.context * per_token,
             )
         assert self.telemetry is not None
+        self._yield_cores(num_sequences * num_tokens, wanted)
         self.telemetry.begin()
+
+    def _yield_cores(self, num_tokens: int, num_cached_tokens: int) -> None:
+        """Leave the cores to our kernels in a small pass: torch's threads would spin on them after every small product."""
+        kv_bytes = num_cached_tokens * self.placement.needs.kv_cache_bytes // self.context
+        if num_tokens <= MAX_KERNEL_TOKENS and kv_bytes <= MAX_LONE_KV_BYTES and self._num_torch_threads is None:
+            self._num_torch_threads = torch.get_num_threads()
+            torch.set_num_threads(1)
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert self.telemetry is not None
+        if self._num_torch_threads is not None:
+            torch.set_num_threads(self._num_torch_threads)
+            self._num_torch_threads = None
+        if output is None:  # the pass failed
+            return
         num_sequences, num_tokens = _input_shape(args, kwargs)
         self.telemetry.end(num_sequences=num_sequences, num_tokens=num_tokens)
 

@@ -26,7 +26,7 @@ Backend = Literal["auto", "io_uring", "threads"]
 ENV_BACKEND = "FLASHLM_IO_BACKEND"
 
 # docs/experiments.md, "read sizes and depths", has the measurements behind these.
-DEFAULT_QUEUE_DEPTH = 128
+DEFAULT_QUEUE_DEPTH = 256
 DEFAULT_NUM_THREADS = 8
 DEFAULT_PIECE_BYTES = 1 << 20
 MAX_MERGED_BYTES = 1 << 20
