@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from flashlm import console
+from flashlm.cli_calibrate import calibrate
 from flashlm.cli_eval import evaluate
 from flashlm.errors import ConfigError, FlashError
 
@@ -180,6 +181,8 @@ def generate(
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+    if stats_file is not None:
+        _check_writable(stats_file)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     result: Generation = run(
         pack,
@@ -203,11 +206,23 @@ def generate(
 
 
 app.command("eval")(evaluate)
+app.command()(calibrate)
 
 
 def _write_text(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse, before the work, a file that can't be written after it."""
+    try:
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"the statistics can't be written to {path}: {error.strerror}") from error
 
 
 def _write_stats(path: Path, stats: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,3 +171,48 @@ def test_interrupt_exits_130(pack):
     _, errors = child.communicate(timeout=TIMEOUT_S)
     assert child.returncode == 130, errors
     assert errors.strip().splitlines()[-1] == "flashlm: interrupted"
+
+
+@pytest.mark.parametrize("context", ["0", "-5"])
+def test_info_refuses_a_context_below_one(pack, context):
+    one_line_error(flashlm("info", pack, "--context", context), 2, "at least 1")
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(pack):
+    one_line_error(flashlm("generate", pack, "--prompt", "caf\udcff", "--dram", "4GiB"), 2, "not UTF-8")
+
+
+@pytest.mark.parametrize("verb", ["info", "generate"])
+def test_a_damaged_config_is_named(pack, tmp_path, verb):
+    damaged = tmp_path / "pack"
+    shutil.copytree(pack, damaged)
+    (damaged / "config.json").write_text("{")
+    arguments = ["--prompt", "w3", "--dram", "4GiB"] if verb == "generate" else []
+    one_line_error(flashlm(verb, damaged, *arguments), 4, r"config\.json.*can't be used")
+
+
+def test_a_pack_without_tokenizer_is_named(tmp_path):
+    save_checkpoint(tmp_path / "source", "llama")
+    assert flashlm("convert", tmp_path / "source", tmp_path / "pack").returncode == 0
+    one_line_error(flashlm("generate", tmp_path / "pack", "--prompt", "w3"), 4, "no tokenizer")
+
+
+def test_unwritable_statistics_are_refused_before_the_work(pack, tmp_path):
+    done = flashlm("generate", pack, "--prompt", "w3", "--dram", "4GiB", "--stats", tmp_path / "none" / "x.json")
+    one_line_error(done, 2, "can't be written")
+    assert done.stdout == ""
+
+
+def test_eval_compares_modes(pack, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + index * 7 % 90}" for index in range(120)))
+    asked = ("eval", pack, "--text", text, "--window", "50", "--dram", "4GiB", "--mode", "hybrid", "--mode", "naive")
+    done = flashlm(*asked, "--json")
+    assert done.returncode == 0, done.stderr
+    hybrid, naive = json.loads(done.stdout)["modes"]
+    assert hybrid["perplexity"] == naive["perplexity"] > 1
+    assert hybrid["num_tokens"] == 49 + 49 + 19
+    one_line_error(flashlm("eval", pack, "--text", text, "--mode", "sparse"), 2, "flashlm calibrate")
+    one_line_error(flashlm("eval", pack, "--text", tmp_path / "none.txt"), 2, "can't be read")
+    text.write_text("w3")
+    one_line_error(flashlm("eval", pack, "--text", text), 2, "has 1 tokens")

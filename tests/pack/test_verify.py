@@ -7,6 +7,7 @@ import pytest
 
 from flashlm.errors import PackError
 from flashlm.pack.convert import convert
+from flashlm.pack.manifest import read_manifest
 from flashlm.pack.verify import verify
 from tests.models import save_checkpoint
 
@@ -33,7 +34,7 @@ def _flip(path: Path, at: int) -> None:
 def test_whole_pack_has_no_problems(pack: Path) -> None:
     report = verify(pack)
     assert report.problems == ()
-    assert report.num_files == 3
+    assert report.num_files == 3 + len(read_manifest(pack).small_files)
     assert report.num_bytes == sum(
         path.stat().st_size for path in pack.rglob("*") if path.suffix != ".json" and path.is_file()
     )
@@ -93,3 +94,13 @@ def test_progress_ends_at_the_total(pack: Path) -> None:
     calls: list[tuple[int, int, str]] = []
     report = verify(pack, progress=lambda *call: calls.append(call))
     assert calls[-1][:2] == (report.num_bytes, report.num_bytes)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_small_files_are_checked(pack: Path, name: str) -> None:
+    path = pack / name
+    path.write_text(path.read_text().replace("}", " }", 1))
+    report = verify(pack)
+    assert [problem for problem in report.problems if name in problem and "not as it was converted" in problem]
+    path.unlink()
+    assert any("is missing" in problem for problem in verify(pack).problems)

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashlm.engine.generate import read_tokenizer
 from flashlm.engine.model import FlashModel, load
-from flashlm.errors import ConfigError, PackError
-from flashlm.pack.manifest import read_manifest
+from flashlm.engine.needs import read_config
+from flashlm.errors import ConfigError
 from flashlm.sizes import format_size
 
 if TYPE_CHECKING:
@@ -72,18 +73,12 @@ def read_token_ids(pack: Path, text_path: Path, *, max_tokens: int | None) -> to
         PackError: The pack has no tokenizer.
     """
     import torch
-    from transformers import AutoTokenizer
 
-    read_manifest(pack)
     try:
         text = text_path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the text can't be read from {text_path}: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(pack)
-    except (OSError, ValueError, KeyError) as error:
-        raise PackError(f"{pack} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    ids = read_tokenizer(pack)(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     if len(ids) < MIN_TOKENS:
         raise ConfigError(f"{text_path} has {len(ids)} tokens: perplexity needs at least {MIN_TOKENS}")
     return torch.tensor(ids, dtype=torch.int64)
@@ -184,10 +179,7 @@ def _pieces(
 
 
 def _num_positions(pack: Path) -> int | None:
-    from transformers import AutoConfig
-
-    read_manifest(pack)
-    text = AutoConfig.from_pretrained(pack).get_text_config(decoder=True)
+    text = read_config(pack).get_text_config(decoder=True)
     return getattr(text, "max_position_embeddings", None)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashlm.engine.config import make_settings
 from flashlm.engine.model import FlashModel, load
+from flashlm.engine.needs import read_config
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.limits import peak_process_bytes
 
@@ -95,7 +96,9 @@ def generate(
 
     sampling = sampling or Sampling()
     settings = make_settings(dram, mode, context)
-    tokenizer = _tokenizer(pack)
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError("the prompt is not UTF-8 text")
+    tokenizer = read_tokenizer(pack)
     inputs = _encode(tokenizer, prompt, is_chat=is_chat)
     num_prompt_tokens = int(inputs["input_ids"].shape[1])
     wanted = num_prompt_tokens + sampling.max_new_tokens
@@ -139,24 +142,38 @@ def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens
     }
 
 
-def _tokenizer(pack: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(pack: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a pack.
+
+    Raises:
+        PackError: Not a finished pack, or one without a tokenizer that transformers can load.
+    """
     from transformers import AutoTokenizer
 
-    from flashlm.pack.manifest import read_manifest
-
-    read_manifest(pack)
+    read_config(pack)
     try:
-        return AutoTokenizer.from_pretrained(pack)
-    except (OSError, ValueError, KeyError) as error:
-        raise PackError(f"{pack} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(pack)
+    except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PackError(f"{pack} has no tokenizer that transformers can load: {reason}") from error
+    if not len(tokenizer):  # what transformers makes of a folder without tokenizer files
+        raise PackError(f"{pack} has no tokenizer: its source had none. Copy the model's tokenizer files into it")
+    return tokenizer
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool) -> Any:
     if is_chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError("this pack's tokenizer has no chat template: leave --chat out")
+        from jinja2 import TemplateError
+
         message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            return tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise ConfigError(f"this pack's chat template does not take the prompt: {error}") from error
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty: give --prompt or --prompt-file some text")
@@ -165,9 +182,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool) -
 
 def _check_positions(pack: Path, num_prompt_tokens: int, max_new_tokens: int) -> None:
     """Refuse a run past the positions that the model was built for, before anything is loaded."""
-    from transformers import AutoConfig
-
-    text = AutoConfig.from_pretrained(pack).get_text_config(decoder=True)
+    text = read_config(pack).get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and num_prompt_tokens + max_new_tokens > limit:
         raise ConfigError(

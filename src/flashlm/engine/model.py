@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from flashlm.engine.counters import Counters
 from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.linear import widen_linears
-from flashlm.engine.needs import measure_needs, torch_dtype
+from flashlm.engine.needs import measure_needs, read_config, torch_dtype
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
 from flashlm.engine.stream import BlockStream
@@ -69,7 +70,7 @@ class FlashModel:
     resident_load: ResidentLoad | None = None
     sparse: SparseRows | None = None
     _stream: BlockStream | None = None
-    _num_torch_threads: int | None = None
+    _threads: threading.local = field(default_factory=threading.local)  # torch's setting is one of each thread
 
     @classmethod
     def prepare(
@@ -203,15 +204,15 @@ class FlashModel:
     def _yield_cores(self, num_tokens: int, num_cached_tokens: int) -> None:
         """Leave the cores to our kernels in a small pass: torch's threads would spin on them after every small product."""
         kv_bytes = num_cached_tokens * self.placement.needs.kv_cache_bytes // self.context
-        if num_tokens <= MAX_KERNEL_TOKENS and kv_bytes <= MAX_LONE_KV_BYTES and self._num_torch_threads is None:
-            self._num_torch_threads = torch.get_num_threads()
+        if num_tokens <= MAX_KERNEL_TOKENS and kv_bytes <= MAX_LONE_KV_BYTES:
+            self._threads.before = torch.get_num_threads()
             torch.set_num_threads(1)
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         assert self.telemetry is not None
-        if self._num_torch_threads is not None:
-            torch.set_num_threads(self._num_torch_threads)
-            self._num_torch_threads = None
+        before = self._threads.__dict__.pop("before", None)
+        if before is not None:
+            torch.set_num_threads(before)
         if output is None:  # the pass failed
             return
         num_sequences, num_tokens = _input_shape(args, kwargs)
@@ -281,14 +282,14 @@ def load(
         BudgetError: The model does not fit `dram`; nothing was read.
         StorageError: A file can't be read, or is damaged in length.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from flashlm.engine.quantizer import FlashConfig
 
     asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin)
     check_resident_file(Path(pack), read_manifest(Path(pack)))
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
-    config = AutoConfig.from_pretrained(pack, **trust)
+    config = read_config(Path(pack), **trust)
     config.quantization_config = asked.to_dict() | asked.get_loading_attributes()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pack, config=config, **from_pretrained)
     return model

@@ -11,6 +11,7 @@ import torch
 from flashlm.engine.config import DEFAULT_CONTEXT
 from flashlm.engine.gemm import choose_strategy
 from flashlm.engine.linear import PIECE_BYTES
+from flashlm.errors import ConfigError, PackError
 from flashlm.memory.budget import Needs, floor_bytes
 from flashlm.memory.limits import process_bytes
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
@@ -25,6 +26,22 @@ PROCESS_MARGIN_BYTES = 16 << 20
 # Live hidden-size vectors per token at the peak of a prefill: residual, norm, q, k, v, attention output, their
 # transposed copies, and the streamed layer's fp32 input and output.
 LIVE_VECTORS_PER_TOKEN = 12
+
+
+def read_config(pack: Path, **trust: Any) -> Any:
+    """Return the transformers config of a pack.
+
+    Raises:
+        PackError: Not a finished pack, or its config.json is missing or damaged.
+    """
+    from transformers import AutoConfig
+
+    read_manifest(pack)
+    try:
+        return AutoConfig.from_pretrained(pack, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise PackError(f"{pack / 'config.json'} can't be used: {reason} Convert the model again.") from error
 
 
 def kv_cache_bytes_per_token(config: Any, dtype_bytes: int) -> int:
@@ -91,11 +108,14 @@ def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
 
     Raises:
         PackError: Not a finished pack.
+        ConfigError: The context is out of range.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    if context is not None and context < 1:
+        raise ConfigError(f"context={context} must be a whole number of tokens, at least 1")
     manifest = read_manifest(Path(pack))
-    config = AutoConfig.from_pretrained(pack)
+    config = read_config(Path(pack))
     del config.quantization_config
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config)

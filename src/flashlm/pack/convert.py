@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
+import xxhash
 
 from flashlm import __version__
 from flashlm.errors import ConfigError, StorageError
@@ -194,10 +195,12 @@ def _files(plan: ConversionPlan, record: ProgressRecord, writer: WriteBehind) ->
 
 def _finish(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
     """Write the small files, and last of all the manifest."""
-    for path in plan.copied:
-        write_small_file(plan.pack / path.name, path.read_bytes())
-    write_small_file(plan.pack / "config.json", pack_config(plan.checkpoint.folder, plan.dtype).encode())
-    manifest = _manifest(plan, record)
+    contents = {path.name: path.read_bytes() for path in plan.copied}
+    contents["config.json"] = pack_config(plan.checkpoint.folder, plan.dtype).encode()
+    for name, content in contents.items():
+        write_small_file(plan.pack / name, content)
+    checksums = {name: xxhash.xxh3_64_hexdigest(content) for name, content in contents.items()}
+    manifest = _manifest(plan, record).model_copy(update={"small_files": checksums})
     write_small_file(manifest_path(plan.pack), (manifest.model_dump_json(indent=1) + "\n").encode())
     remove_record(plan.pack)
     return manifest

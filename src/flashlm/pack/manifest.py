@@ -19,6 +19,8 @@ FORMAT_VERSION = 1
 FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
 RESIDENT_NAME = "model.safetensors"
+# What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.document` describes it.
+CALIBRATION_NAMES = ("sparsity.json", "sparsity.safetensors", "profile.safetensors")
 
 MAX_LAYERS = 10_000
 MAX_DIMENSION = 1 << 24
@@ -26,6 +28,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
+SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$", max_length=255)]
 LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}\.rows$")]
 
 
@@ -95,6 +98,7 @@ class Manifest(_Strict):
         neuron_order: "source": rows lie in the checkpoint's order.
         layers: The streamed FFNs, in the order in which a forward pass meets them.
         resident: The resident file.
+        small_files: xxh3-64 of config.json and of every file that was copied beside it (tokenizer, generation config).
         source: Where the weights came from.
     """
 
@@ -111,6 +115,7 @@ class Manifest(_Strict):
     neuron_order: Literal["source"] = "source"
     layers: Annotated[tuple[LayerEntry, ...], Field(min_length=1, max_length=MAX_LAYERS)]
     resident: ResidentEntry
+    small_files: dict[SmallFileName, Checksum] = {}
     source: SourceEntry
 
     @model_validator(mode="after")

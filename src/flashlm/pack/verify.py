@@ -14,7 +14,15 @@ import xxhash
 
 from flashlm.errors import PackError, StorageError
 from flashlm.pack.direct_file import AlignedBuffer, DirectReader, room_bytes
-from flashlm.pack.manifest import FLASH_DIR, MANIFEST_NAME, RESIDENT_NAME, Manifest, layer_path, read_manifest
+from flashlm.pack.manifest import (
+    CALIBRATION_NAMES,
+    FLASH_DIR,
+    MANIFEST_NAME,
+    RESIDENT_NAME,
+    Manifest,
+    layer_path,
+    read_manifest,
+)
 
 _MAX_SHOWN = 20
 
@@ -95,8 +103,9 @@ def verify(pack: str | Path, *, progress: Callable[[int, int, str], None] | None
                 if progress is not None:
                     progress(done + piece.offset + piece.num_bytes, total, path.name)
             done += size
-    problems += _missing_small_files(folder)
-    return VerifyReport(pack=folder, num_files=len(files), num_bytes=read, problems=tuple(problems))
+    problems += _small_file_problems(folder, manifest)
+    num_files = len(files) + len(manifest.small_files)
+    return VerifyReport(pack=folder, num_files=num_files, num_bytes=read, problems=tuple(problems))
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, int, Iterator[_Range]]]:
@@ -147,10 +156,23 @@ def _check(reader: DirectReader, piece: _Range, buffer: AlignedBuffer) -> list[s
 
 def _foreign(folder: Path, manifest: Manifest) -> list[str]:
     """Return files in `flash/` that the manifest does not know: a mixed-up copy, most likely."""
-    known = {MANIFEST_NAME, *(entry.file for entry in manifest.layers)}
+    known = {MANIFEST_NAME, *CALIBRATION_NAMES, *(entry.file for entry in manifest.layers)}
     flash = folder / FLASH_DIR
     return [f"{path} is not part of this pack" for path in sorted(flash.iterdir()) if path.name not in known]
 
 
-def _missing_small_files(folder: Path) -> list[str]:
-    return [] if (folder / "config.json").is_file() else [f"{folder / 'config.json'} is missing"]
+def _small_file_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Return what is wrong with config.json and the files beside it."""
+    problems = []
+    for name, checksum in sorted({"config.json": "", **manifest.small_files}.items()):
+        try:
+            found = xxhash.xxh3_64_hexdigest((folder / name).read_bytes())
+        except FileNotFoundError:
+            problems.append(f"{folder / name} is missing")
+            continue
+        except OSError as error:
+            problems.append(f"{folder / name} can't be read: {error.strerror}")
+            continue
+        if checksum and found != checksum:
+            problems.append(f"{folder / name} is not as it was converted: checksum {found}, {checksum} expected")
+    return problems

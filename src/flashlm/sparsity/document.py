@@ -23,6 +23,7 @@ from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, Manifest
 SPARSITY_VERSION = 1
 DOCUMENT_NAME = "sparsity.json"
 TENSORS_NAME = "sparsity.safetensors"
+PROFILE_NAME = "profile.safetensors"
 MAX_DOCUMENT_BYTES = 64 << 20
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -205,6 +206,18 @@ def write_sparsity(pack: Path, sparsity: Sparsity, tensors: dict[str, torch.Tens
     write_small_file(tensors_path(pack), content)
     write_small_file(document_path(pack), (stamped.model_dump_json(indent=1) + "\n").encode())
     return stamped
+
+
+def write_profile(pack: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write how the neurons fired: `layers.N.firing_rate` (d_ff,), `.use_curve`, `.sampled_rows`, `.coactivation`.
+
+    It is there to be studied, and to order neurons by; running a model does not read it.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    write_small_file(pack / FLASH_DIR / PROFILE_NAME, content)
 
 
 def read_tensors(pack: Path, sparsity: Sparsity) -> dict[str, torch.Tensor]:
