@@ -83,6 +83,8 @@ RUNGS = (
 )
 
 
+OVERHEAD_BYTES = 800_000_000  # process, KV cache, working memory and staging, beside the weights
+
 COLUMNS = (
     "GB held", "share", "GB/token", "reads/token", "GB/s", "I/O ms", "management ms", "compute ms", "total ms",
     "vs naive", "vs hybrid",
@@ -130,7 +132,7 @@ def make_pack(shape: str, work: Path) -> Path:
     from shapes import config_of
 
     script = {"script": "hybrid_child.py", "cap_bytes": None}
-    if shutil.disk_usage(work).free < 42e9 and shape != "opt-tiny":
+    if shutil.disk_usage(work).free < 38e9 and shape != "opt-tiny":
         raise SystemExit(f"{work} has {shutil.disk_usage(work).free / 1e9:.0f} GB free; 42 GB are needed")
     child(work, "checkpoint", {"job": "checkpoint", "checkpoint": str(checkpoint), "shape": shape}, **script)
     spec = {"job": "convert", "checkpoint": str(checkpoint), "pack": str(pack), "dtype": "bfloat16"}
@@ -225,6 +227,46 @@ def table(rows: list[Record], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measure_curve(
+    args: argparse.Namespace, pack: Path, vocab_size: int, model: Model | None, probe: Record, total_bytes: int
+) -> list[Record]:
+    """Return the sparse rung at several budgets: latency over the share of the model in DRAM (Fig 7)."""
+    rung = next(rung for rung in RUNGS if rung.name == "LRU for window")
+    points = []
+    for share in map(float, args.shares.split(",")):
+        dram_bytes = int(total_bytes * share + OVERHEAD_BYTES)
+        spec = rung_spec(rung, pack, args, vocab_size, model) | {"dram_bytes": dram_bytes}
+        record = child(pack.parent if model else args.work, f"share-{share}", spec, cap_bytes=dram_bytes)
+        points.append(summary(rung, record, probe) | {"dram_bytes": dram_bytes})
+    return points
+
+
+def draw_curve(points: list[Record], name: str, simulated: str, path: Path) -> None:
+    """Draw what a token takes over the share of the weights in DRAM."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    shares = [100 * point["held_share"] for point in points]
+    for key, label in (
+        ("total_ms", "total"),
+        ("compute_ms", "compute"),
+        ("io_ms", "flash"),
+        ("manage_ms", "management"),
+    ):
+        axes.plot(shares, [point[key] for point in points], "o-", label=label)
+    axes.set(
+        xlabel="weights in DRAM, % of the model", ylabel="ms per token", title=f"{name}, sparse, bf16\n{simulated}"
+    )
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -234,6 +276,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dram", help="budget of the process; default: the paper's share of the model plus 0.8 GB")
     parser.add_argument("--context", type=int, default=256, help="tokens that the KV cache may hold")
     parser.add_argument("--window", type=int, default=4, help="k for --pack")
+    parser.add_argument(
+        "--shares", help="also draw latency over DRAM (the paper's Fig 7) at these shares, like 0.4,0.5,1"
+    )
     parser.add_argument("--rungs", help="comma-separated names; default all")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON")
     parser.add_argument("--keep", action="store_true", help="leave the pack in the work folder")
@@ -253,7 +298,7 @@ def main() -> None:
     model = MODELS[args.shape] if args.shape else None
     total_bytes = manifest.resident.num_bytes + manifest.streamed_bytes
     share = model.share if model else 0.5
-    args.dram_bytes = parse_size_bytes(args.dram) if args.dram else int(total_bytes * share + 0.8e9)
+    args.dram_bytes = parse_size_bytes(args.dram) if args.dram else int(total_bytes * share + OVERHEAD_BYTES)
     if model is not None:
         spec = {"job": "prepare", "pack": str(pack), "model": model.trace, "ranks": list(model.ranks)}
         child(work, "prepare", spec, cap_bytes=None)
@@ -273,6 +318,7 @@ def main() -> None:
     after = child(work, "probe-after", probe_spec, cap_bytes=None)
     simulated = "rows of each token: TRACE-DRIVEN (simulated), weights random" if model else "nothing simulated"
     title = f"**{name}**, bf16, dram {args.dram_bytes / 2**30:.2f} GiB (kernel-enforced). {simulated}."
+    curve = measure_curve(args, pack, vocab_size, model, probe, total_bytes) if args.shares else []
     text = table(rows, title)
     print("\n" + text)
     result = {
@@ -286,12 +332,15 @@ def main() -> None:
         "probe_before": {key: probe[key] for key in ("random_reads", "memory_read_gb_per_s")},
         "probe_after": {key: after[key] for key in ("random_reads", "memory_read_gb_per_s")},
         "rows": rows,
+        "curve": curve,
         "table": text,
         "tokens": {name: record["tokens"] for name, record in records.items()},
         "load_averages": {name: record["load_average"] for name, record in records.items()},
     }
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / f"ladder-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if curve:
+        draw_curve(curve, name, simulated, args.results / f"ladder-{name}-dram.png")
     log(f"written: {args.results / f'ladder-{name}.json'}")
     if model is not None and not args.keep:
         shutil.rmtree(pack)

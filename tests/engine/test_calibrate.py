@@ -127,9 +127,7 @@ def test_the_report_is_a_table_and_json(packs: Callable[..., Path], text: Path) 
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_an_interrupted_calibration_goes_on_and_ends_alike(
-    family: str, packs: Callable[..., Path], text: Path
-) -> None:
+def test_an_interrupted_calibration_goes_on_and_ends_alike(family: str, packs: Callable[..., Path], text: Path) -> None:
     settings = {"rank": 8, "dram": DRAM, "max_ppl_increase": 0.02}
     whole, stopped = packs(family, "whole"), packs(family, "stopped")
     calibrate(whole, text, **settings)
@@ -235,7 +233,9 @@ def test_parts_share_no_token_and_leave_none_out(num_tokens: int, positions: int
     text = CalibrationText.cut("t", ids, positions)
     assert text.window_tokens >= MIN_WINDOW_TOKENS
     assert text.window_tokens <= (positions or num_tokens)
-    parts = [text.windows[part.start : part.stop].flatten().tolist() for part in (text.train, text.validation, text.held_out)]
+    parts = [
+        text.windows[part.start : part.stop].flatten().tolist() for part in (text.train, text.validation, text.held_out)
+    ]
     assert all(parts)
     together = sorted(token for part in parts for token in part)
     assert together == list(range(len(together)))
@@ -263,7 +263,9 @@ def test_the_level_search_raises_the_layer_that_hurts() -> None:
     found = search_levels(evaluate, rows, ratio, 0.01, lambda layer: hurts[layer])
     assert found.has_passed
     assert found.rise.increase <= 0.01
-    assert found.levels[1] == min(level for level in range(24) if 0.0502 * ratio**level <= 0.0099) or found.levels[1] >= 5
+    assert (
+        found.levels[1] == min(level for level in range(24) if 0.0502 * ratio**level <= 0.0099) or found.levels[1] >= 5
+    )
     assert found.levels[0] <= 2
     assert len(calls) < 10
     hopeless = search_levels(evaluate, rows, ratio, 1e-9, lambda layer: hurts[layer])

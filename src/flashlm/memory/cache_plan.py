@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from flashlm.memory.neuron_cache import LayerCapacity
 
 MIN_SLOTS = 32
-# A token may use more rows than the average one; what does not fit is worked off in rounds.
-FIRST_TOKEN_MARGIN = 1.5
+LEAST_SHARE = 0.25  # of an average token's rows: at worst they are worked off in four rounds
+TOKEN_MARGIN = 1.2  # tokens differ: slots for a window must hold more than the average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,15 @@ class LayerUse:
 
     @property
     def least_slots(self) -> int:
-        """Slots below which a token's rows do not fit together."""
+        """Slots below which a layer is not run."""
         first = self.use_curve[0] if self.use_curve else 1.0
-        return min(self.num_rows, max(MIN_SLOTS, math.ceil(first * self.num_rows * FIRST_TOKEN_MARGIN)))
+        return min(self.num_rows, max(MIN_SLOTS, math.ceil(first * self.num_rows * LEAST_SHARE)))
 
     def steps(self) -> list[tuple[int, float]]:
         """Return (slots, rows read per token) for each window, slots rising."""
-        points = [(self.least_slots, self._new_rows(1))]
-        for k in range(2, len(self.use_curve) + 1):
-            slots = min(self.num_rows, math.ceil(self.use_curve[k - 1] * self.num_rows * FIRST_TOKEN_MARGIN**0.5))
+        points = [(self.least_slots, self._new_rows(0))]
+        for k in range(1, len(self.use_curve) + 1):
+            slots = min(self.num_rows, math.ceil(self.use_curve[k - 1] * self.num_rows * TOKEN_MARGIN))
             if slots > points[-1][0]:
                 points.append((slots, self._new_rows(k)))
         if points[-1][0] < self.num_rows:
