@@ -142,7 +142,7 @@ def rebuild(model: Any, spec: Spec) -> SparseRows:
     files = old._files
     flash.sparse = None
     for layer in layers:
-        layer.bind(layer._bound.stream, layer._bound.gemm)
+        layer.use_rows(None, None)
     counters = old.counters
     del old  # its slab goes before the new one is made
     rows = ROWS[spec["rows"]](
@@ -159,14 +159,14 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
     flash = model.flash
     placement = flash.placement
     if spec["mode"] == "sparse":
-        predicts = [module._bound.predict for module in model.modules() if isinstance(module, FlashFFN)]
+        predicts = [module.bound.predict for module in model.modules() if isinstance(module, FlashFFN)]
         rows = rebuild(model, spec)
         if spec["trace"] is not None:
             trace = row_trace.generate(_trace_spec(spec, model), spec["trace"]["num_tokens"], 0, spec["trace"]["order"])
             predicts = [TracePredictor(trace, layer, predict) for layer, predict in enumerate(predicts)]
         ffns = [module for module in model.modules() if isinstance(module, FlashFFN)]
         for ffn, predict in zip(ffns, predicts, strict=True):
-            ffn.bind(ffn._bound.stream, ffn._bound.gemm, sparse=rows, predict=predict)
+            ffn.use_rows(rows, predict)
     needs = placement.needs
     held_bytes = needs.resident_bytes + needs.predictor_bytes + placement.pinned_bytes + placement.cache_bytes
     total_bytes = needs.resident_bytes + flash.manifest.streamed_bytes

@@ -140,7 +140,7 @@ def test_an_interrupted_calibration_goes_on_and_ends_alike(family: str, packs: C
     # Stop ever later: in every stage once or more.
     runs = 0
     while True:
-        steps, limit = 0, 3 * runs + 1
+        steps, limit = 0, 6 * runs + 1
 
         def stop_at(done: int, total: int, what: str, limit: int = limit) -> None:
             nonlocal steps
@@ -263,10 +263,8 @@ def test_the_level_search_raises_the_layer_that_hurts() -> None:
     found = search_levels(evaluate, rows, ratio, 0.01, lambda layer: hurts[layer])
     assert found.has_passed
     assert found.rise.increase <= 0.01
-    assert (
-        found.levels[1] == min(level for level in range(24) if 0.0502 * ratio**level <= 0.0099) or found.levels[1] >= 5
-    )
-    assert found.levels[0] <= 2
+    assert found.levels[1] == 6  # 0.05 * 0.75^6 is the first below ln 1.01
+    assert max(found.levels[0], found.levels[2]) <= 1
     assert len(calls) < 10
     hopeless = search_levels(evaluate, rows, ratio, 1e-9, lambda layer: hurts[layer])
     assert not hopeless.has_passed

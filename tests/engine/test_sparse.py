@@ -45,7 +45,7 @@ def _shrink(model: torch.nn.Module, num_slots: int, **settings: object) -> Spars
     rows = SparseRows(flash.reader, files, layouts, capacities, counters=flash.sparse.counters, **settings)
     for module in model.modules():
         if isinstance(module, FlashFFN):
-            module.bind(module._bound.stream, module._bound.gemm, sparse=rows, predict=module._bound.predict)
+            module.use_rows(rows, module.bound.predict)
     return rows
 
 
@@ -88,7 +88,7 @@ def test_a_token_is_the_same_alone_and_in_a_batch(calibrated: Callable[..., Path
         together = layer(tokens)
         alone = torch.cat([layer(token[None]) for token in tokens])
     assert torch.equal(together, alone)
-    predicted = layer._bound.predict(tokens)
+    predicted = layer.bound.predict(tokens)
     assert 0.2 < predicted.float().mean() < 0.8
 
 
@@ -99,8 +99,8 @@ def test_only_predicted_rows_count(calibrated: Callable[..., Path]) -> None:
     tokens = torch.randn(3, layer.layout.hidden_size)
     with torch.no_grad():
         got = layer(tokens)
-        predict = layer._bound.predict
-        layer.bind(layer._bound.stream, layer._bound.gemm)
+        predict = layer.bound.predict
+        layer.use_rows(None, None)
         everything = layer(tokens)
         layer.selection = predict
         masked = layer(tokens)

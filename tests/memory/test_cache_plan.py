@@ -30,5 +30,5 @@ def test_more_slots_never_take_any_away(layers: list[LayerUse], extra: int) -> N
 def test_slots_go_where_they_save_reads() -> None:
     steady = LayerUse(num_rows=1000, use_curve=(0.1, 0.101, 0.102, 0.103))
     varied = LayerUse(num_rows=1000, use_curve=(0.1, 0.2, 0.25, 0.26))
-    granted = plan_capacities([steady, varied], sum(least_slots([steady, varied])) + 150)
+    granted = plan_capacities([steady, varied], sum(least_slots([steady, varied])) + 300)
     assert granted[1].num_slots > granted[0].num_slots

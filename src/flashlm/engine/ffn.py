@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -115,6 +115,7 @@ class FlashFFN(nn.Module):
         *,
         sparse: SparseRows | None = None,
         predict: Selection | None = None,
+        order: torch.Tensor | None = None,
     ) -> None:
         """Connect the layer to its rows, after the biases have been loaded.
 
@@ -123,8 +124,31 @@ class FlashFFN(nn.Module):
             gemm: Products for many tokens.
             sparse: Gives scattered rows; None outside mode `sparse`.
             predict: The rows that tokens need; goes with `sparse`.
+            order: int64 (num_rows,): which neuron each row is; None where rows lie in the checkpoint's order.
         """
-        self._bound = _Bound(stream, gemm, _widened(self.up_bias), _widened(self.gate_bias), sparse, predict)
+        up_bias, gate_bias = _widened(self.up_bias, order), _widened(self.gate_bias, order)
+        self._bound = _Bound(stream, gemm, up_bias, gate_bias, sparse, predict)
+
+    def use_rows(self, sparse: SparseRows | None, predict: Selection | None) -> None:
+        """Change where a bound layer gets scattered rows from, and which it asks for; both None: whole blocks again.
+
+        Raises:
+            ConfigError: The layer is not bound.
+        """
+        self._bound = replace(self.bound, sparse=sparse, predict=predict)
+
+    @property
+    def bound(self) -> _Bound:
+        """What the layer runs on.
+
+        Raises:
+            ConfigError: The layer is not connected to a pack.
+        """
+        if self._bound is None:
+            raise ConfigError(
+                "this streamed layer has no weights yet: load the pack with flashlm.load or from_pretrained"
+            )
+        return self._bound
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the layer's output.
@@ -139,11 +163,7 @@ class FlashFFN(nn.Module):
             ConfigError: The layer is not connected to a pack, or a gradient is asked for.
             StorageError: A block can't be read.
         """
-        bound = self._bound
-        if bound is None:
-            raise ConfigError(
-                "this streamed layer has no weights yet: load the pack with flashlm.load or from_pretrained"
-            )
+        bound = self.bound
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
         tokens = hidden_states.reshape(-1, self.layout.hidden_size)
@@ -305,8 +325,11 @@ def _evenly(activation: Activation, values: torch.Tensor) -> torch.Tensor:
     return activation(padded)[:count].view(values.shape)
 
 
-def _widened(bias: torch.Tensor | None) -> torch.Tensor | None:
-    return None if bias is None else bias.detach().to(torch.float32).contiguous()
+def _widened(bias: torch.Tensor | None, order: torch.Tensor | None) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    widened = bias.detach().to(torch.float32).contiguous()
+    return widened if order is None else widened[order]
 
 
 def _part(bias: torch.Tensor | None, span: range) -> torch.Tensor | None:

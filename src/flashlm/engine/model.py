@@ -30,6 +30,7 @@ from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.files import check_files, check_resident_file
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
+from flashlm.pack.reorder import read_order
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import File, Reader
@@ -139,7 +140,14 @@ class FlashModel:
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
             predict = predictors[index].predict if predictors else None
-            layer.bind(self._stream, gemm, sparse=self.sparse, predict=predict)
+            order = read_order(self.pack, entry)
+            layer.bind(
+                self._stream,
+                gemm,
+                sparse=self.sparse,
+                predict=predict,
+                order=None if order is None else torch.from_numpy(order),
+            )
             if self.calibration is not None:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
         model.requires_grad_(False)

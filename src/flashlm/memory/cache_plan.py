@@ -27,13 +27,29 @@ class LayerUse:
     use_curve: tuple[float, ...]
 
     @property
-    def least_slots(self) -> int:
+    def _convex(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return the lower convex hull of points with rising first coordinates."""
+    hull: list[tuple[int, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x1, y1), (x2, y2) = hull[-2:]
+            if (y2 - y1) * (x - x1) < (y - y1) * (x2 - x1):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def least_slots(self) -> int:
         """Slots below which a layer is not run."""
         first = self.use_curve[0] if self.use_curve else 1.0
         return min(self.num_rows, max(MIN_SLOTS, math.ceil(first * self.num_rows * LEAST_SHARE)))
 
     def steps(self) -> list[tuple[int, float]]:
-        """Return (slots, rows read per token) for each window, slots rising."""
+        """Return (slots, rows read per token), slots rising, each step saving less per slot than the one before.
+
+        The points are windows; those that lie above the line between their neighbours are left out.
+        """
         points = [(self.least_slots, self._new_rows(0))]
         for k in range(1, len(self.use_curve) + 1):
             slots = min(self.num_rows, math.ceil(self.use_curve[k - 1] * self.num_rows * TOKEN_MARGIN))
@@ -41,7 +57,7 @@ class LayerUse:
                 points.append((slots, self._new_rows(k)))
         if points[-1][0] < self.num_rows:
             points.append((self.num_rows, 0.0))
-        return points
+        return _convex(points)
 
     def _new_rows(self, k: int) -> float:
         curve = self.use_curve

@@ -29,7 +29,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
 SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$", max_length=255)]
-LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}\.rows$")]
+LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}(\.[0-9a-f]{8})?\.rows$")]
 
 
 class _Strict(BaseModel):
@@ -47,6 +47,8 @@ class LayerEntry(_Strict):
         has_up_bias, has_gate_bias, has_down_bias: Whether `model.safetensors` holds `<module>.up_bias` (d_ffn,),
             `<module>.gate_bias` (d_ffn,), `<module>.down_bias` (d_model,).
         checksums: xxh3-64 of each block as read (padding included), 16 hexadecimal digits.
+        order_checksum: xxh3-64 of the layer's `.order` file, which says which checkpoint neuron each row is; None where
+            rows lie in the checkpoint's order, and there is no such file.
     """
 
     module: str
@@ -57,6 +59,7 @@ class LayerEntry(_Strict):
     has_gate_bias: bool
     has_down_bias: bool
     checksums: tuple[Checksum, ...]
+    order_checksum: Checksum | None = None
 
 
 class ResidentEntry(_Strict):
@@ -95,7 +98,6 @@ class Manifest(_Strict):
         activation: Name of the activation in transformers' `ACT2FN`.
         block_rows: Rows per block.
         row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout.
-        neuron_order: "source": rows lie in the checkpoint's order.
         layers: The streamed FFNs, in the order in which a forward pass meets them.
         resident: The resident file.
         small_files: xxh3-64 of config.json and of every file that was copied beside it (tokenizer, generation config).
@@ -112,7 +114,6 @@ class Manifest(_Strict):
     block_rows: Dimension
     row_stride_bytes: Annotated[int, Field(gt=0)]
     block_stride_bytes: Annotated[int, Field(gt=0)]
-    neuron_order: Literal["source"] = "source"
     layers: Annotated[tuple[LayerEntry, ...], Field(min_length=1, max_length=MAX_LAYERS)]
     resident: ResidentEntry
     small_files: dict[SmallFileName, Checksum] = {}
@@ -159,6 +160,11 @@ def manifest_path(pack: Path) -> Path:
 def layer_path(pack: Path, entry: LayerEntry) -> Path:
     """Return the path of a layer's file."""
     return pack / FLASH_DIR / entry.file
+
+
+def order_path(pack: Path, entry: LayerEntry) -> Path:
+    """Return where the order of a layer's rows is kept: int32 little-endian (num_rows,)."""
+    return layer_path(pack, entry).with_suffix(".order")
 
 
 def read_manifest(pack: Path) -> Manifest:

@@ -21,8 +21,10 @@ from flashlm.pack.manifest import (
     RESIDENT_NAME,
     Manifest,
     layer_path,
+    order_path,
     read_manifest,
 )
+from flashlm.pack.reorder import read_order
 
 _MAX_SHOWN = 20
 
@@ -104,6 +106,7 @@ def verify(pack: str | Path, *, progress: Callable[[int, int, str], None] | None
                     progress(done + piece.offset + piece.num_bytes, total, path.name)
             done += size
     problems += _small_file_problems(folder, manifest)
+    problems += _order_problems(folder, manifest)
     num_files = len(files) + len(manifest.small_files)
     return VerifyReport(pack=folder, num_files=num_files, num_bytes=read, problems=tuple(problems))
 
@@ -157,8 +160,20 @@ def _check(reader: DirectReader, piece: _Range, buffer: AlignedBuffer) -> list[s
 def _foreign(folder: Path, manifest: Manifest) -> list[str]:
     """Return files in `flash/` that the manifest does not know: a mixed-up copy, most likely."""
     known = {MANIFEST_NAME, *CALIBRATION_NAMES, *(entry.file for entry in manifest.layers)}
+    known |= {order_path(folder, entry).name for entry in manifest.layers if entry.order_checksum is not None}
     flash = folder / FLASH_DIR
     return [f"{path} is not part of this pack" for path in sorted(flash.iterdir()) if path.name not in known]
+
+
+def _order_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Return what is wrong with the files that say which neuron a row is."""
+    problems = []
+    for entry in manifest.layers:
+        try:
+            read_order(folder, entry)
+        except PackError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _small_file_problems(folder: Path, manifest: Manifest) -> list[str]:
