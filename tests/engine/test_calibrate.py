@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import flashlm
+from flashlm.cli import main
 from flashlm.engine import calibrate as module
 from flashlm.engine.calibrate import calibrate
 from flashlm.engine.calibration_store import PARTIAL_NAME
@@ -269,3 +270,26 @@ def test_the_level_search_raises_the_layer_that_hurts() -> None:
     hopeless = search_levels(evaluate, rows, ratio, 1e-9, lambda layer: hurts[layer])
     assert not hopeless.has_passed
     assert hopeless.levels == (23, 23, 23)
+
+
+def test_the_command_prints_layers_and_a_verdict(
+    packs: Callable[..., Path], text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pack = packs("opt")
+
+    def run(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as done:
+            main([str(argument) for argument in arguments])
+        return int(done.value.code or 0)
+
+    asked = ("calibrate", pack, "--text", text, "--rank", 8, "--dram", DRAM)
+    assert run(*asked, "--max-ppl-increase", "1.5%", "--plots", tmp_path / "plots") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[:4] == ["layer", "active", "predicted", "recall"]
+    assert printed[2].split()[0] == "1"
+    assert any("of 1.5% allowed" in line for line in printed)
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"use-curve.png", "predicted-rows.png"}
+    assert run(*asked, "--max-ppl-increase", "a lot") == 2
+    assert capsys.readouterr().err == "flashlm: max-ppl-increase='a lot' is not a share: write it like 1% or 0.01\n"
+    assert run(*asked, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["predictor"]["rank"] == 8

@@ -27,20 +27,7 @@ class LayerUse:
     use_curve: tuple[float, ...]
 
     @property
-    def _convex(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return the lower convex hull of points with rising first coordinates."""
-    hull: list[tuple[int, float]] = []
-    for x, y in points:
-        while len(hull) > 1:
-            (x1, y1), (x2, y2) = hull[-2:]
-            if (y2 - y1) * (x - x1) < (y - y1) * (x2 - x1):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return hull
-
-
-def least_slots(self) -> int:
+    def least_slots(self) -> int:
         """Slots below which a layer is not run."""
         first = self.use_curve[0] if self.use_curve else 1.0
         return min(self.num_rows, max(MIN_SLOTS, math.ceil(first * self.num_rows * LEAST_SHARE)))
@@ -66,6 +53,19 @@ def least_slots(self) -> int:
         at = min(k, len(curve) - 1)
         before = curve[at - 1] if at else 0.0
         return max(curve[at] - before, 0.0) * self.num_rows
+
+
+def _convex(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return the lower convex hull of points with rising first coordinates."""
+    hull: list[tuple[int, float]] = []
+    for x, y in points:
+        while len(hull) > 1:
+            (x1, y1), (x2, y2) = hull[-2:]
+            if (y2 - y1) * (x - x1) < (y - y1) * (x2 - x1):
+                break
+            hull.pop()
+        hull.append((x, y))
+    return hull
 
 
 def least_slots(layers: Sequence[LayerUse]) -> list[int]:
