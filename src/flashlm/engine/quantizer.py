@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flashlm.engine.config import Settings, make_settings
 from flashlm.errors import ConfigError, PackError
+from flashlm.pack import activations
 from flashlm.pack.manifest import FORMAT_VERSION
 
 QUANT_METHOD = "flashlm"
@@ -118,6 +119,7 @@ def _pack_folder(checkpoint_files: list[str] | None) -> Path:
 
 def register() -> None:
     """Make transformers know packs; this module calls it once. Calling it again does nothing."""
+    activations.register()
     if QUANT_METHOD in quantizers_auto.AUTO_QUANTIZER_MAPPING:
         return
     quantizers_auto.register_quantization_config(QUANT_METHOD)(FlashConfig)

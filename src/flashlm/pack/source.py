@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
+from flashlm.pack import activations
 from flashlm.pack.checkpoint import Checkpoint
 from flashlm.pack.manifest import FORMAT_VERSION
 
@@ -90,11 +91,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         what = "already a flashlm pack" if method == QUANT_METHOD else f"already quantized ({method})"
         raise PackError(f"{folder} is {what}: convert the model it was made from")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedModelError(
             f"model type {raw.get('model_type')!r} in {folder} is not supported: {error}"
         ) from error
+    activations.check_parameters(config)
+    return config
 
 
 def read_config(folder: Path) -> dict[str, Any]:
