@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
@@ -18,13 +19,15 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.fixture
 def folder_with_model(tmp_path, monkeypatch):
-    """A folder in which the README's `path/to/llama` exists."""
+    """A folder in which the README's `path/to/llama` and `my-text.txt` exist."""
     source = tmp_path / "path/to/llama"
     save_checkpoint(source, "llama", max_position_embeddings=512)
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, 96)}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(source)
+    words = random.Random(0).choices([f"w{index}" for index in range(3, 96)], k=1500)
+    (tmp_path / "my-text.txt").write_text(" ".join(words))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -10,7 +10,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from flashlm import console
 from flashlm.cli_calibrate import calibrate
 from flashlm.cli_eval import evaluate
 from flashlm.errors import ConfigError, FlashError
+
+if TYPE_CHECKING:
+    from flashlm.sparsity.document import Sparsity
 
 app = typer.Typer(
     name="flashlm",
@@ -120,11 +123,14 @@ def info(pack: PackArgument, context: ContextOption = None, as_json: JsonOption 
     """Print shapes, what is resident, what is streamed, and the smallest --dram that works."""
     from flashlm.engine.needs import smallest_dram_bytes
     from flashlm.pack.info import describe
+    from flashlm.pack.manifest import read_manifest
     from flashlm.sizes import format_size
+    from flashlm.sparsity.document import read_sparsity
 
     described = describe(pack)
     floor_bytes = smallest_dram_bytes(pack, context)
-    _print_info(described, as_json, floor_bytes=floor_bytes, floor=format_size(floor_bytes))
+    sparsity = read_sparsity(pack, read_manifest(pack))
+    _print_info(described, as_json, floor_bytes=floor_bytes, floor=format_size(floor_bytes), sparsity=sparsity)
 
 
 @app.command()
@@ -246,14 +252,24 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise ConfigError(f"the prompt can't be read from {prompt_file}: {error}") from error
 
 
-def _print_info(described: Any, as_json: bool, floor_bytes: int | None = None, floor: str | None = None) -> None:
+def _print_info(
+    described: Any,
+    as_json: bool,
+    floor_bytes: int | None = None,
+    floor: str | None = None,
+    sparsity: Sparsity | None = None,
+) -> None:
     if as_json:
-        extra = {} if floor_bytes is None else {"smallest_dram_bytes": floor_bytes}
+        extra: dict[str, Any] = {} if floor_bytes is None else {"smallest_dram_bytes": floor_bytes}
+        if sparsity is not None:
+            extra["calibration"] = sparsity.model_dump(mode="json")
         console.print_json(described.to_dict() | extra)
         return
     rows = described.rows()
     if floor is not None:
         rows.append(("smallest --dram", floor))
+    if sparsity is not None:
+        rows += sparsity.rows()
     console.print_table(rows, title=str(described.pack))
 
 

@@ -41,6 +41,9 @@ def calibrate(
     plots: Annotated[
         Path | None, typer.Option(help="Draw use curves and predicted rows into this folder (PNG).", show_default=False)
     ] = None,
+    reorder: Annotated[
+        bool, typer.Option(help="Lay the rows down hot ones first, then those that fire together side by side.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Teach a pack which neurons each token needs, so that mode sparse reads only these.
@@ -51,25 +54,34 @@ def calibrate(
     most predict more rows until it fits; if it can't, the best is stored and marked as not passed, and mode auto stays
     exact.
 
-    Writes flash/sparsity.json and .safetensors into the pack. Interrupted, it goes on with the same command.
+    Writes flash/sparsity.json and .safetensors into the pack, and its rows in a new order.
+    Interrupted, it goes on with the same command.
     """
     allowed = parse_share(max_ppl_increase)
+    from transformers.utils.logging import disable_progress_bar
+
     from flashlm.engine.calibrate import calibrate as run
 
-    with console.progress_bar(unit="steps") as progress:
-        report = run(
-            pack,
-            text,
-            rank=rank,
-            recall=recall,
-            max_ppl_increase=allowed,
-            max_tokens=max_tokens,
-            dram=dram,
-            seed=seed,
-            progress=progress,
-            announce=console.note,
-            plots=plots,
-        )
+    disable_progress_bar()  # ours is enough
+    try:
+        with console.progress_bar(unit="steps") as progress:
+            report = run(
+                pack,
+                text,
+                rank=rank,
+                recall=recall,
+                max_ppl_increase=allowed,
+                max_tokens=max_tokens,
+                dram=dram,
+                seed=seed,
+                progress=progress,
+                announce=console.note,
+                plots=plots,
+                reorder=reorder,
+            )
+    except KeyboardInterrupt:
+        console.note("what is done is kept: the same command goes on from here")
+        raise
     if as_json:
         console.print_json(report.to_dict())
         return

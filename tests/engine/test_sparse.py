@@ -150,7 +150,7 @@ def test_predictors_of_another_checkpoint_are_refused(
         flashlm.load(other, dram=DRAM, mode="sparse")
 
 
-def test_auto_takes_sparse_only_after_a_passed_calibration(calibrated: Callable[..., Path], tmp_path: Path) -> None:
+def test_auto_takes_sparse_only_after_a_passed_calibration(calibrated: Callable[..., Path]) -> None:
     from flashlm.engine.calibrated import find_calibration, resolve_mode
 
     for has_passed, fits, wanted in ((True, False, "sparse"), (True, True, "hybrid"), (False, False, "hybrid")):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from flashlm.errors import ConfigError
+from flashlm.sparsity import fitting
 from flashlm.sparsity.fitting import FittedPredictor, LayerProblem, fit_layer
 from flashlm.sparsity.operating import Operating, find_cutoffs, measure, recall_levels
 from flashlm.sparsity.predictor import Predictor
@@ -36,7 +39,7 @@ def _problem(*, inner: int, noise: float = 0.0, activation=torch.relu, threshold
         weight=weight,
         bias=bias,
         activation=activation,
-        has_exact_zeros=activation is torch.relu,
+        has_exact_zeros=activation is not torch.nn.functional.silu,
         train=tokens.part(range(600)),
         validation=tokens.part(range(600, 900)),
         held_out=tokens.part(range(900, TOKENS)),
@@ -100,13 +103,17 @@ def test_a_layer_of_low_rank_reaches_the_recall(kind: str) -> None:
     assert recalls[-1] > 0.99
 
 
+def _fatrelu(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(values > 0.05, values, 0.0)
+
+
 @pytest.mark.parametrize("kind", ["trained", "sketch"])
-@pytest.mark.parametrize("is_relu", [True, False])
-def test_the_stored_predictor_does_what_was_measured(kind: str, is_relu: bool) -> None:
-    activation, threshold = (torch.relu, 0.0) if is_relu else (torch.nn.functional.silu, 0.1)
+@pytest.mark.parametrize(
+    ("activation", "threshold"), [(torch.relu, 0.0), (_fatrelu, 0.0), (torch.nn.functional.silu, 0.1)]
+)
+def test_the_stored_predictor_does_what_was_measured(kind: str, activation: Any, threshold: float) -> None:
     problem = _problem(inner=HIDDEN, activation=activation, threshold=threshold)
     levels = [0.9, 0.97]
-    from flashlm.sparsity import fitting
 
     sketch = _sketch(problem)
     factors = sketch.factors(8) if kind == "sketch" else initial_factors(sketch, 8, problem.train.active_share)
@@ -169,6 +176,11 @@ def test_cutoffs_and_counts_agree_with_plain_counting() -> None:
         assert point.false_positive == pytest.approx((predicted & ~active).sum() / (~active).sum())
         assert point.predicted_share == pytest.approx(predicted.mean())
         assert point.recall >= level
+
+
+def test_the_knee_is_where_the_zeros_end() -> None:
+    assert fitting.find_knee(torch.relu) == 0.0
+    assert fitting.find_knee(_fatrelu) == pytest.approx(0.05)
 
 
 def test_a_layer_where_nothing_fires_is_no_error() -> None:

@@ -27,12 +27,15 @@ from flashlm.engine.capture import (
     CalibrationText,
 )
 from flashlm.engine.evaluate import read_token_ids
+from flashlm.engine.ordering import order_pack
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.files import check_files
 from flashlm.pack.manifest import read_manifest
+from flashlm.sizes import format_size
 from flashlm.sparsity.document import (
     fingerprint,
 )
+from flashlm.sparsity.order import neuron_order
 from flashlm.sparsity.ranks import check_rank, parse_rank
 from flashlm.sparsity.training import TrainingSettings
 
@@ -57,6 +60,7 @@ def calibrate(
     progress: Progress = lambda done, total, what: None,
     announce: Callable[[str], None] = lambda line: None,
     plots: str | Path | None = None,
+    reorder: bool = True,
 ) -> CalibrationReport:
     """Profile a pack's neurons on a text, fit its row predictors, and store them with what they cost in perplexity.
 
@@ -72,6 +76,7 @@ def calibrate(
         progress: Called with steps done, steps in all, and what is being done.
         announce: Called with a line at the start and where earlier work is continued.
         plots: Folder for figures; None draws none.
+        reorder: Lay the rows down hot ones first, then those that fire together side by side.
 
     Returns:
         What was found. A budget that could not be met is in the report, not an error.
@@ -120,10 +125,21 @@ def calibrate(
     )
     if work.store.was_begun:
         announce(f"continuing the calibration in {work.store.folder}")
+    announce(
+        f"{text.num_tokens} tokens of {text.name} in windows of {text.window_tokens}; what {work.num_layers} layers do on"
+        f" them takes {format_size(work.recorded_bytes)} in {work.store.folder} until it is done"
+    )
     thresholds = work.record()
     fitted = [work.fit(layer) for layer in range(work.num_layers)]
     levels, final = work.choose(fitted, thresholds)
     report = write_calibration(work, fitted, thresholds, levels, final, started_s)
+    if reorder:
+        orders = []
+        for layer in range(work.num_layers):
+            progress(layer, work.num_layers, f"order of layer {layer}")
+            _, uses = work.tokens(layer).part(text.tokens_of(text.train)).take(slice(None))
+            orders.append(neuron_order(uses))
+        order_pack(folder, orders, progress)
     work.store.remove()
     if plots is not None:
         from flashlm.sparsity.plots import write_plots

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.activations import ACT2FN
 
 from flashlm.engine.config import ResolvedMode, Settings
-from flashlm.errors import ConfigError
+from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest
 from flashlm.sparsity.document import Sparsity, read_sparsity, read_tensors, tensors_path
 from flashlm.sparsity.predictor import Predictor, load_predictor
+
+logger = logging.getLogger(__name__)
 
 EXACT = "exact: every weight takes part in every token; the placement changes no bit"
 
@@ -88,11 +91,17 @@ def find_calibration(pack: Path, manifest: Manifest, settings: Settings) -> Cali
 
     Raises:
         ConfigError: Mode `sparse` is asked for and the pack has no predictors.
-        PackError: The calibration is damaged, or of other weights.
+        PackError: Mode `sparse` is asked for, and the calibration is damaged or of other weights.
     """
     if settings.mode not in ("sparse", "auto"):
         return None
-    sparsity = read_sparsity(pack, manifest)
+    try:
+        sparsity = read_sparsity(pack, manifest)
+    except PackError as error:
+        if settings.mode == "sparse":
+            raise
+        logger.warning("mode auto does without this pack's calibration: %s", error)
+        return None
     if sparsity is not None and sparsity.has_predictors:
         return Calibration(pack=pack, manifest=manifest, sparsity=sparsity)
     if settings.mode == "sparse":

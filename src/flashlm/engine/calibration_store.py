@@ -110,6 +110,7 @@ class CalibrationStore:
         about = {
             "kind": fitted.kind,
             "is_shifted": fitted.is_shifted,
+            "knee": fitted.knee,
             "operating": [asdict(point) for point in fitted.operating],
             "trials": [trial.model_dump() for trial in fitted.trials],
         }
@@ -123,15 +124,16 @@ class CalibrationStore:
             with safe_open(self._predictor_path(layer), framework="pt") as file:
                 about = json.loads(file.metadata()["about"])
                 factors = Factors(**{name: file.get_tensor(name).clone() for name in ("reduce", "expand", "bias")})
+            return FittedPredictor(
+                kind=about["kind"],
+                factors=factors,
+                operating=tuple(Operating(**point) for point in about["operating"]),
+                is_shifted=about["is_shifted"],
+                knee=about["knee"],
+                trials=tuple(Trial(**trial) for trial in about["trials"]),
+            )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
-        return FittedPredictor(
-            kind=about["kind"],
-            factors=factors,
-            operating=tuple(Operating(**point) for point in about["operating"]),
-            is_shifted=about["is_shifted"],
-            trials=tuple(Trial(**trial) for trial in about["trials"]),
-        )
 
     def _predictor_path(self, layer: int) -> Path:
         return self.folder / f"predictor-{layer:05d}.safetensors"

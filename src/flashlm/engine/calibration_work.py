@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import xxhash
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
@@ -30,9 +31,10 @@ from flashlm.engine.capture import (
 )
 from flashlm.engine.error_budget import Levels, Losses, Rise, largest_passing, search_levels
 from flashlm.engine.model import load
+from flashlm.errors import BudgetError
 from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.manifest import Manifest
-from flashlm.sizes import parse_size_bytes
+from flashlm.sizes import format_size, parse_size_bytes
 from flashlm.sparsity.fitting import FittedPredictor, LayerProblem, fit_layer
 from flashlm.sparsity.operating import LEVEL_RATIO, recall_levels
 from flashlm.sparsity.predictor import Predictor
@@ -51,8 +53,8 @@ Progress = Callable[[int, int, str], None]
 
 
 def has_exact_zeros(activation: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Return whether an activation is zero exactly where its argument is not positive: ReLU and its square."""
-    positive = torch.linspace(1e-3, 8.0, 257)
+    """Return whether an activation is exactly zero wherever it is not positive: ReLU, its square, FATReLU."""
+    positive = torch.linspace(0.1, 8.0, 257)
     return bool((activation(-positive) == 0).all() and (activation(positive) > 0).all())
 
 
@@ -87,14 +89,28 @@ class CalibrationWork:
         tokens = self.text.batch * self.text.window_tokens
         config = AutoConfig.from_pretrained(self.pack).get_text_config(decoder=True)
         logits_bytes = tokens * int(config.vocab_size) * 4 + tokens * max(e.num_rows for e in self.manifest.layers) * 8
-        spare_bytes = max(dram_bytes - extra_bytes - logits_bytes, 1)
-        model = load(self.pack, dram=spare_bytes, mode="hybrid", context=tokens)
+        aside_bytes = extra_bytes + logits_bytes
+        try:
+            model = load(self.pack, dram=max(dram_bytes - aside_bytes, 1), mode="hybrid", context=tokens)
+        except BudgetError as error:
+            raise BudgetError(
+                f"{error} (calibrating keeps {format_size(aside_bytes)} of dram={format_size(dram_bytes)} for logits and"
+                " predictors)",
+                needed_bytes=error.needed_bytes + aside_bytes,
+                available_bytes=error.available_bytes + aside_bytes,
+            ) from error
         try:
             yield model
         finally:
             model.flash.close()
             del model
             gc.collect()
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Space that inputs and active rows take beside the pack, for a while."""
+        per_token_bytes = sum(2 * self.manifest.hidden_size + -(-entry.num_rows // 8) for entry in self.manifest.layers)
+        return self.text.num_tokens * per_token_bytes
 
     def record(self) -> list[float]:
         """Return the activation thresholds, once inputs and active rows of all layers are in the store."""
@@ -103,7 +119,7 @@ class CalibrationWork:
             return [float(threshold) for threshold in recorded]
         num_tokens, hidden_size = self.text.num_tokens, self.manifest.hidden_size
         widths = [-(-entry.num_rows // 8) for entry in self.manifest.layers]
-        self.store.check_space(num_tokens * (self.num_layers * 2 * hidden_size + sum(widths)))
+        self.store.check_space(self.recorded_bytes)
         with self.model() as model:
             thresholds = [0.0] * self.num_layers if self.has_exact_zeros else self.find_thresholds(model)
             recordings = [
@@ -226,7 +242,7 @@ class CalibrationWork:
         part: str,
     ) -> Rise:
         """Return the rise with each layer at its level, dense where that is None."""
-        key = f"rise-{part}-{'-'.join('d' if level is None else str(level) for level in levels)}.json"
+        key = f"rise-{part}-{xxhash.xxh3_64_hexdigest(repr(levels).encode())}.json"
         kept = self.store.read(key)
         if kept is not None:
             return Rise(**kept)

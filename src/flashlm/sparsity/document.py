@@ -131,6 +131,34 @@ class Sparsity(_Strict):
         """Whether every layer has one."""
         return all(layer.predictor is not None for layer in self.layers)
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the lines that `flashlm info` prints."""
+        rows = [("calibrated on", f"{self.text}, {self.num_tokens} tokens")]
+        for index, layer in enumerate(self.layers):
+            entry = layer.predictor
+            if entry is None:
+                continue
+            ratio = entry.predicted_share / layer.active_share if layer.active_share else float("inf")
+            rows.append(
+                (
+                    f"predictor of layer {index}",
+                    f"{entry.kind}, rank {entry.rank}: recall {entry.recall:.1%}, false positives"
+                    f" {entry.false_positive:.1%}, predicts {entry.predicted_share:.1%} of the rows"
+                    f" ({ratio:.1f} times the active ones)",
+                )
+            )
+        if self.evaluation is not None:
+            found = self.evaluation
+            verdict = "passed" if found.has_passed else "NOT passed: mode auto stays exact"
+            rows.append(
+                (
+                    "held-out perplexity",
+                    f"{found.dense_perplexity:.3f} dense, {found.sparse_perplexity:.3f} sparse ({found.increase:+.2%},"
+                    f" {found.max_increase:.1%} allowed): {verdict}",
+                )
+            )
+        return rows
+
 
 def fingerprint(manifest: Manifest) -> str:
     """Return what identifies the weights of a pack, their order included: a digest of all its checksums."""
@@ -151,6 +179,11 @@ def document_path(pack: Path) -> Path:
 def tensors_path(pack: Path) -> Path:
     """Return where a pack keeps its predictors."""
     return pack / FLASH_DIR / TENSORS_NAME
+
+
+def profile_path(pack: Path) -> Path:
+    """Return where a pack keeps how its neurons fired."""
+    return pack / FLASH_DIR / PROFILE_NAME
 
 
 def predictor_names(layer: int) -> tuple[str, str, str]:
@@ -217,7 +250,7 @@ def write_profile(pack: Path, tensors: dict[str, torch.Tensor]) -> None:
         StorageError: It can't be written.
     """
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    write_small_file(pack / FLASH_DIR / PROFILE_NAME, content)
+    write_small_file(profile_path(pack), content)
 
 
 def read_tensors(pack: Path, sparsity: Sparsity) -> dict[str, torch.Tensor]:

@@ -76,7 +76,8 @@ class FittedPredictor:
         kind: "trained" or "sketch".
         factors: As stored: 16-bit values, held as fp16 (bf16 where fp16 is too narrow); the bias is fp32.
         operating: One point per recall level.
-        is_shifted: The cutoff is subtracted from the bias, for sketches of activations with exact zeros.
+        is_shifted: The bias is moved so that the cutoff falls on `knee`, for sketches of activations with exact zeros.
+        knee: The largest argument at which such an activation is zero: 0 for ReLU.
         trials: Everything that was tried, this one among it.
     """
 
@@ -85,6 +86,7 @@ class FittedPredictor:
     operating: tuple[Operating, ...]
     is_shifted: bool
     trials: tuple[Trial, ...]
+    knee: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -110,8 +112,20 @@ class FittedPredictor:
 
     def tensors(self, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return `reduce`, `expand` and `bias` as a pack stores them, for a recall level."""
-        shift = self.operating[level].cutoff if self.is_shifted else 0.0
+        shift = self.operating[level].cutoff - self.knee if self.is_shifted else 0.0
         return self.factors.reduce, self.factors.expand, self.factors.bias - shift
+
+
+def find_knee(activation: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Return the largest argument up to 0.1 at which an activation with exact zeros is zero: 0.01 for FATReLU."""
+    low, high = 0.0, 0.1
+    for _ in range(60):
+        middle = (low + high) / 2
+        if activation(torch.tensor(middle)).item() == 0.0:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def predictor_bytes(factors: Factors) -> int:
@@ -150,7 +164,7 @@ def fit_layer(
     on_step(ranks[0], "sketch")
     moments = InputMoments.of(inputs for inputs, _ in problem.train.pieces())
     sketch = TriggerSketch(problem.weight, problem.bias, moments)
-    found = [_try(problem, "sketch", rounded(sketch.factors(rank)), levels) for rank in ranks]
+    found = [_try(problem, "sketch", rounded(sketch.factors(rank)), levels[:1]) for rank in ranks]
     least_bytes = min(trial.cost_bytes for trial, _ in found)
     promising = [trial.rank for trial, _ in found if trial.cost_bytes <= least_bytes * NEARLY]
     share = problem.train.active_share
@@ -163,8 +177,9 @@ def fit_layer(
             seed=seed,
             on_epoch=lambda epoch, rank=rank: on_step(rank, f"epoch {epoch + 1}"),  # type: ignore[misc]
         )
-        found.append(_try(problem, "trained", rounded(trained), levels))
-    chosen = min(found, key=lambda each: each[0].cost_bytes)[1]
+        found.append(_try(problem, "trained", rounded(trained), levels[:1]))
+    cheapest = min(found, key=lambda each: each[0].cost_bytes)[1]
+    _, chosen = _try(problem, cheapest.kind, cheapest.factors, levels)
     return replace(chosen, trials=tuple(trial for trial, _ in found))
 
 
@@ -192,6 +207,7 @@ def _try(problem: LayerProblem, kind: Kind, factors: Factors, levels: list[float
         cost_bytes=size + point.predicted_share * len(problem.weight) * problem.row_bytes,
     )
     is_shifted = kind == "sketch" and problem.has_exact_zeros
+    knee = find_knee(problem.activation) if is_shifted else 0.0
     return trial, FittedPredictor(
-        kind=kind, factors=factors, operating=operating, is_shifted=is_shifted, trials=(trial,)
+        kind=kind, factors=factors, operating=operating, is_shifted=is_shifted, trials=(trial,), knee=knee
     )

@@ -87,6 +87,8 @@ def measure(scored: Scored, cutoffs: list[float]) -> list[Operating]:
 
 def _num_above(values: Floats, ascending: Floats) -> npt.NDArray[np.int64]:
     """Return how many values are strictly above each of the ascending cutoffs."""
+    if len(ascending) == 1:
+        return np.array([np.count_nonzero(values > ascending[0])], dtype=np.int64)
     below = np.searchsorted(ascending, values, side="left")  # cutoffs that a value is above
     counts = np.bincount(below, minlength=len(ascending) + 1)
     return np.asarray(counts[::-1].cumsum()[::-1][1:], dtype=np.int64)
