@@ -159,6 +159,9 @@ def rung_spec(rung: Rung, pack: Path, args: argparse.Namespace, vocab_size: int,
         "trace": trace,
         "context": args.context,
         "vocab_size": vocab_size,
+        "ids": args.ids[:num_tokens] if args.ids else None,
+        "pin_bytes": args.held_bytes if rung.mode == "hybrid" else None,
+        "cache_rows": args.cache_rows if rung.mode == "sparse" else None,
         "num_tokens": num_tokens,
     }
 
@@ -227,6 +230,16 @@ def table(rows: list[Record], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def own_ids(pack: Path, text: Path | None) -> list[int]:
+    """Return the tokens of a text for a model of one's own."""
+    from flashlm.engine.evaluate import read_token_ids
+
+    if text is None:
+        raise SystemExit("--pack needs --text FILE: tokens that the model has not seen")
+    ids: list[int] = read_token_ids(pack, text, max_tokens=4096).tolist()
+    return ids
+
+
 def measure_curve(
     args: argparse.Namespace, pack: Path, vocab_size: int, model: Model | None, probe: Record, total_bytes: int
 ) -> list[Record]:
@@ -274,6 +287,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument("--pack", type=Path, help="a calibrated pack; its own predictors, nothing simulated")
     parser.add_argument("--work", type=Path, required=True, help="folder for what it writes")
     parser.add_argument("--dram", help="budget of the process; default: the paper's share of the model plus 0.8 GB")
+    parser.add_argument("--text", type=Path, help="for --pack: the tokens that are run")
+    parser.add_argument("--ffn-share", type=float, default=0.5, help="for --pack: share of the FFN's rows in DRAM")
     parser.add_argument("--context", type=int, default=256, help="tokens that the KV cache may hold")
     parser.add_argument("--window", type=int, default=4, help="k for --pack")
     parser.add_argument(
@@ -299,11 +314,18 @@ def main() -> None:
     total_bytes = manifest.resident.num_bytes + manifest.streamed_bytes
     share = model.share if model else 0.5
     args.dram_bytes = parse_size_bytes(args.dram) if args.dram else int(total_bytes * share + OVERHEAD_BYTES)
+    args.ids, args.held_bytes, args.cache_rows = None, None, None
+    if model is None:
+        # A model so small that the process outweighs it: what is held is set by its share, not by the budget.
+        args.dram_bytes = parse_size_bytes(args.dram or "2GiB")
+        args.ids = own_ids(pack, args.text)
+        args.held_bytes = int(manifest.streamed_bytes * args.ffn_share)
+        args.cache_rows = int(sum(entry.num_rows for entry in manifest.layers) * args.ffn_share)
     if model is not None:
         spec = {"job": "prepare", "pack": str(pack), "model": model.trace, "ranks": list(model.ranks)}
         child(work, "prepare", spec, cap_bytes=None)
     row_bytes = manifest.row_stride_bytes
-    sizes = [row_bytes, row_bytes // (3 if manifest.has_gate else 2)]
+    sizes = [row_bytes, row_bytes // (3 if manifest.has_gate else 2) // 512 * 512]
     probe_spec = {"job": "probe", "pack": str(pack), "row_bytes": sizes, "batches": [400, 4000], "repeats": 15}
     probe = child(work, "probe-before", probe_spec, cap_bytes=None)
     chosen = [rung for rung in RUNGS if not args.rungs or rung.name in args.rungs.split(",")]

@@ -26,6 +26,7 @@ from hybrid_child import Recorder, Spec
 import flashlm
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.sparse import RowFetch, SparseRows
+from flashlm.memory.cache_plan import plan_capacities
 from flashlm.memory.neuron_cache import LayerCapacity
 from flashlm.storage.reader import AlignedBuffer, Reader, RowGeometry, RowTicket
 
@@ -139,6 +140,8 @@ def rebuild(model: Any, spec: Spec) -> SparseRows:
     layouts = [layer.layout for layer in layers]
     old = flash.sparse
     capacities: list[LayerCapacity] = list(old.cache.layers)
+    if spec["cache_rows"] is not None:
+        capacities = plan_capacities(flash.calibration.uses, spec["cache_rows"])
     files = old._files
     flash.sparse = None
     for layer in layers:
@@ -149,13 +152,17 @@ def rebuild(model: Any, spec: Spec) -> SparseRows:
         flash.reader, files, layouts, capacities, window=spec["window"], max_gap=spec["max_gap"], counters=counters
     )
     flash.sparse = rows
+    if spec["window"] is None:
+        rows.warm()  # as loading does
     return rows
 
 
 def run_rung(spec: Spec, recorder: Recorder) -> None:
     """Load the pack, run the rung's tokens, and record each."""
     started_s = time.perf_counter()
-    model = flashlm.load(spec["pack"], dram=spec["dram_bytes"], mode=spec["mode"], context=spec["context"])
+    model = flashlm.load(
+        spec["pack"], dram=spec["dram_bytes"], mode=spec["mode"], context=spec["context"], pin=spec["pin_bytes"]
+    )
     flash = model.flash
     placement = flash.placement
     if spec["mode"] == "sparse":
@@ -168,7 +175,10 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
         for ffn, predict in zip(ffns, predicts, strict=True):
             ffn.use_rows(rows, predict)
     needs = placement.needs
-    held_bytes = needs.resident_bytes + needs.predictor_bytes + placement.pinned_bytes + placement.cache_bytes
+    cache_bytes = placement.cache_bytes
+    if flash.sparse is not None:
+        cache_bytes = sum(each.num_slots for each in flash.sparse.cache.layers) * flash.manifest.row_stride_bytes
+    held_bytes = needs.resident_bytes + needs.predictor_bytes + placement.pinned_bytes + cache_bytes
     total_bytes = needs.resident_bytes + flash.manifest.streamed_bytes
     recorder.note(
         load_s=time.perf_counter() - started_s,
@@ -177,12 +187,12 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
         total_bytes=total_bytes,
         resident_bytes=needs.resident_bytes,
         predictor_bytes=needs.predictor_bytes,
-        cache_bytes=placement.cache_bytes,
+        cache_bytes=cache_bytes,
         row_bytes=flash.manifest.row_stride_bytes,
         hidden_bytes=flash.manifest.hidden_size * 2,
         num_threads=torch.get_num_threads(),
     )
-    ids = np.random.default_rng(1).integers(3, spec["vocab_size"], size=4096).tolist()
+    ids = spec["ids"] or np.random.default_rng(1).integers(3, spec["vocab_size"], size=4096).tolist()
     cache = None
     occupancy = []
     for token in range(spec["num_tokens"]):

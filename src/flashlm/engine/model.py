@@ -163,6 +163,7 @@ class FlashModel:
         if self.calibration is None or self.placement.cache is None:
             return []
         self.sparse = SparseRows(self.reader, files, layouts, self.placement.cache, counters=counters)
+        self.sparse.warm()
         return self.calibration.load_predictors()
 
     def close(self) -> None:
