@@ -36,6 +36,7 @@ from flashlm.sparsity.document import (
     fingerprint,
 )
 from flashlm.sparsity.order import neuron_order
+from flashlm.sparsity.profile import unpack_rows
 from flashlm.sparsity.ranks import check_rank, parse_rank
 from flashlm.sparsity.training import TrainingSettings
 
@@ -137,8 +138,8 @@ def calibrate(
         orders = []
         for layer in range(work.num_layers):
             progress(layer, work.num_layers, f"order of layer {layer}")
-            _, uses = work.tokens(layer).part(text.tokens_of(text.train)).take(slice(None))
-            orders.append(neuron_order(uses))
+            tokens = work.tokens(layer).part(text.tokens_of(text.train))
+            orders.append(neuron_order(unpack_rows(tokens.packed, tokens.num_rows)))
         order_pack(folder, orders, progress)
     work.store.remove()
     if plots is not None:

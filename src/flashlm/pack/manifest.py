@@ -20,7 +20,7 @@ FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
 RESIDENT_NAME = "model.safetensors"
 # What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.document` describes it.
-CALIBRATION_NAMES = ("sparsity.json", "sparsity.safetensors", "profile.safetensors")
+CALIBRATION_NAMES = ("sparsity.json", "sparsity.safetensors", "profile.safetensors", "calibration.partial")
 
 MAX_LAYERS = 10_000
 MAX_DIMENSION = 1 << 24
