@@ -160,3 +160,24 @@ def test_auto_takes_sparse_only_after_a_passed_calibration(calibrated: Callable[
         assert resolve_mode(settings, found, fits=fits) == wanted
         shutil.rmtree(pack)
     assert resolve_mode(Settings(), None, fits=False) == "hybrid"
+
+
+def test_rows_finer_than_the_devices_block_are_read_through_the_page_cache(
+    calibrated: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device with blocks of 4 KiB, rows of 512 bytes: a direct read of one row would be refused."""
+    pack = calibrated("opt")
+    wanted = flashlm.load(pack, dram=DRAM, mode="sparse", context=160)
+    tokens = _tokens(wanted)
+    open_file = Reader.open
+
+    def open_coarsely(self: Reader, path: Path, *, direct: bool = True, **settings: object) -> object:
+        file = open_file(self, path, direct=direct, **settings)  # type: ignore[arg-type]
+        file.alignment_bytes = 4096 if direct else 1
+        return file
+
+    monkeypatch.setattr(Reader, "open", open_coarsely)
+    model = flashlm.load(pack, dram=DRAM, mode="sparse", context=160)
+    assert not any(file.is_direct for file in model.flash.sparse._files)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, wanted(tokens).logits)

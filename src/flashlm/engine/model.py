@@ -126,7 +126,7 @@ class FlashModel:
         self.resident_load = load_resident(model, self.pack / RESIDENT_NAME, manifest.resident, self.reader)
         layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
         files = [
-            self.reader.open(layer_path(self.pack, entry), expected_bytes=layout.file_bytes)
+            self._open_layer(layer_path(self.pack, entry), layout)
             for entry, layout in zip(manifest.layers, layouts, strict=True)
         ]
         counters = Counters()
@@ -157,6 +157,14 @@ class FlashModel:
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
         weakref.finalize(model, self.close)
+
+    def _open_layer(self, path: Path, layout: LayerLayout) -> File:
+        """Open a layer's file; through the page cache where its rows are no multiple of the device's block and are read."""
+        file = self.reader.open(path, expected_bytes=layout.file_bytes)
+        if self.calibration is None or layout.row_stride_bytes % file.alignment_bytes == 0:
+            return file
+        file.close()
+        return self.reader.open(path, expected_bytes=layout.file_bytes, direct=False)
 
     def _bind_sparse(self, layouts: list[LayerLayout], files: list[File], counters: Counters) -> list[Predictor]:
         """Make the neuron cache and load the predictors; without a calibration there are none."""
