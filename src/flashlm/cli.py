@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +32,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-INTERRUPTED = 130
 _STATS_TABLE = "-"  # what --stats means without a file
 
 
@@ -286,22 +286,21 @@ def _expand_stats(arguments: list[str]) -> list[str]:
     return expanded
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit; the one place that catches errors."""
+def main(arguments: list[str] | None = None, is_interrupted: Callable[[], bool] = lambda: False) -> None:
+    """Run the command line and exit; the one place that catches errors.
+
+    An error after Ctrl-C says nothing: whoever watches for Ctrl-C tells that (`flashlm.__main__`).
+    """
     arguments = _expand_stats(sys.argv[1:] if arguments is None else arguments)
     try:
         app(args=arguments, prog_name="flashlm")
-    except FlashError as error:
-        _fail(error, error.exit_code, arguments)
-    except SystemExit as done:  # typer has turned Ctrl-C into this one
-        if done.code == INTERRUPTED:
-            sys.stderr.write("\nflashlm: interrupted\n")
-        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:  # the edge of the program: one line for people, the traceback for --debug
-        _fail(error, 1, arguments)
+        if is_interrupted():
+            raise
+        _fail(error, error.exit_code if isinstance(error, FlashError) else 1, arguments)
 
 
 def _fail(error: Exception, exit_code: int, arguments: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -163,14 +162,39 @@ def test_debug_lets_the_error_through():
         flashlm("--debug", "generate", "/nonexistent", "--prompt", "w3")
 
 
-def test_interrupt_exits_130(pack):
-    command = [sys.executable, "-m", "flashlm", "generate", str(pack), "--prompt", "w3", "--max-new-tokens", "100"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ.copy())
-    time.sleep(0.5)
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=TIMEOUT_S)
+@pytest.mark.parametrize("delay_s", [1.0, 4.0])  # in the imports, and waiting for its input
+def test_interrupt_exits_130(pack, delay_s):
+    command = [sys.executable, "-m", "flashlm", "generate", str(pack), "--prompt-file", "-"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stderr=pipe, stdout=pipe, text=True) as child:
+        time.sleep(delay_s)
+        child.send_signal(signal.SIGINT)
+        child.wait(timeout=TIMEOUT_S)
+        errors = child.stderr.read()
     assert child.returncode == 130, errors
     assert errors.strip().splitlines()[-1] == "flashlm: interrupted"
+
+
+@pytest.mark.parametrize("outcome", ["raise RecursionError", "return", "sys.exit(0)", "eval('interrupt()')"])
+def test_interrupt_counts_whatever_became_of_it(outcome):
+    program = f"""if True:
+        import builtins, os, signal, sys
+        import flashlm.__main__, flashlm.cli
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                pass
+        builtins.interrupt = interrupt
+        def run(arguments, is_interrupted):
+            try:
+                interrupt()
+            except KeyboardInterrupt:
+                {outcome}
+        flashlm.cli.main = run
+        flashlm.__main__.main([])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert (done.returncode, done.stderr) == (130, "\nflashlm: interrupted\n")
 
 
 @pytest.mark.parametrize("context", ["0", "-5"])
