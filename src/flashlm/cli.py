@@ -121,9 +121,9 @@ def convert(
 @app.command()
 def info(pack: PackArgument, context: ContextOption = None, as_json: JsonOption = False) -> None:
     """Print shapes, what is resident, what is streamed, and the smallest --dram that works."""
-    from flashlm.engine.needs import smallest_dram_bytes
     from flashlm.pack.info import describe
     from flashlm.pack.manifest import read_manifest
+    from flashlm.planner.needs import smallest_dram_bytes
     from flashlm.sizes import format_size
     from flashlm.sparsity.document import read_sparsity
 

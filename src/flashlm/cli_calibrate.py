@@ -29,6 +29,21 @@ def calibrate(
     recall: Annotated[
         float, typer.Option(help="Least share of the active neurons that a predictor aims at; lower predicts fewer.")
     ] = 0.95,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability above which a neuron is predicted, the same in all layers; --recall is then not used.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Hold the rows of the last so many tokens. Default: LRU, all that fit.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="paper: its ranks, threshold and window for this family.", show_default=False),
+    ] = None,
     max_ppl_increase: Annotated[
         str, typer.Option(help="Error budget: allowed rise of held-out perplexity, like 1% or 0.01.")
     ] = "1%",
@@ -70,6 +85,9 @@ def calibrate(
                 text,
                 rank=rank,
                 recall=recall,
+                threshold=threshold,
+                window=window,
+                preset=preset,
                 max_ppl_increase=allowed,
                 max_tokens=max_tokens,
                 dram=dram,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -18,8 +19,19 @@ from flashlm import _native
 from flashlm.errors import ConfigError
 
 MAX_TOKENS: int = _native.MAX_TOKENS
+WIDEN_PIECE_BYTES = 16 << 20  # fp32 scratch of one piece of a resident matrix; as fast as larger ones
+
+Strategy = Literal["native", "widen"]
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+def choose_strategy(dtype: str) -> Strategy:
+    """Return the faster way for rows of `dtype` on this processor."""
+    if dtype == "float32":
+        return "native"
+    multiplies_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "native" if dtype == "bfloat16" and multiplies_bf16 else "widen"
 
 
 @dataclass(slots=True)

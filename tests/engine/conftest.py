@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flashlm.pack.convert import convert
 from tests.models import save_checkpoint
 
 NUM_POSITIONS = 160
 OVERRIDES = {"stablelm": {"hidden_size": 64}}  # its rotary share must come out even
+VOCAB = 96  # of tests.models
+NUM_TEXT_TOKENS = 1024
 BLOCK_ROWS = 16  # several blocks a layer, the last one ragged
 
 
@@ -46,3 +50,21 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
         return made[family, dtype]
 
     return make
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of the words w3, w4, ... beside a tiny model."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words with some order, so that a random model sees more than noise."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(1, 7, (NUM_TEXT_TOKENS,), generator=generator).cumsum(0) % (VOCAB - 3) + 3
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(f"w{int(token)}" for token in steps))
+    return path

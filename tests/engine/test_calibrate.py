@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import flashlm
 from flashlm.cli import main
@@ -24,21 +22,10 @@ from flashlm.errors import ConfigError, PackError
 from flashlm.pack.manifest import FLASH_DIR, read_manifest
 from flashlm.sparsity.document import document_path, read_sparsity, read_tensors, tensors_path
 from flashlm.sparsity.predictor import load_predictor
-from tests.engine.conftest import TinyPack
+from tests.engine.conftest import NUM_TEXT_TOKENS as NUM_TOKENS
+from tests.engine.conftest import TinyPack, save_tokenizer
 
-VOCAB = 96
-NUM_TOKENS = 1024
 DRAM = "3GiB"
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Words with some order, so that a random model sees more than noise."""
-    generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(1, 7, (NUM_TOKENS,), generator=generator).cumsum(0) % (VOCAB - 3) + 3
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(f"w{int(token)}" for token in steps))
-    return path
 
 
 @pytest.fixture
@@ -48,10 +35,7 @@ def packs(tiny_pack: Callable[..., TinyPack], tmp_path: Path) -> Callable[..., P
     def make(family: str, name: str = "pack") -> Path:
         pack = tmp_path / f"{family}-{name}"
         shutil.copytree(tiny_pack(family, "float32").pack, pack)
-        vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCAB)}}
-        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(pack)
+        save_tokenizer(pack)
         return pack
 
     return make
@@ -113,6 +97,30 @@ def test_what_is_stored_is_what_was_measured(family: str, packs: Callable[..., P
     some = windows[0, :8][None]
     with torch.no_grad(), masked(layers, [predictor.predict for predictor in predictors], thresholds):
         torch.testing.assert_close(sparse(some).logits, model(some).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_preset_is_the_papers(packs: Callable[..., Path], text: Path) -> None:
+    pack = packs("opt")
+    report = calibrate(pack, text, preset="paper", dram=DRAM, max_ppl_increase=0.5)
+    sparsity = read_sparsity(pack, read_manifest(pack))
+    assert sparsity is not None
+    assert sparsity.window == 4
+    for layer in sparsity.layers:
+        assert layer.predictor is not None
+        assert (layer.predictor.kind, layer.predictor.threshold) == ("trained", pytest.approx(0.5))
+    assert report.evaluation.has_passed
+    model = flashlm.load(pack, dram=DRAM, mode="sparse", context=160)
+    assert model.flash.sparse.cache.window == 4
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+
+
+def test_a_threshold_moves_what_is_predicted(packs: Callable[..., Path], text: Path) -> None:
+    shares = [
+        calibrate(packs("opt", str(threshold)), text, rank=8, threshold=threshold, dram=DRAM).predicted_share
+        for threshold in (0.2, 0.8)
+    ]
+    assert shares[0] > shares[1] > 0
 
 
 def test_the_report_is_a_table_and_json(packs: Callable[..., Path], text: Path) -> None:
@@ -207,6 +215,10 @@ def test_a_short_text_is_refused_with_what_is_needed(packs: Callable[..., Path],
         ({"max_ppl_increase": 0.0}, "max_ppl_increase=0.0 must be above 0"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"threshold": 1.0}, "threshold=1.0 is a probability"),
+        ({"threshold": float("nan")}, "threshold=nan is a probability"),
+        ({"window": 0}, "window=0 must be between 1 and"),
+        ({"preset": "best"}, "preset='best' is unknown"),
     ],
 )
 def test_settings_out_of_range_are_refused(

@@ -13,8 +13,9 @@ from flashlm.sparsity import fitting
 from flashlm.sparsity.fitting import FittedPredictor, LayerProblem, fit_layer
 from flashlm.sparsity.operating import Operating, find_cutoffs, measure, recall_levels
 from flashlm.sparsity.predictor import Predictor
+from flashlm.sparsity.presets import paper_preset
 from flashlm.sparsity.profile import pack_rows
-from flashlm.sparsity.ranks import check_rank, paper_rank, parse_rank, ranks_of_layer
+from flashlm.sparsity.ranks import check_rank, parse_rank, ranks_of_layer
 from flashlm.sparsity.sketch import Factors, InputMoments, TriggerSketch
 from flashlm.sparsity.training import TokenSet, TrainingSettings, balanced_loss, initial_factors, train_predictor
 
@@ -201,10 +202,10 @@ def test_a_threshold_stays_a_probability_however_far_the_cutoff() -> None:
 
 
 def test_ranks_follow_the_papers_table() -> None:
-    assert [paper_rank("opt", layer, 32) for layer in (0, 27, 28, 31)] == [128, 128, 1024, 1024]
-    assert [paper_rank("llama", layer, 32) for layer in (0, 13, 14, 17, 18)] == [256, 256, 1024, 1024, 256]
-    assert [paper_rank("phi", layer, 32) for layer in (0, 8, 12, 31)] == [160, 480, 800, 800]
-    assert [paper_rank("opt", layer, 6) for layer in range(6)] == [128] * 5 + [1024]
+    assert [paper_preset("opt").rank(layer, 32) for layer in (0, 27, 28, 31)] == [128, 128, 1024, 1024]
+    assert [paper_preset("llama").rank(layer, 32) for layer in (0, 13, 14, 17, 18)] == [256, 256, 1024, 1024, 256]
+    assert [paper_preset("phi").rank(layer, 32) for layer in (0, 8, 12, 31)] == [160, 480, 800, 800]
+    assert [paper_preset("opt").rank(layer, 6) for layer in range(6)] == [128] * 5 + [1024]
     shape = {"num_layers": 6, "model_type": "opt", "hidden_size": 256, "num_rows": 1536}
     assert ranks_of_layer("paper", 5, **shape) == [128]
     assert ranks_of_layer("auto", 0, **shape) == [16, 32, 64, 128]

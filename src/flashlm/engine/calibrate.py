@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import xxhash
 from transformers import AutoConfig
@@ -23,29 +22,23 @@ from flashlm.engine.calibration_report import CalibrationReport
 from flashlm.engine.calibration_result import write_calibration
 from flashlm.engine.calibration_store import CalibrationStore
 from flashlm.engine.calibration_work import CalibrationWork, Progress
-from flashlm.engine.capture import (
-    CalibrationText,
-)
+from flashlm.engine.capture import CalibrationText
 from flashlm.engine.evaluate import read_token_ids
 from flashlm.engine.ordering import order_pack
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.files import check_files
 from flashlm.pack.manifest import read_manifest
 from flashlm.sizes import format_size
-from flashlm.sparsity.document import (
-    fingerprint,
-)
+from flashlm.sparsity.document import MAX_WINDOW, fingerprint
 from flashlm.sparsity.order import neuron_order
+from flashlm.sparsity.presets import paper_preset
 from flashlm.sparsity.profile import unpack_rows
 from flashlm.sparsity.ranks import check_rank, parse_rank
 from flashlm.sparsity.training import TrainingSettings
 
-if TYPE_CHECKING:
-    pass
-
 DEFAULT_MAX_TOKENS = 16384
 SAMPLE_NAME = "sample.txt"
-METHOD_VERSION = 1  # work of an older method is not continued
+METHOD_VERSION = 2  # work of an older method is not continued
 
 
 def calibrate(
@@ -54,6 +47,9 @@ def calibrate(
     *,
     rank: str | int = "auto",
     recall: float = 0.95,
+    threshold: float | None = None,
+    window: int | None = None,
+    preset: str | None = None,
     max_ppl_increase: float = 0.01,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     dram: str | int | None = None,
@@ -70,6 +66,10 @@ def calibrate(
         text_path: A UTF-8 text like what the model will see; None takes the short sample that comes with flashlm.
         rank: "auto" (whatever costs least), "paper" (its Appendix B), or one rank for all layers.
         recall: Least share of truly active rows that each layer's predictor aims at.
+        threshold: Probability above which every layer predicts a row, in place of `recall`; the error budget is then
+            measured, not searched.
+        window: The neuron cache holds the rows of the last so many tokens (the paper's policy); None is LRU.
+        preset: "paper" takes its rank, threshold and window for this family, where they are not given.
         max_ppl_increase: Allowed relative rise of held-out perplexity; recall is raised until it is met.
         max_tokens: Only so many tokens from the start of the text.
         dram: Bound on the process while the model is loaded.
@@ -89,8 +89,14 @@ def calibrate(
     started_s = time.perf_counter()
     rank = parse_rank(rank)
     _check_settings(recall, max_ppl_increase, max_tokens, seed)
+    _check_policy(threshold, window, preset)
     folder = Path(pack)
     manifest = read_manifest(folder)
+    if preset is not None:
+        paper = paper_preset(manifest.model_type)
+        rank = "paper" if rank == "auto" else rank
+        threshold = paper.threshold if threshold is None else threshold
+        window = paper.window if window is None else window
     check_files(folder, manifest)
     if manifest.activation not in ACT2FN:
         raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
@@ -108,6 +114,7 @@ def calibrate(
         "window_tokens": text.window_tokens,
         "rank": rank,
         "recall": recall,
+        "threshold": threshold,
         "max_ppl_increase": max_ppl_increase,
         "seed": seed,
         "training": asdict(TrainingSettings(recall=recall)),
@@ -118,6 +125,8 @@ def calibrate(
         text=text,
         rank=rank,
         recall=recall,
+        threshold=threshold,
+        window=window,
         max_increase=max_ppl_increase,
         dram=dram,
         seed=seed,
@@ -174,3 +183,12 @@ def _check_settings(recall: float, max_ppl_increase: float, max_tokens: int, see
         raise ConfigError(f"max_tokens={max_tokens} must be at least 1")
     if seed < 0:
         raise ConfigError(f"seed={seed} must not be negative")
+
+
+def _check_policy(threshold: float | None, window: int | None, preset: str | None) -> None:
+    if threshold is not None and not 0.0 < threshold < 1.0:
+        raise ConfigError(f"threshold={threshold} is a probability: it must be above 0 and below 1, 0.5 in the paper")
+    if window is not None and not 1 <= window <= MAX_WINDOW:
+        raise ConfigError(f"window={window} must be between 1 and {MAX_WINDOW} tokens, 4 in the paper")
+    if preset not in (None, "paper"):
+        raise ConfigError(f"preset={preset!r} is unknown: there is paper")

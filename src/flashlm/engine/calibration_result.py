@@ -83,6 +83,7 @@ def write_calibration(
             text=work.text.name,
             num_tokens=work.text.num_tokens,
             layers=tuple(entries),
+            window=work.window,
             evaluation=evaluation,
             tensors_checksum="",
         ),

@@ -70,6 +70,8 @@ class CalibrationWork:
     text: CalibrationText
     rank: str | int
     recall: float
+    threshold: float | None
+    window: int | None
     max_increase: float
     dram: str | int | None
     seed: int
@@ -206,6 +208,7 @@ class CalibrationWork:
             ranks,
             self.levels,
             TrainingSettings(recall=self.recall),
+            threshold=self.threshold,
             seed=self.seed + layer,
             on_step=lambda rank, what: self.progress(layer, self.num_layers, f"layer {layer}: rank {rank}, {what}"),
         )
@@ -213,8 +216,15 @@ class CalibrationWork:
         return fitted
 
     def choose(self, fitted: Sequence[FittedPredictor], thresholds: list[float]) -> tuple[Levels, Rise]:
-        """Return the recall levels of all layers and the rise that they cost on the held-out text."""
+        """Return the recall levels of all layers and the rise that they cost on the held-out text.
+
+        With a threshold given there is but one level.
+        """
         with self.model(extra_bytes=2 * sum(each.num_bytes for each in fitted)) as model:
+            if self.threshold is not None:
+                only = (0,) * self.num_layers
+                final = self.rise(model, fitted, thresholds, only, "held_out")
+                return Levels(levels=only, rise=final, has_passed=final.increase <= self.max_increase), final
             budget = self.max_increase
             for _ in range(MAX_TIGHTENINGS):
                 levels = search_levels(

@@ -12,7 +12,6 @@ from flashlm.sizes import parse_size_bytes
 Mode = Literal["auto", "naive", "hybrid", "sparse"]
 ResolvedMode = Literal["naive", "hybrid", "sparse"]
 ENV_DRAM, ENV_MODE, ENV_CONTEXT = "FLASHLM_DRAM", "FLASHLM_MODE", "FLASHLM_CONTEXT"
-DEFAULT_CONTEXT = 2048
 
 
 @dataclass(frozen=True, kw_only=True)

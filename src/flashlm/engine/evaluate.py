@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from flashlm.engine.generate import read_tokenizer
 from flashlm.engine.model import FlashModel, load
-from flashlm.engine.needs import read_config
 from flashlm.errors import ConfigError
+from flashlm.planner.needs import read_config
 from flashlm.sizes import format_size
 
 if TYPE_CHECKING:

@@ -10,23 +10,13 @@ Two ways, chosen by dtype and processor, both summing over blocks in fp32:
 from __future__ import annotations
 
 import ctypes
-from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
 from flashlm import kernels
+from flashlm.kernels import Strategy, choose_strategy
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
-
-Strategy = Literal["native", "widen"]
-
-
-def choose_strategy(dtype: str) -> Strategy:
-    """Return the faster way for rows of `dtype` on this processor."""
-    if dtype == "float32":
-        return "native"
-    multiplies_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "native" if dtype == "bfloat16" and multiplies_bf16 else "widen"
 
 
 class BlockGemm:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from flashlm.engine.config import make_settings
 from flashlm.engine.model import FlashModel, load
-from flashlm.engine.needs import read_config
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.limits import peak_process_bytes
+from flashlm.planner.needs import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from flashlm import kernels
 
-PIECE_BYTES = 16 << 20  # fp32 scratch of one piece; as fast as larger ones
-
 
 class WideningLinear(nn.Linear):
     """An `nn.Linear` with 16-bit weights (out_features, in_features) that computes in fp32. Inference only."""
@@ -32,7 +30,7 @@ class WideningLinear(nn.Linear):
         return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
     def _multiply(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        step = max(PIECE_BYTES // (4 * self.in_features), 1)
+        step = max(kernels.WIDEN_PIECE_BYTES // (4 * self.in_features), 1)
         scratch = torch.empty(min(step, self.out_features), self.in_features)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)

@@ -14,12 +14,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
-from flashlm.engine.config import DEFAULT_CONTEXT, Settings
+from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
 from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.linear import widen_linears
-from flashlm.engine.needs import measure_needs, read_config, torch_dtype
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
 from flashlm.engine.stream import BlockStream
@@ -31,6 +30,7 @@ from flashlm.pack.files import check_files, check_resident_file
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
 from flashlm.pack.reorder import read_order
+from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config, torch_dtype
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import File, Reader
@@ -170,7 +170,8 @@ class FlashModel:
         """Make the neuron cache and load the predictors; without a calibration there are none."""
         if self.calibration is None or self.placement.cache is None:
             return []
-        self.sparse = SparseRows(self.reader, files, layouts, self.placement.cache, counters=counters)
+        window = self.calibration.sparsity.window
+        self.sparse = SparseRows(self.reader, files, layouts, self.placement.cache, window=window, counters=counters)
         self.sparse.warm()
         return self.calibration.load_predictors()
 

@@ -75,9 +75,9 @@ class SparseRows:
         self._offsets = [0]
         for capacity, layout in zip(capacities, layouts, strict=True):
             self._offsets.append(self._offsets[-1] + capacity.num_slots * layout.row_stride_bytes)
-        self._slab = AlignedBuffer(
-            slab_bytes(layouts, capacities), huge_pages=False
-        )  # docs/experiments.md: first touch
+        # Huge pages: a row then lies in one piece of physical memory, and scattered reads are up to twice as fast
+        # (docs/experiments.md).
+        self._slab = AlignedBuffer(slab_bytes(layouts, capacities))
         self._geometries = [
             RowGeometry(
                 row_stride_bytes=layout.row_stride_bytes,

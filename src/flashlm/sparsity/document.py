@@ -25,6 +25,7 @@ DOCUMENT_NAME = "sparsity.json"
 TENSORS_NAME = "sparsity.safetensors"
 PROFILE_NAME = "profile.safetensors"
 MAX_DOCUMENT_BYTES = 64 << 20
+MAX_WINDOW = 1024  # of the cache policy, in tokens
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -114,6 +115,7 @@ class Sparsity(_Strict):
         text: Name of the calibration text.
         num_tokens: Tokens it was profiled on.
         layers: One entry per streamed layer.
+        window: k of the neuron cache's policy `window(k)`; None is LRU.
         evaluation: None where no error budget was evaluated.
         tensors_checksum: xxh3-64 of `sparsity.safetensors`.
     """
@@ -123,6 +125,7 @@ class Sparsity(_Strict):
     text: str
     num_tokens: Annotated[int, Field(gt=0)]
     layers: tuple[LayerSparsity, ...]
+    window: Annotated[int, Field(gt=0, le=MAX_WINDOW)] | None = None
     evaluation: Evaluation | None = None
     tensors_checksum: str
 
@@ -133,7 +136,10 @@ class Sparsity(_Strict):
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the lines that `flashlm info` prints."""
-        rows = [("calibrated on", f"{self.text}, {self.num_tokens} tokens")]
+        rows = [
+            ("calibrated on", f"{self.text}, {self.num_tokens} tokens"),
+            ("neuron cache", "LRU" if self.window is None else f"rows of the last {self.window} tokens"),
+        ]
         for index, layer in enumerate(self.layers):
             entry = layer.predictor
             if entry is None:

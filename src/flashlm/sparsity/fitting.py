@@ -146,6 +146,7 @@ def fit_layer(
     levels: list[float],
     settings: TrainingSettings,
     *,
+    threshold: float | None = None,
     seed: int,
     on_step: Callable[[int, str], None] = lambda rank, what: None,
 ) -> FittedPredictor:
@@ -158,15 +159,20 @@ def fit_layer(
         ranks: To choose from.
         levels: Recall targets, the lowest first: there predictors are compared.
         settings: Of the training.
+        threshold: Probability above which a row is predicted, in place of the recall targets; sketches have none, so
+            only trained predictors are tried then.
         seed: Of the training.
         on_step: Called with the rank and what is done now.
     """
     on_step(ranks[0], "sketch")
     moments = InputMoments.of(inputs for inputs, _ in problem.train.pieces())
     sketch = TriggerSketch(problem.weight, problem.bias, moments)
-    found = [_try(problem, "sketch", rounded(sketch.factors(rank)), levels[:1]) for rank in ranks]
-    least_bytes = min(trial.cost_bytes for trial, _ in found)
-    promising = [trial.rank for trial, _ in found if trial.cost_bytes <= least_bytes * NEARLY]
+    found = []
+    promising = ranks
+    if threshold is None:
+        found = [_try(problem, "sketch", rounded(sketch.factors(rank)), levels[:1]) for rank in ranks]
+        least_bytes = min(trial.cost_bytes for trial, _ in found)
+        promising = [trial.rank for trial, _ in found if trial.cost_bytes <= least_bytes * NEARLY]
     share = problem.train.active_share
     for rank in promising:
         trained = train_predictor(
@@ -177,14 +183,16 @@ def fit_layer(
             seed=seed,
             on_epoch=lambda epoch, rank=rank: on_step(rank, f"epoch {epoch + 1}"),  # type: ignore[misc]
         )
-        found.append(_try(problem, "trained", rounded(trained), levels[:1]))
+        found.append(_try(problem, "trained", rounded(trained), levels[:1], threshold))
     cheapest = min(found, key=lambda each: each[0].cost_bytes)[1]
-    _, chosen = _try(problem, cheapest.kind, cheapest.factors, levels)
+    _, chosen = _try(problem, cheapest.kind, cheapest.factors, levels, threshold)
     return replace(chosen, trials=tuple(trial for trial, _ in found))
 
 
-def _try(problem: LayerProblem, kind: Kind, factors: Factors, levels: list[float]) -> tuple[Trial, FittedPredictor]:
-    """Set a predictor's cutoffs on the validation text and measure it on the held-out text."""
+def _try(
+    problem: LayerProblem, kind: Kind, factors: Factors, levels: list[float], threshold: float | None = None
+) -> tuple[Trial, FittedPredictor]:
+    """Set a predictor's cutoffs on the validation text, or at `threshold`, and measure it on the held-out text."""
     wide = Factors(reduce=factors.reduce.float(), expand=factors.expand.float(), bias=factors.bias)
     is_magnitude = kind == "sketch" and not problem.has_exact_zeros
 
@@ -192,7 +200,10 @@ def _try(problem: LayerProblem, kind: Kind, factors: Factors, levels: list[float
         scores = wide(inputs)
         return problem.activation(scores).abs() if is_magnitude else scores
 
-    cutoffs = find_cutoffs(problem.validation.scored(score), levels)
+    if threshold is None:
+        cutoffs = find_cutoffs(problem.validation.scored(score), levels)
+    else:
+        cutoffs = [math.log(threshold / (1.0 - threshold))]
     if is_magnitude:
         cutoffs = [max(cutoff, 0.0) for cutoff in cutoffs]
     operating = tuple(measure(problem.held_out.scored(score), cutoffs))

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from flashlm.engine.config import DEFAULT_CONTEXT
-from flashlm.engine.gemm import choose_strategy
-from flashlm.engine.linear import PIECE_BYTES
 from flashlm.errors import ConfigError, PackError
+from flashlm.kernels import WIDEN_PIECE_BYTES, choose_strategy
 from flashlm.memory.budget import Needs, floor_bytes
 from flashlm.memory.limits import process_bytes
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 from flashlm.pack.manifest import read_manifest
 
+DEFAULT_CONTEXT = 2048
 # Measured on the families' tests and a 6.7 B model under a cgroup cap: libraries that are imported late (generation,
 # tokenizers), thread stacks, and what the C allocator keeps for itself.
 SLACK_BYTES = 160 << 20
@@ -59,7 +58,7 @@ def working_bytes(config: Any, layouts: Sequence[LayerLayout], context: int) -> 
     layout = max(layouts, key=lambda each: each.block_stride_bytes)
     dtype_bytes = DTYPE_BYTES[layout.dtype]
     widened = layout.num_parts if choose_strategy(layout.dtype) == "widen" else 0
-    scratch_bytes = layout.block_rows * widened * layout.hidden_size * 4 + (PIECE_BYTES if widened else 0)
+    scratch_bytes = layout.block_rows * widened * layout.hidden_size * 4 + (WIDEN_PIECE_BYTES if widened else 0)
     hidden_size, vocab_size = int(text.hidden_size), int(text.vocab_size)
     per_token_bytes = hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4) + 3 * layout.block_rows * 4
     attention_mask_bytes = context * context

@@ -1,0 +1,1 @@
+"""Measure the device, cost a token, and plan before anything is loaded."""

@@ -1,0 +1,133 @@
+"""What a token and a prompt cost in each mode, from a model's shape, a placement and a machine's rates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flashlm.memory.budget import Placement
+from flashlm.memory.neuron_cache import LayerCapacity
+from flashlm.pack.layout import LayerLayout
+from flashlm.planner.cost import (
+    TokenCost,
+    gemm_s,
+    merged_reads,
+    multiply_s,
+    new_rows,
+    overlapped_s,
+    read_totals,
+    scattered_read_s,
+    stream_s,
+)
+from flashlm.planner.rates import Rates
+from flashlm.planner.shape import RELU_NAMES, ModelShape, SparseShape
+
+UNKNOWN_RELU_SHARE = 0.5  # of a ReLU FFN's neurons firing, where no calibration says: random weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseUse:
+    """What an exact mode computes with: the share of each layer's neurons whose activation is not zero."""
+
+    firing_share: float
+
+
+def dense_use(shape: ModelShape) -> DenseUse:
+    """Return how many neurons fire: all without exact zeros; what calibration saw, or half, with a ReLU."""
+    if shape.activation not in RELU_NAMES:
+        return DenseUse(firing_share=1.0)
+    if shape.sparse is None:
+        return DenseUse(firing_share=UNKNOWN_RELU_SHARE)
+    shares = shape.sparse.active_shares
+    return DenseUse(firing_share=sum(shares) / len(shares))
+
+
+def touched_row_bytes(layout: LayerLayout, firing_share: float) -> float:
+    """Return the bytes of a row that the arithmetic reads on average: the down part only where the neuron fires."""
+    return layout.row_bytes * (layout.num_parts - 1 + firing_share) / layout.num_parts
+
+
+def exact_token(
+    shape: ModelShape, placement: Placement, rates: Rates, use: DenseUse, *, reads_ahead: bool
+) -> TokenCost:
+    """Return the cost of a token in `hybrid` (`reads_ahead`) or `naive`.
+
+    What is streamed is read in one sequence. `hybrid` reads through everything that is computed; `naive` only while a
+    layer's own blocks are computed, and attention waits.
+    """
+    ffn_bytes = sum(layout.num_rows * touched_row_bytes(layout, use.firing_share) for layout in shape.layouts)
+    ffn_s = multiply_s(ffn_bytes, rates.block_gb_per_s)
+    rest_s = multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + len(shape.layouts) * rates.layer_overhead_s
+    read_s = stream_s(placement.streamed_bytes, rates.stream_gb_per_s)
+    compute_s = ffn_s + rest_s
+    if reads_ahead:
+        total_s = overlapped_s(read_s, compute_s, rates.overlap)
+    else:
+        total_s = overlapped_s(read_s, ffn_s, rates.overlap) + rest_s
+    return TokenCost(
+        io_s=max(total_s - compute_s, 0.0),
+        manage_s=0.0,
+        compute_s=min(compute_s, total_s),
+        read_bytes=placement.streamed_bytes,
+        num_reads=sum(placement.num_streamed),
+        touched_bytes=shape.matrix_bytes + ffn_bytes,
+        flash_bound_s=read_s,
+        memory_bound_s=multiply_s(shape.matrix_bytes + ffn_bytes, rates.memory_gb_per_s),
+    )
+
+
+def sparse_token(
+    shape: ModelShape,
+    sparse: SparseShape,
+    capacities: tuple[LayerCapacity, ...],
+    rates: Rates,
+    *,
+    max_gap: int = 0,
+) -> TokenCost:
+    """Return the cost of a token in mode `sparse`, layer by layer: predict, look up, read, compute hits, compute misses.
+
+    Hits are computed while misses land; everything else is in sequence.
+    """
+    io_s = manage_s = read_bytes = num_reads = row_bytes = flash_s = 0.0
+    for layout, use, share, capacity in zip(shape.layouts, sparse.uses, sparse.active_shares, capacities, strict=True):
+        used = (use.use_curve[0] if use.use_curve else 1.0) * layout.num_rows
+        missing = min(new_rows(use, capacity.num_slots), used)
+        firing = min(share / (used / layout.num_rows), 1.0) if used else 0.0
+        row = touched_row_bytes(layout, firing)
+        reads = merged_reads(missing, layout.num_rows, max_gap)
+        hits_s = multiply_s((used - missing) * row, rates.scattered_gb_per_s)
+        layer_read_s = scattered_read_s(reads, layout.row_stride_bytes, rates.random_read_gb_per_s)
+        flash_s += layer_read_s
+        if missing:
+            layer_read_s += rates.batch_latency_s
+        io_s += overlapped_s(layer_read_s, hits_s, rates.overlap) - hits_s
+        manage_s += used * rates.manage_row_s
+        bytes_, reads_ = read_totals(reads, layout.row_stride_bytes)
+        read_bytes += bytes_
+        num_reads += reads_
+        row_bytes += used * row
+    compute_s = (
+        multiply_s(shape.matrix_bytes + sparse.predictor_bytes, rates.matrix_gb_per_s)
+        + multiply_s(row_bytes, rates.scattered_gb_per_s)
+        + len(shape.layouts) * rates.layer_overhead_s
+    )
+    touched = shape.matrix_bytes + sparse.predictor_bytes + row_bytes
+    return TokenCost(
+        io_s=io_s,
+        manage_s=manage_s,
+        compute_s=compute_s,
+        read_bytes=read_bytes,
+        num_reads=num_reads,
+        touched_bytes=touched,
+        flash_bound_s=flash_s,
+        memory_bound_s=multiply_s(touched, rates.memory_gb_per_s),
+    )
+
+
+def prompt_s(shape: ModelShape, placement: Placement, rates: Rates, num_tokens: int, chunk_tokens: int) -> float:
+    """Return the time of a prompt, in chunks: each reads what is streamed once while it is multiplied."""
+    weights = (shape.matrix_bytes + shape.streamed_bytes) / shape.layouts[0].row_bytes
+    num_weights = weights * shape.layouts[0].num_parts * shape.layouts[0].hidden_size
+    num_chunks = max(math.ceil(num_tokens / chunk_tokens), 1)
+    read_s = num_chunks * stream_s(placement.streamed_bytes, rates.stream_gb_per_s)
+    return overlapped_s(read_s, gemm_s(num_weights, num_tokens, rates.gemm_gflop_per_s), rates.overlap)

@@ -1,0 +1,244 @@
+"""The planner: for one machine and one budget, the mode, the placement and the settings that cost least.
+
+Candidates are costed with `estimate`, not chosen by rule; what the engine can do and what is allowed bound the search.
+`naive` is never better than `hybrid` and is planned only where it is asked for. Mode `sparse` is a candidate where a
+calibration has met its error budget, or where it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flashlm.errors import BudgetError, ConfigError
+from flashlm.memory.budget import Needs, Placement, place, place_sparse
+from flashlm.pack.direct_file import write_small_file
+from flashlm.planner.cost import TokenCost
+from flashlm.planner.estimate import dense_use, exact_token, prompt_s, sparse_token
+from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs
+from flashlm.planner.rates import Rates
+from flashlm.planner.shape import ModelShape
+
+PLAN_VERSION = 1
+GAPS = (0, 1, 2, 3, 4, 8)
+PROMPT_TOKENS = 512  # of the prompt that is costed, or the context if that is shorter
+MAX_PLAN_BYTES = 1 << 20
+
+Mode = Literal["naive", "hybrid", "sparse"]
+
+
+class Plan(BaseModel):
+    """A placement and settings that can be saved and given back.
+
+    Attributes:
+        plan_version: Version of this document.
+        source: What was planned for, by name.
+        dram_bytes, context: The budget and the KV cache's tokens that it was made for.
+        mode: To run in.
+        is_exact: Whether every weight takes part in every token.
+        max_gap: Rows between two missing ones that are read through (mode `sparse`).
+        token_s, prompt_s: Expected, one token and a prompt of `prompt_tokens`.
+        io_s, manage_s, compute_s: What the token is made of.
+        read_bytes, num_reads: What a token reads.
+        roofline_s: No program can be faster with these bytes.
+        resident_bytes, pinned_bytes, cache_bytes, disk_bytes: Where the weights are.
+        would_help: The resource of which twice as much would save most.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    plan_version: Literal[1] = PLAN_VERSION
+    source: str
+    dram_bytes: Annotated[int, Field(gt=0)]
+    context: Annotated[int, Field(gt=0)]
+    mode: Mode
+    is_exact: bool
+    max_gap: Annotated[int, Field(ge=0, le=64)] = 0
+    token_s: float
+    prompt_s: float
+    prompt_tokens: int
+    io_s: float
+    manage_s: float
+    compute_s: float
+    read_bytes: float
+    num_reads: float
+    roofline_s: float
+    resident_bytes: int
+    pinned_bytes: int
+    cache_bytes: int
+    disk_bytes: int
+    would_help: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed."""
+        return 1.0 / self.token_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run, and its cost."""
+
+    mode: Mode
+    max_gap: int
+    placement: Placement
+    cost: TokenCost
+
+
+def model_needs(shape: ModelShape, context: int, *, with_predictors: bool = False) -> Needs:
+    """Return what the model must hold before anything is pinned, in a process like this one."""
+    predictor_bytes = shape.sparse.predictor_bytes if with_predictors and shape.sparse is not None else 0
+    return measure_needs(
+        shape.config,
+        shape.layouts,
+        resident_bytes=shape.resident_bytes,
+        context=context,
+        predictor_bytes=predictor_bytes,
+    )
+
+
+def make_plan(
+    shape: ModelShape,
+    rates: Rates,
+    dram_bytes: int,
+    *,
+    context: int | None = None,
+    mode: str = "auto",
+) -> Plan:
+    """Return the cheapest plan under a budget.
+
+    Args:
+        shape: The model.
+        rates: The machine.
+        dram_bytes: Bound on the whole process.
+        context: Tokens of the KV cache; None means `DEFAULT_CONTEXT`.
+        mode: "auto" or the one mode to plan for.
+
+    Raises:
+        BudgetError: Below the floor; it says what is needed.
+        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known.
+    """
+    context = context or DEFAULT_CONTEXT
+    if mode == "sparse" and shape.sparse is None:
+        raise ConfigError(f"nothing is known of the sparsity of {shape.name}: convert it and run `flashlm calibrate`")
+    best = min(candidates(shape, rates, dram_bytes, context, mode), key=lambda each: each.cost.total_s)
+    num_tokens = min(PROMPT_TOKENS, context)
+    return Plan(
+        source=shape.name,
+        dram_bytes=dram_bytes,
+        context=context,
+        mode=best.mode,
+        is_exact=best.mode != "sparse",
+        max_gap=best.max_gap,
+        token_s=best.cost.total_s,
+        prompt_s=prompt_s(shape, best.placement, rates, num_tokens, num_tokens),
+        prompt_tokens=num_tokens,
+        io_s=best.cost.io_s,
+        manage_s=best.cost.manage_s,
+        compute_s=best.cost.compute_s,
+        read_bytes=best.cost.read_bytes,
+        num_reads=best.cost.num_reads,
+        roofline_s=best.cost.roofline_s,
+        resident_bytes=shape.resident_bytes + best.placement.needs.predictor_bytes,
+        pinned_bytes=best.placement.pinned_bytes,
+        cache_bytes=best.placement.cache_bytes,
+        disk_bytes=shape.total_bytes,
+        would_help=_would_help(shape, rates, dram_bytes, context, best),
+    )
+
+
+def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, mode: str) -> Iterator[Candidate]:
+    """Yield every way to run that is allowed.
+
+    Raises:
+        BudgetError: None fits.
+    """
+    use = dense_use(shape)
+    if mode in ("auto", "hybrid", "naive"):
+        pins = 0 if mode == "naive" else None
+        placement = place(shape.layouts, model_needs(shape, context), dram_bytes, max_pinned_bytes=pins)
+        cost = exact_token(shape, placement, rates, use, reads_ahead=mode != "naive")
+        yield Candidate(mode="naive" if mode == "naive" else "hybrid", max_gap=0, placement=placement, cost=cost)
+        if placement.streamed_bytes == 0 and mode == "auto":
+            return  # everything fits, exactly
+    sparse = shape.sparse
+    if sparse is None or not (mode == "sparse" or (mode == "auto" and sparse.has_passed)):
+        return
+    try:
+        needs = model_needs(shape, context, with_predictors=True)
+        placement = place_sparse(shape.layouts, sparse.uses, needs, dram_bytes)
+    except BudgetError:
+        if mode == "sparse":
+            raise
+        return  # hybrid needs less
+    assert placement.cache is not None
+    for max_gap in GAPS:
+        cost = sparse_token(shape, sparse, placement.cache, rates, max_gap=max_gap)
+        yield Candidate(mode="sparse", max_gap=max_gap, placement=placement, cost=cost)
+
+
+def _would_help(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, best: Candidate) -> str:
+    """Return of which resource twice as much would save most time in the chosen mode."""
+
+    def cheapest(rates: Rates, dram_bytes: int) -> float:
+        found = candidates(shape, rates, dram_bytes, context, best.mode)
+        return min(each.cost.total_s for each in found)
+
+    faster_flash = replace(
+        rates,
+        stream_gb_per_s=rates.stream_gb_per_s * 2,
+        random_gb_per_s={size: rate * 2 for size, rate in rates.random_gb_per_s.items()},
+    )
+    faster_memory = replace(
+        rates,
+        matrix_gb_per_s=rates.matrix_gb_per_s * 2,
+        block_gb_per_s=rates.block_gb_per_s * 2,
+        scattered_gb_per_s=rates.scattered_gb_per_s * 2,
+    )
+    times = {
+        "flash speed": cheapest(faster_flash, dram_bytes),
+        "memory speed": cheapest(faster_memory, dram_bytes),
+        "dram": cheapest(rates, dram_bytes * 2),
+    }
+    name = min(times, key=lambda each: times[each])
+    return f"{name}: twice as much would give {best.cost.total_s / times[name]:.1f} x the speed"
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan as JSON.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    write_small_file(path, (plan.model_dump_json(indent=1) + "\n").encode())
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan that `save_plan` wrote.
+
+    Raises:
+        ConfigError: There is none, or it is damaged or of another version.
+    """
+    try:
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            raise ConfigError(f"{path} is not a plan: make one with `flashlm plan PACK --dram SIZE --save FILE`")
+        text = path.read_bytes()
+        content = json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"the plan {path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the plan {path} is not JSON ({error}): make it again with `flashlm plan`") from error
+    version = content.get("plan_version") if isinstance(content, dict) else None
+    if type(version) is not int or version != PLAN_VERSION:
+        raise ConfigError(f"the plan {path} has version {version!r}, this flashlm reads {PLAN_VERSION}: make it again")
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise ConfigError(f"the plan {path} is invalid at {where}: {first['msg']}. Make it again") from error

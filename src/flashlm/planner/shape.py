@@ -1,0 +1,226 @@
+"""What the planner needs to know of a model: from a pack, or from a `config.json` alone, before any download."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flashlm.errors import ConfigError, PackError, UnsupportedModelError
+from flashlm.memory.cache_plan import LayerUse
+from flashlm.pack import activations
+from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
+from flashlm.pack.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
+from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
+from flashlm.pack.source import canonical_dtype
+from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
+
+CONFIG_NAME = "config.json"
+RELU_NAMES = ("relu", "relu2", "fatrelu")  # activations with exact zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseShape:
+    """What mode `sparse` would do with a model.
+
+    Attributes:
+        uses: How each layer's predicted rows are used.
+        active_shares: Of each layer's rows, those that are predicted for a token and do fire.
+        predictor_bytes: DRAM of the predictors.
+        increase: Measured relative rise of perplexity; None where it was not measured.
+        has_passed: Whether a calibration met its error budget.
+        origin: Where all this comes from: "calibrated on ...", or "assumed ...".
+    """
+
+    uses: tuple[LayerUse, ...]
+    active_shares: tuple[float, ...]
+    predictor_bytes: int
+    increase: float | None
+    has_passed: bool
+    origin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A model as the cost model sees it.
+
+    Attributes:
+        name: Where it comes from, as it was given.
+        model_type: The transformers model type.
+        activation: The FFN's, by its name in `ACT2FN`.
+        config: Its transformers config.
+        layouts: The streamed layers.
+        resident_bytes: Weights that stay in DRAM.
+        matrix_bytes: Of these, what every token multiplies with; an embedding table that is only looked up is not.
+        is_pack: Whether it is converted already.
+        sparse: What is known of its sparsity; None where nothing is.
+    """
+
+    name: str
+    model_type: str
+    activation: str
+    config: Any
+    layouts: tuple[LayerLayout, ...]
+    resident_bytes: int
+    matrix_bytes: int
+    is_pack: bool
+    sparse: SparseShape | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Element type of the pack, a key of `DTYPE_BYTES`."""
+        return self.layouts[0].dtype
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of all layer files."""
+        return sum(layout.file_bytes for layout in self.layouts)
+
+    @property
+    def total_bytes(self) -> int:
+        """Disk that the pack takes, a few small files aside."""
+        return self.resident_bytes + self.streamed_bytes
+
+
+def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bool = False) -> ModelShape:
+    """Return the shape of a pack, a model folder, a config.json, or a model on the hub (its config only).
+
+    Args:
+        source: Which.
+        dtype: Element type that a conversion would get; a pack has its own.
+        trust_remote_code: Run model code that comes with the source.
+
+    Raises:
+        ConfigError: Nothing is there, or the dtype is unknown.
+        PackError: A damaged pack or config.
+        UnsupportedModelError: A family that flashlm can't place.
+    """
+    folder = Path(source).expanduser()
+    if manifest_path(folder).exists():
+        return _pack_shape(folder, trust_remote_code)
+    config = _read_config(source, trust_remote_code)
+    dtype = canonical_dtype(dtype)
+    model = build_meta_model(config, trust_remote_code=trust_remote_code)
+    layers = find_ffn_layers(model)
+    largest = max(layers, key=lambda layer: layer.num_rows)
+    block_rows = choose_block_rows(
+        hidden_size=largest.hidden_size, num_rows=largest.num_rows, has_gate=largest.has_gate, dtype=dtype
+    )
+    layouts = tuple(
+        LayerLayout(
+            hidden_size=layer.hidden_size,
+            num_rows=layer.num_rows,
+            has_gate=layer.has_gate,
+            dtype=dtype,
+            block_rows=block_rows,
+        )
+        for layer in layers
+    )
+    streamed = _streamed_names(layers)
+    resident = sum(p.numel() for name, p in model.named_parameters() if name not in streamed)
+    return ModelShape(
+        name=str(source),
+        model_type=config.model_type,
+        activation=largest.activation,
+        config=config,
+        layouts=layouts,
+        resident_bytes=resident * DTYPE_BYTES[dtype],
+        matrix_bytes=_num_multiplied(model, streamed) * DTYPE_BYTES[dtype],
+        is_pack=False,
+    )
+
+
+def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape:
+    manifest = read_manifest(pack)
+    activations.register()
+    config = AutoConfig.from_pretrained(pack, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = build_meta_model(config, trust_remote_code=trust_remote_code)
+    streamed = _streamed_names(find_ffn_layers(model))
+    return ModelShape(
+        name=str(pack),
+        model_type=manifest.model_type,
+        activation=manifest.activation,
+        config=config,
+        layouts=tuple(manifest.layout(layer) for layer in range(len(manifest.layers))),
+        resident_bytes=manifest.resident.num_bytes,
+        matrix_bytes=_num_multiplied(model, streamed) * DTYPE_BYTES[manifest.dtype],
+        is_pack=True,
+        sparse=_pack_sparsity(pack, manifest),
+    )
+
+
+def _pack_sparsity(pack: Path, manifest: Manifest) -> SparseShape | None:
+    """Return what the pack's calibration says; None without one that can be used."""
+    try:
+        sparsity = read_sparsity(pack, manifest)
+    except PackError:
+        return None
+    if sparsity is None or not sparsity.has_predictors:
+        return None
+    return sparse_shape(sparsity, manifest, tensors_path(pack).stat().st_size)
+
+
+def sparse_shape(sparsity: Sparsity, manifest: Manifest, predictor_bytes: int) -> SparseShape:
+    """Return what a calibration document says."""
+    evaluation = sparsity.evaluation
+    recalled = [
+        layer.active_share * layer.predictor.recall if layer.predictor is not None else layer.active_share
+        for layer in sparsity.layers
+    ]
+    return SparseShape(
+        uses=tuple(
+            LayerUse(num_rows=entry.num_rows, use_curve=layer.use_curve)
+            for entry, layer in zip(manifest.layers, sparsity.layers, strict=True)
+        ),
+        active_shares=tuple(recalled),
+        predictor_bytes=predictor_bytes,
+        increase=None if evaluation is None else evaluation.increase,
+        has_passed=evaluation is not None and evaluation.has_passed,
+        origin=f"calibrated on {sparsity.text}",
+    )
+
+
+def _read_config(source: str | Path, trust_remote_code: bool) -> Any:
+    path = Path(source).expanduser()
+    if path.name == CONFIG_NAME and path.is_file():
+        path = path.parent
+    is_local = path.is_dir()
+    if not is_local and (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
+        raise ConfigError(f"{source} is neither a pack, nor a model folder, nor a config.json")
+    activations.register()
+    try:
+        if is_local:
+            json.loads((path / CONFIG_NAME).read_bytes())
+        config = AutoConfig.from_pretrained(path if is_local else str(source), trust_remote_code=trust_remote_code)
+    except FileNotFoundError:
+        raise PackError(f"{path} is not a model folder: {CONFIG_NAME} is missing") from None
+    except json.JSONDecodeError as error:
+        raise PackError(f"{path / CONFIG_NAME} is not JSON: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if is_local:
+            raise UnsupportedModelError(f"{path / CONFIG_NAME} can't be used: {reason}") from error
+        raise ConfigError(f"{source} is neither local nor a model whose config the hub gives: {reason}") from error
+    activations.check_parameters(config)
+    return config
+
+
+def _streamed_names(layers: tuple[FfnLayer, ...]) -> set[str]:
+    return {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
+
+
+def _num_multiplied(model: PreTrainedModel, streamed: set[str]) -> int:
+    """Return the weights of resident linear layers: a tied output layer counts, a table of embeddings does not."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and names.get(id(module.weight)) not in streamed
+    )
