@@ -24,10 +24,11 @@ from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import ModelShape
 
-PLAN_VERSION = 1
+PLAN_VERSION: Literal[1] = 1
 GAPS = (0, 1, 2, 3, 4, 8)
 PROMPT_TOKENS = 512  # of the prompt that is costed, or the context if that is shorter
 MAX_PLAN_BYTES = 1 << 20
+ERROR_BAND = 0.25  # of predicted against measured tokens: the worst cell of benchmarks/planner.py
 
 Mode = Literal["naive", "hybrid", "sparse"]
 

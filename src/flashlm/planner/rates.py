@@ -53,4 +53,5 @@ class Rates:
         after = bisect.bisect_right(sizes, num_bytes)
         low, high = sizes[after - 1], sizes[after]
         share = math.log(num_bytes / low) / math.log(high / low)
-        return self.random_gb_per_s[low] ** (1.0 - share) * self.random_gb_per_s[high] ** share
+        ratio = self.random_gb_per_s[high] / self.random_gb_per_s[low]
+        return self.random_gb_per_s[low] * math.exp(share * math.log(ratio))
