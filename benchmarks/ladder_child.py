@@ -276,7 +276,7 @@ def probe(spec: Spec, recorder: Recorder) -> None:
         geometry = RowGeometry(row_stride_bytes=num_bytes, block_rows=1 << 40, block_stride_bytes=num_bytes)
         for batch in spec["batches"]:
             batch = min(batch, smallest // num_bytes // 2)
-            buffer = AlignedBuffer((batch + 1) * num_bytes, huge_pages=False)
+            buffer = AlignedBuffer((batch + 1) * num_bytes)
             buffer.numpy()[::4096] = 1  # touched
             samples = []
             for _ in range(spec["repeats"]):

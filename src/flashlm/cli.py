@@ -18,6 +18,8 @@ import typer
 from flashlm import console
 from flashlm.cli_calibrate import calibrate
 from flashlm.cli_eval import evaluate
+from flashlm.cli_plan import plan as plan_command
+from flashlm.cli_probe import doctor, probe
 from flashlm.errors import ConfigError, FlashError
 
 if TYPE_CHECKING:
@@ -162,6 +164,9 @@ def generate(
         ModeChoice, typer.Option(help="auto: sparse where a calibration met its error budget, else hybrid (exact).")
     ] = ModeChoice.auto,
     context: ContextOption = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="File that `flashlm plan --save` wrote.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy. Default: the pack's own.", show_default=False)
@@ -196,6 +201,7 @@ def generate(
         dram=dram,
         mode=None if mode is ModeChoice.auto else mode.value,
         context=context,
+        plan=plan,
         sampling=sampling,
         is_chat=chat,
         on_loaded=lambda flash: console.note(flash.describe()),
@@ -213,6 +219,9 @@ def generate(
 
 app.command("eval")(evaluate)
 app.command()(calibrate)
+app.command("plan")(plan_command)
+app.command()(probe)
+app.command()(doctor)
 
 
 def _write_text(text: str) -> None:

@@ -12,7 +12,7 @@ from flashlm.cli_calibrate import print_columns
 from flashlm.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
-    from flashlm.planner.plan import Plan
+    from flashlm.planner.document import Plan
 
 COLUMNS = ("dram", "mode", "exact", "held", "read a token", "tokens/s", "prompt tokens/s", "at the roofline")
 
@@ -47,9 +47,7 @@ def plan(
     save: Annotated[
         Path | None, typer.Option(help="Write the plan (of one budget) to this file.", show_default=False)
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw latency over DRAM into this PNG.", show_default=False)
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency over DRAM into this PNG.", show_default=False)] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the source.")
     ] = False,
@@ -61,14 +59,17 @@ def plan(
     profile a quick probe is made first.
     """
     from flashlm.memory.limits import read_memory_limits
+    from flashlm.planner.document import save_plan
     from flashlm.planner.machine import rates_for
-    from flashlm.planner.plan import make_plan, save_plan
+    from flashlm.planner.plan import make_plan
     from flashlm.planner.published import assume_sparsity
     from flashlm.planner.shape import read_shape
     from flashlm.sizes import format_size, parse_size_bytes
 
     budgets = (
-        [read_memory_limits().default_dram_bytes] if dram is None else [parse_size_bytes(each) for each in dram.split(",")]
+        [read_memory_limits().default_dram_bytes]
+        if dram is None
+        else [parse_size_bytes(each) for each in dram.split(",")]
     )
     if mode not in ("auto", "hybrid", "sparse", "naive"):
         raise ConfigError(f"mode={mode!r} is unknown: choose auto, hybrid, sparse or naive")

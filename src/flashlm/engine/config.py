@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from flashlm.errors import ConfigError
+from flashlm.planner.document import load_plan
 from flashlm.sizes import parse_size_bytes
 
 Mode = Literal["auto", "naive", "hybrid", "sparse"]
@@ -24,12 +26,14 @@ class Settings:
             rows that predictors ask for (approximate; needs a calibration); `auto` picks.
         context: Tokens that the KV cache may hold, over all sequences; None means `DEFAULT_CONTEXT`.
         pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound.
+        max_gap: Rows between two missing ones that are read through (mode `sparse`); None: as the device's profile says.
     """
 
     dram_bytes: int | None = None
     mode: Mode = "auto"
     context: int | None = None
     pin_bytes: int | None = None
+    max_gap: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -53,12 +57,20 @@ def make_settings(
     mode: str | None = None,
     context: int | str | None = None,
     pin: str | int | None = None,
+    plan: str | Path | None = None,
 ) -> Settings:
-    """Return settings from arguments; what is None comes from `FLASHLM_DRAM`, `FLASHLM_MODE` and `FLASHLM_CONTEXT`.
+    """Return settings from arguments; what is None comes from `plan`, then from `FLASHLM_DRAM`, `_MODE` and `_CONTEXT`.
 
     Raises:
         ConfigError: A value that can't be read or is out of range.
     """
+    max_gap = None
+    if plan is not None:
+        planned = load_plan(Path(plan))
+        dram = planned.dram_bytes if dram is None else dram
+        mode = planned.mode if mode is None else mode
+        context = planned.context if context is None else context
+        max_gap = planned.max_gap
     dram = dram if dram is not None else os.environ.get(ENV_DRAM) or None
     mode = mode if mode is not None else os.environ.get(ENV_MODE) or "auto"
     context = context if context is not None else os.environ.get(ENV_CONTEXT) or None
@@ -68,4 +80,4 @@ def make_settings(
         context = int(context)
     dram_bytes = None if dram is None else parse_size_bytes(dram)
     pin_bytes = pin if pin is None or pin == 0 else parse_size_bytes(pin)
-    return Settings(dram_bytes=dram_bytes, mode=mode, context=context, pin_bytes=pin_bytes)  # type: ignore[arg-type]  # checked there
+    return Settings(dram_bytes=dram_bytes, mode=mode, context=context, pin_bytes=pin_bytes, max_gap=max_gap)  # type: ignore[arg-type]  # checked there

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
-from flashlm.engine.config import Settings
+from flashlm.engine.config import ResolvedMode, Settings
 from flashlm.engine.counters import Counters
 from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
@@ -30,7 +30,10 @@ from flashlm.pack.files import check_files, check_resident_file
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
 from flashlm.pack.reorder import read_order
+from flashlm.planner.machine import stored_rates
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config, torch_dtype
+from flashlm.planner.plan import cheapest
+from flashlm.planner.shape import shape_of_model, sparse_shape
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import File, Reader
@@ -57,6 +60,7 @@ class FlashModel:
         calibration: What mode `sparse` goes by; None in the others.
         telemetry: A record per forward pass (after loading).
         resident_load: What reading the resident part took (after loading).
+        max_gap: Rows between two missing ones that are read through (mode `sparse`).
         sparse: The neuron cache and its reads (mode `sparse`, after loading).
     """
 
@@ -69,6 +73,7 @@ class FlashModel:
     calibration: Calibration | None = None
     telemetry: Telemetry | None = None
     resident_load: ResidentLoad | None = None
+    max_gap: int = 0
     sparse: SparseRows | None = None
     _stream: BlockStream | None = None
     _threads: threading.local = field(default_factory=threading.local)  # torch's setting is one of each thread
@@ -97,7 +102,9 @@ class FlashModel:
         dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
         calibration = find_calibration(pack, manifest, settings)
         placement = place(layouts, needs, dram_bytes, max_pinned_bytes=settings.max_pinned_bytes)
-        mode = resolve_mode(settings, calibration, fits=placement.streamed_bytes == 0)
+        mode, max_gap = resolve_mode(settings, calibration, fits=placement.streamed_bytes == 0), settings.max_gap or 0
+        if calibration is not None and settings.max_gap is None:
+            mode, max_gap = _as_planned(model, calibration, settings.mode, dram_bytes, context) or (mode, max_gap)
         if mode == "sparse":
             assert calibration is not None
             needs = replace(needs, predictor_bytes=calibration.predictor_bytes)
@@ -112,6 +119,7 @@ class FlashModel:
             placement=placement,
             reader=Reader(),
             calibration=calibration if mode == "sparse" else None,
+            max_gap=max_gap,
         )
         logger.info("%s", flash.describe())
         return flash
@@ -171,7 +179,9 @@ class FlashModel:
         if self.calibration is None or self.placement.cache is None:
             return []
         window = self.calibration.sparsity.window
-        self.sparse = SparseRows(self.reader, files, layouts, self.placement.cache, window=window, counters=counters)
+        self.sparse = SparseRows(
+            self.reader, files, layouts, self.placement.cache, window=window, max_gap=self.max_gap, counters=counters
+        )
         self.sparse.warm()
         return self.calibration.load_predictors()
 
@@ -237,6 +247,23 @@ class FlashModel:
         self.telemetry.end(num_sequences=num_sequences, num_tokens=num_tokens)
 
 
+def _as_planned(
+    model: PreTrainedModel, calibration: Calibration, mode: str, dram_bytes: int, context: int
+) -> tuple[ResolvedMode, int] | None:
+    """Return the cheapest mode and gap by the cost model; None where the pack's device has no usable profile."""
+    try:
+        rates = stored_rates(calibration.pack, calibration.manifest.dtype)
+    except ConfigError as error:
+        logger.warning("the planner does without a device profile: %s", error)
+        return None
+    if rates is None:
+        return None
+    sparse = sparse_shape(calibration.sparsity, calibration.manifest, calibration.predictor_bytes)
+    shape = shape_of_model(model, calibration.pack, calibration.manifest, sparse)
+    best = cheapest(shape, rates, dram_bytes, context, mode)
+    return best.mode, best.max_gap
+
+
 def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """Return sequences and tokens per sequence of a forward call of a transformers model."""
     for candidate in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
@@ -278,6 +305,7 @@ def load(
     mode: str | None = None,
     context: int | None = None,
     pin: str | int | None = None,
+    plan: str | Path | None = None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
     """Load a pack as a transformers model whose feed-forward layers stream from flash.
@@ -286,9 +314,11 @@ def load(
         pack: Folder made by `flashlm convert`.
         dram: Bound on the whole process ("6GiB" or bytes); None takes what the machine or the cgroup has free, less a
             margin. `FLASHLM_DRAM` sets it too.
-        mode: "auto" (the fastest exact mode), "hybrid" or "naive".
+        mode: "auto" (sparse where a calibration met its error budget and it is expected to be faster, else hybrid),
+            "hybrid", "sparse" or "naive".
         context: Tokens that the KV cache may hold, over all sequences; None means 2048.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
+        plan: File that `flashlm plan --save` wrote; what is None comes from it.
         **from_pretrained: Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -304,7 +334,7 @@ def load(
 
     from flashlm.engine.quantizer import FlashConfig
 
-    asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin)
+    asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin, plan=plan)
     check_resident_file(Path(pack), read_manifest(Path(pack)))
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
     config = read_config(Path(pack), **trust)

@@ -29,6 +29,7 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         mode: "auto", "hybrid" or "naive".
         context: Tokens that the KV cache may hold, over all sequences.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
+        plan: File that `flashlm plan --save` wrote; what is None here comes from it.
         format_version: Version of the pack's format, as its config.json states it.
 
     Raises:
@@ -41,27 +42,31 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         mode: str | None = None,
         context: int | None = None,
         pin: str | int | None = None,
+        plan: str | Path | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
         if unknown:
-            raise ConfigError(f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode, context and pin")
+            raise ConfigError(
+                f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode, context, pin and plan"
+            )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.dram = dram
         self.mode = mode
         self.context = context
         self.pin = pin
+        self.plan = plan
         self.settings()
 
     def settings(self) -> Settings:
         """Return the validated settings, environment variables included."""
-        return make_settings(self.dram, self.mode, self.context, self.pin)
+        return make_settings(self.dram, self.mode, self.context, self.pin, self.plan)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what `from_pretrained(quantization_config=...)` may change about a pack."""
-        return {"dram": self.dram, "mode": self.mode, "context": self.context, "pin": self.pin}
+        return {"dram": self.dram, "mode": self.mode, "context": self.context, "pin": self.pin, "plan": self.plan}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what belongs in a config.json: nothing that depends on the machine."""

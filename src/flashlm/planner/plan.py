@@ -7,78 +7,21 @@ calibration has met its error budget, or where it is asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs, Placement, place, place_sparse
-from flashlm.pack.direct_file import write_small_file
 from flashlm.planner.cost import TokenCost
+from flashlm.planner.document import Mode, Plan
 from flashlm.planner.estimate import dense_use, exact_token, prompt_s, sparse_token
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import ModelShape
 
-PLAN_VERSION: Literal[1] = 1
 GAPS = (0, 1, 2, 3, 4, 8)
 PROMPT_TOKENS = 512  # of the prompt that is costed, or the context if that is shorter
-MAX_PLAN_BYTES = 1 << 20
 ERROR_BAND = 0.25  # of predicted against measured tokens: the worst cell of benchmarks/planner.py
-
-Mode = Literal["naive", "hybrid", "sparse"]
-
-
-class Plan(BaseModel):
-    """A placement and settings that can be saved and given back.
-
-    Attributes:
-        plan_version: Version of this document.
-        source: What was planned for, by name.
-        dram_bytes, context: The budget and the KV cache's tokens that it was made for.
-        mode: To run in.
-        is_exact: Whether every weight takes part in every token.
-        max_gap: Rows between two missing ones that are read through (mode `sparse`).
-        token_s, prompt_s: Expected, one token and a prompt of `prompt_tokens`.
-        io_s, manage_s, compute_s: What the token is made of.
-        read_bytes, num_reads: What a token reads.
-        roofline_s: No program can be faster with these bytes.
-        resident_bytes, pinned_bytes, cache_bytes, disk_bytes: Where the weights are.
-        would_help: The resource of which twice as much would save most.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    plan_version: Literal[1] = PLAN_VERSION
-    source: str
-    dram_bytes: Annotated[int, Field(gt=0)]
-    context: Annotated[int, Field(gt=0)]
-    mode: Mode
-    is_exact: bool
-    max_gap: Annotated[int, Field(ge=0, le=64)] = 0
-    token_s: float
-    prompt_s: float
-    prompt_tokens: int
-    io_s: float
-    manage_s: float
-    compute_s: float
-    read_bytes: float
-    num_reads: float
-    roofline_s: float
-    resident_bytes: int
-    pinned_bytes: int
-    cache_bytes: int
-    disk_bytes: int
-    would_help: str
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decode speed."""
-        return 1.0 / self.token_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +70,7 @@ def make_plan(
     context = context or DEFAULT_CONTEXT
     if mode == "sparse" and shape.sparse is None:
         raise ConfigError(f"nothing is known of the sparsity of {shape.name}: convert it and run `flashlm calibrate`")
-    best = min(candidates(shape, rates, dram_bytes, context, mode), key=lambda each: each.cost.total_s)
+    best = cheapest(shape, rates, dram_bytes, context, mode)
     num_tokens = min(PROMPT_TOKENS, context)
     return Plan(
         source=shape.name,
@@ -151,6 +94,15 @@ def make_plan(
         disk_bytes=shape.total_bytes,
         would_help=_would_help(shape, rates, dram_bytes, context, best),
     )
+
+
+def cheapest(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, mode: str) -> Candidate:
+    """Return the candidate that costs least.
+
+    Raises:
+        BudgetError: None fits.
+    """
+    return min(candidates(shape, rates, dram_bytes, context, mode), key=lambda each: each.cost.total_s)
 
 
 def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, mode: str) -> Iterator[Candidate]:
@@ -186,9 +138,8 @@ def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, m
 def _would_help(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, best: Candidate) -> str:
     """Return of which resource twice as much would save most time in the chosen mode."""
 
-    def cheapest(rates: Rates, dram_bytes: int) -> float:
-        found = candidates(shape, rates, dram_bytes, context, best.mode)
-        return min(each.cost.total_s for each in found)
+    def token_s(rates: Rates, dram_bytes: int) -> float:
+        return cheapest(shape, rates, dram_bytes, context, best.mode).cost.total_s
 
     faster_flash = replace(
         rates,
@@ -202,44 +153,9 @@ def _would_help(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, 
         scattered_gb_per_s=rates.scattered_gb_per_s * 2,
     )
     times = {
-        "flash speed": cheapest(faster_flash, dram_bytes),
-        "memory speed": cheapest(faster_memory, dram_bytes),
-        "dram": cheapest(rates, dram_bytes * 2),
+        "flash speed": token_s(faster_flash, dram_bytes),
+        "memory speed": token_s(faster_memory, dram_bytes),
+        "dram": token_s(rates, dram_bytes * 2),
     }
     name = min(times, key=lambda each: times[each])
     return f"{name}: twice as much would give {best.cost.total_s / times[name]:.1f} x the speed"
-
-
-def save_plan(plan: Plan, path: Path) -> None:
-    """Write a plan as JSON.
-
-    Raises:
-        StorageError: It can't be written.
-    """
-    write_small_file(path, (plan.model_dump_json(indent=1) + "\n").encode())
-
-
-def load_plan(path: Path) -> Plan:
-    """Read a plan that `save_plan` wrote.
-
-    Raises:
-        ConfigError: There is none, or it is damaged or of another version.
-    """
-    try:
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise ConfigError(f"{path} is not a plan: make one with `flashlm plan PACK --dram SIZE --save FILE`")
-        text = path.read_bytes()
-        content = json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"the plan {path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the plan {path} is not JSON ({error}): make it again with `flashlm plan`") from error
-    version = content.get("plan_version") if isinstance(content, dict) else None
-    if type(version) is not int or version != PLAN_VERSION:
-        raise ConfigError(f"the plan {path} has version {version!r}, this flashlm reads {PLAN_VERSION}: make it again")
-    try:
-        return Plan.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise ConfigError(f"the plan {path} is invalid at {where}: {first['msg']}. Make it again") from error

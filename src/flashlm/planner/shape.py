@@ -142,17 +142,22 @@ def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
+    return shape_of_model(model, pack, manifest, _pack_sparsity(pack, manifest))
+
+
+def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, sparse: SparseShape | None) -> ModelShape:
+    """Return the shape of a pack whose model has been built, its feed-forward layers still in place."""
     streamed = _streamed_names(find_ffn_layers(model))
     return ModelShape(
         name=str(pack),
         model_type=manifest.model_type,
         activation=manifest.activation,
-        config=config,
+        config=model.config,
         layouts=tuple(manifest.layout(layer) for layer in range(len(manifest.layers))),
         resident_bytes=manifest.resident.num_bytes,
         matrix_bytes=_num_multiplied(model, streamed) * DTYPE_BYTES[manifest.dtype],
         is_pack=True,
-        sparse=_pack_sparsity(pack, manifest),
+        sparse=sparse,
     )
 
 

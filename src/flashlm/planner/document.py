@@ -1,0 +1,100 @@
+"""The plan as a document: made by `flashlm plan`, saved as JSON, and given back to `generate` or `load`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flashlm.errors import ConfigError
+from flashlm.pack.direct_file import write_small_file
+
+PLAN_VERSION: Literal[1] = 1
+MAX_PLAN_BYTES = 1 << 20
+
+Mode = Literal["naive", "hybrid", "sparse"]
+
+
+class Plan(BaseModel):
+    """A placement and settings that can be saved and given back.
+
+    Attributes:
+        plan_version: Version of this document.
+        source: What was planned for, by name.
+        dram_bytes, context: The budget and the KV cache's tokens that it was made for.
+        mode: To run in.
+        is_exact: Whether every weight takes part in every token.
+        max_gap: Rows between two missing ones that are read through (mode `sparse`).
+        token_s, prompt_s: Expected, one token and a prompt of `prompt_tokens`.
+        io_s, manage_s, compute_s: What the token is made of.
+        read_bytes, num_reads: What a token reads.
+        roofline_s: No program can be faster with these bytes.
+        resident_bytes, pinned_bytes, cache_bytes, disk_bytes: Where the weights are.
+        would_help: The resource of which twice as much would save most.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    plan_version: Literal[1] = PLAN_VERSION
+    source: str
+    dram_bytes: Annotated[int, Field(gt=0)]
+    context: Annotated[int, Field(gt=0)]
+    mode: Mode
+    is_exact: bool
+    max_gap: Annotated[int, Field(ge=0, le=64)] = 0
+    token_s: float
+    prompt_s: float
+    prompt_tokens: int
+    io_s: float
+    manage_s: float
+    compute_s: float
+    read_bytes: float
+    num_reads: float
+    roofline_s: float
+    resident_bytes: int
+    pinned_bytes: int
+    cache_bytes: int
+    disk_bytes: int
+    would_help: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed."""
+        return 1.0 / self.token_s
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan as JSON.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    write_small_file(path, (plan.model_dump_json(indent=1) + "\n").encode())
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan that `save_plan` wrote.
+
+    Raises:
+        ConfigError: There is none, or it is damaged or of another version.
+    """
+    try:
+        if path.stat().st_size > MAX_PLAN_BYTES:
+            raise ConfigError(f"{path} is not a plan: make one with `flashlm plan PACK --dram SIZE --save FILE`")
+        text = path.read_bytes()
+        content = json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"the plan {path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the plan {path} is not JSON ({error}): make it again with `flashlm plan`") from error
+    version = content.get("plan_version") if isinstance(content, dict) else None
+    if type(version) is not int or version != PLAN_VERSION:
+        raise ConfigError(f"the plan {path} has version {version!r}, this flashlm reads {PLAN_VERSION}: make it again")
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise ConfigError(f"the plan {path} is invalid at {where}: {first['msg']}. Make it again") from error

@@ -1,0 +1,85 @@
+"""From a device profile to the rates of the cost model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from flashlm.errors import ConfigError
+from flashlm.planner.cost import Overlap
+from flashlm.planner.probe import probe
+from flashlm.planner.profile import DeviceProfile, load_profile, profile_path
+from flashlm.planner.rates import Rates
+
+
+def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
+    """Return the rates for one dtype.
+
+    Scattered rows are priced by batches: a batch takes a fixed time and a time per row, which two batch sizes tell apart.
+
+    Raises:
+        ConfigError: The profile lacks the dtype, or batches of rows.
+    """
+    products = next((each for each in profile.products if each.dtype == dtype), None)
+    if products is None or not profile.row_reads:
+        raise ConfigError(f"this device's profile has no figures for {dtype}: run `flashlm probe` again")
+    by_size: dict[int, list[tuple[int, float]]] = {}
+    for point in profile.row_reads:
+        by_size.setdefault(point.row_bytes, []).append((point.num_rows, point.seconds))
+    random_gb_per_s, latencies = {}, []
+    for row_bytes, batches in by_size.items():
+        latency_s, row_s = _line(sorted(batches))
+        random_gb_per_s[row_bytes] = row_bytes / row_s / 1e9
+        latencies.append(latency_s)
+    return Rates(
+        stream_gb_per_s=profile.stream_gb_per_s,
+        random_gb_per_s=random_gb_per_s,
+        batch_latency_s=statistics.median(latencies),
+        memory_gb_per_s=profile.memory_read_gb_per_s,
+        matrix_gb_per_s=products.matrix_gb_per_s,
+        block_gb_per_s=products.block_gb_per_s,
+        scattered_gb_per_s=products.scattered_gb_per_s,
+        gemm_gflop_per_s=products.gemm_gflop_per_s,
+        layer_overhead_s=profile.layer_overhead_s,
+        manage_row_s=profile.manage_row_s,
+        overlap=Overlap(read_share=profile.read_share, compute_share=profile.compute_share),
+    )
+
+
+def _line(batches: list[tuple[int, float]]) -> tuple[float, float]:
+    """Return (seconds of a batch, seconds per row) from a batch of some hundred rows and the smallest one.
+
+    The largest batches are left to those that have no smaller: an engine's batch is one layer's misses.
+    """
+    (few, few_s), *rest = batches
+    if not rest:
+        return 0.0, few_s / few
+    many, many_s = rest[0]
+    row_s = (many_s - few_s) / (many - few)
+    if row_s <= 0.0 or row_s * many > many_s:
+        return 0.0, many_s / many
+    return many_s - row_s * many, row_s
+
+
+def stored_rates(folder: Path, dtype: str) -> Rates | None:
+    """Return the rates of the device of `folder` from its profile, None where there is none.
+
+    Raises:
+        ConfigError: The profile is damaged or of another version.
+    """
+    profile = load_profile(profile_path(folder))
+    return None if profile is None else rates_of(profile, dtype)
+
+
+def rates_for(folder: Path, dtype: str, announce: Callable[[str], None]) -> Rates:
+    """Return the rates of the device of `folder`; where there is no profile yet, probe it first.
+
+    Raises:
+        ConfigError, StorageError: As in `probe`.
+    """
+    found = stored_rates(folder, dtype)
+    if found is not None:
+        return found
+    announce(f"no profile of the device of {folder} yet: probing it, once (`flashlm probe` does it again)")
+    return rates_of(probe(folder, announce=announce), dtype)

@@ -1,0 +1,152 @@
+"""What reading reaches on a device, through our own reader: sizes, depths, patterns, batches of rows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from flashlm.planner.probe_file import ProbeFile
+from flashlm.planner.profile import Pattern, ReadPoint, RowReadPoint
+from flashlm.storage.reader import AlignedBuffer, Backend, Reader, ReadRequest, RowGeometry
+
+RANDOM_BYTES = (*(4096 << step for step in range(9)), 4 << 20)  # 4 KiB to 1 MiB, and 4 MiB
+SEQUENTIAL_BYTES = (64 << 10, 1 << 20, 4 << 20)
+DEPTHS = (1, 8, 32, 128)
+ROW_BYTES = (4096, 8192, 16384, 32768, 65536)
+ROW_BATCHES = (100, 600, 3000)
+NUM_ROUNDS = 3
+ROUND_BYTES = 96 << 20  # at most, of one round
+BUFFER_BYTES = 256 << 20
+BLOCK_ROWS = 256
+
+Progress = Callable[[int, int, str], None]
+
+
+class ReadProbe:
+    """Measures one test file.
+
+    Args:
+        file: It.
+        seconds: For all points together, about.
+        progress: Called with points done, points in all, what.
+    """
+
+    def __init__(self, file: ProbeFile, seconds: float, progress: Progress) -> None:
+        self._file = file
+        self._buffer = AlignedBuffer(min(BUFFER_BYTES, file.num_bytes))
+        self._buffer.numpy()[:] = 1  # touched, so that the first point pays for nothing
+        self._generator = torch.Generator().manual_seed(0)
+        self._progress = progress
+        self._points = list(_points())
+        self._point_s = seconds / (len(self._points) + len(ROW_BYTES) * len(ROW_BATCHES))
+        self._num_done = 0
+
+    @property
+    def num_points(self) -> int:
+        """Of both kinds."""
+        return len(self._points) + len(ROW_BYTES) * len(ROW_BATCHES)
+
+    def _step(self, what: str) -> None:
+        self._progress(self._num_done, self.num_points, what)
+        self._num_done += 1
+
+    def reads(self) -> list[ReadPoint]:
+        """Measure every point that this machine's back ends allow."""
+        found = []
+        for pattern, read_bytes, depth, backend in self._points:
+            self._step(f"{pattern} reads of {read_bytes >> 10} KiB, {depth} in flight")
+            if read_bytes * 2 > self._file.num_bytes:
+                continue
+            with Reader(
+                backend=backend, queue_depth=depth, num_threads=depth, piece_bytes=max(read_bytes, 4096)
+            ) as reader:
+                found.append(self._measure(reader, pattern, read_bytes, depth))
+        return found
+
+    def _measure(self, reader: Reader, pattern: Pattern, read_bytes: int, depth: int) -> ReadPoint:
+        num_places = self._file.num_bytes // read_bytes
+        room = min(ROUND_BYTES, self._buffer.num_bytes) // read_bytes
+        count = max(min(room, depth * 16, num_places), 1)
+        rates: list[float] = []
+        cpus: list[float] = []
+        latencies: list[float] = []
+        next_place = 0
+        with reader.open(self._file.path) as file:
+            ends_s = time.perf_counter() + self._point_s
+            while len(rates) < NUM_ROUNDS or time.perf_counter() < ends_s:
+                if pattern == "random":
+                    places = torch.randint(num_places, (count,), generator=self._generator).tolist()
+                else:
+                    places = [(next_place + index) % num_places for index in range(count)]
+                    next_place = places[-1] + 1
+                requests = [
+                    ReadRequest(file, place * read_bytes, read_bytes, self._buffer, index * read_bytes)
+                    for index, place in enumerate(places)
+                ]
+                cpu_s, started_s = time.process_time(), time.perf_counter()
+                if depth == 1:
+                    for request in requests:
+                        single_s = time.perf_counter()
+                        reader.read([request])
+                        latencies.append(time.perf_counter() - single_s)
+                else:
+                    reader.read(requests)
+                rates.append(count / (time.perf_counter() - started_s))
+                cpus.append((time.process_time() - cpu_s) / count)
+        rate = statistics.median(rates)
+        ordered = sorted(latencies)
+        return ReadPoint(
+            pattern=pattern,
+            backend=reader.backend,
+            read_bytes=read_bytes,
+            queue_depth=depth,
+            gb_per_s=rate * read_bytes / 1e9,
+            reads_per_s=rate,
+            cpu_s_per_read=statistics.median(cpus),
+            latency_p50_s=ordered[len(ordered) // 2] if ordered else None,
+            latency_p99_s=ordered[len(ordered) * 99 // 100] if ordered else None,
+        )
+
+    def row_reads(self) -> list[RowReadPoint]:
+        """Measure batches of scattered rows, ascending in the file, as the neuron cache reads them."""
+        found = []
+        with Reader() as reader, reader.open(self._file.path) as file:
+            for row_bytes in ROW_BYTES:
+                geometry = RowGeometry(
+                    row_stride_bytes=row_bytes, block_rows=BLOCK_ROWS, block_stride_bytes=BLOCK_ROWS * row_bytes
+                )
+                num_places = self._file.num_bytes // row_bytes // BLOCK_ROWS * BLOCK_ROWS
+                for batch in ROW_BATCHES:
+                    self._step(f"{batch} scattered rows of {row_bytes >> 10} KiB")
+                    if batch > num_places // 4 or (batch + 1) * row_bytes > self._buffer.num_bytes:
+                        continue
+                    times: list[float] = []
+                    ends_s = time.perf_counter() + self._point_s
+                    while len(times) < NUM_ROUNDS or time.perf_counter() < ends_s:
+                        rows = torch.randperm(num_places, generator=self._generator)[:batch].sort().values.int()
+                        slots = torch.randperm(batch, generator=self._generator).int()
+                        started_s = time.perf_counter()
+                        reader.wait(reader.submit_rows(file, geometry, rows, slots, self._buffer))
+                        times.append(time.perf_counter() - started_s)
+                    found.append(RowReadPoint(row_bytes=row_bytes, num_rows=batch, seconds=statistics.median(times)))
+        return found
+
+
+def _points() -> Iterator[tuple[Pattern, int, int, Backend]]:
+    """Yield (pattern, read size, depth, back end); the back end that is not used by default gets a few points."""
+    with Reader() as reader:
+        own: Backend = "io_uring" if reader.backend == "io_uring" else "threads"
+    for read_bytes in RANDOM_BYTES:
+        for depth in DEPTHS:
+            if read_bytes * depth <= ROUND_BYTES:
+                yield "random", read_bytes, depth, own
+    for read_bytes in SEQUENTIAL_BYTES:
+        for depth in DEPTHS[1:]:
+            if read_bytes * depth <= ROUND_BYTES:
+                yield "sequential", read_bytes, depth, own
+    if own == "io_uring":
+        yield "random", 16384, 32, "threads"
+        yield "sequential", 1 << 20, 8, "threads"

@@ -1,0 +1,200 @@
+"""What a machine can do, as measured: the document that `flashlm probe` writes and the planner reads, one per device."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flashlm.errors import ConfigError
+from flashlm.pack.direct_file import write_small_file
+
+PROFILE_VERSION: Literal[1] = 1
+MAX_PROFILE_BYTES = 4 << 20
+ENV_CACHE = "FLASHLM_CACHE"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Pattern = Literal["sequential", "random"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class ReadPoint(_Strict):
+    """Reads of one size at one depth.
+
+    Attributes:
+        pattern: Whether the next read follows the last.
+        backend: Of our reader.
+        read_bytes: Size of a read.
+        queue_depth: Reads in flight.
+        gb_per_s, reads_per_s: Medians over rounds.
+        cpu_s_per_read: Processor time of this process.
+        latency_p50_s, latency_p99_s: Of single reads; at depth 1 only.
+    """
+
+    pattern: Pattern
+    backend: str
+    read_bytes: Annotated[int, Field(gt=0)]
+    queue_depth: Annotated[int, Field(gt=0)]
+    gb_per_s: Positive
+    reads_per_s: Positive
+    cpu_s_per_read: Annotated[float, Field(ge=0)]
+    latency_p50_s: Positive | None = None
+    latency_p99_s: Positive | None = None
+
+
+class RowReadPoint(_Strict):
+    """A batch of scattered rows that land in slots, as mode `sparse` reads them."""
+
+    row_bytes: Annotated[int, Field(gt=0)]
+    num_rows: Annotated[int, Field(gt=0)]
+    seconds: Positive
+
+
+class ProductRates(_Strict):
+    """How fast weights of one dtype are multiplied with.
+
+    Attributes:
+        dtype: A key of `DTYPE_BYTES`.
+        matrix_gb_per_s: One token, whole resident matrices.
+        block_gb_per_s: One token, up and down parts of rows in blocks.
+        scattered_gb_per_s: The same over scattered rows.
+        gemm_gflop_per_s: 128 tokens, the way that the engine multiplies.
+    """
+
+    dtype: str
+    matrix_gb_per_s: Positive
+    block_gb_per_s: Positive
+    scattered_gb_per_s: Positive
+    gemm_gflop_per_s: Positive
+
+
+class DeviceProfile(_Strict):
+    """A machine and one of its devices.
+
+    Attributes:
+        profile_version: Version of this document.
+        flashlm_version, date: Who measured, and when.
+        device: The device's number, which identifies it on this machine.
+        file_system: Its type.
+        backend: Of our reader.
+        is_direct: Whether reads go past the page cache; if not, rates are those of memory in part.
+        write_gb_per_s: Writing and syncing the test file.
+        reads, row_reads: What reading reaches.
+        memory_read_gb_per_s: A sum over memory, all threads.
+        first_touch_gb_per_s: Filling fresh anonymous memory.
+        products: By dtype.
+        read_share, compute_share: What of each is left while both run.
+        layer_overhead_s: A decoder layer's time for one token in transformers, without weights worth the name.
+        manage_row_s: Looking up one row in the neuron cache.
+    """
+
+    profile_version: Literal[1] = PROFILE_VERSION
+    flashlm_version: str
+    date: str
+    device: str
+    file_system: str
+    backend: str
+    is_direct: bool
+    write_gb_per_s: Positive
+    reads: tuple[ReadPoint, ...]
+    row_reads: tuple[RowReadPoint, ...]
+    memory_read_gb_per_s: Positive
+    first_touch_gb_per_s: Positive
+    products: tuple[ProductRates, ...]
+    read_share: Share
+    compute_share: Share
+    layer_overhead_s: Annotated[float, Field(ge=0)]
+    manage_row_s: Annotated[float, Field(ge=0)]
+
+    @property
+    def stream_gb_per_s(self) -> float:
+        """The best sequential rate of reads of at least 1 MiB, which is how blocks are streamed."""
+        large = [
+            point.gb_per_s for point in self.reads if point.pattern == "sequential" and point.read_bytes >= 1 << 20
+        ]
+        return max(large)
+
+    @property
+    def reads_per_s_at_saturation(self) -> float:
+        """The most random reads a second, whatever their size."""
+        return max(point.reads_per_s for point in self.reads if point.pattern == "random")
+
+
+def cache_folder() -> Path:
+    """Return where profiles are kept: `FLASHLM_CACHE`, else `flashlm` in the user's cache folder."""
+    own = os.environ.get(ENV_CACHE)
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flashlm"
+
+
+def device_id(folder: Path) -> str:
+    """Return what identifies the device of `folder` on this machine.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    try:
+        number = folder.stat().st_dev
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be probed: {error.strerror}") from error
+    return f"{os.major(number)}-{os.minor(number)}"
+
+
+def profile_path(folder: Path) -> Path:
+    """Return where the profile of the device of `folder` is kept."""
+    return cache_folder() / f"profile-{re.sub(r'[^0-9-]', '', device_id(folder))}.json"
+
+
+def save_profile(profile: DeviceProfile, path: Path) -> None:
+    """Write a profile, atomically.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{path.parent} can't be made: {error.strerror}. Set {ENV_CACHE} to a folder of yours"
+        ) from error
+    write_small_file(path, (profile.model_dump_json(indent=1) + "\n").encode())
+
+
+def load_profile(path: Path) -> DeviceProfile | None:
+    """Return a profile, None where there is none.
+
+    Raises:
+        ConfigError: It is damaged or of another version.
+    """
+    again = "run `flashlm probe` again"
+    try:
+        if path.stat().st_size > MAX_PROFILE_BYTES:
+            raise ConfigError(f"{path} is not a device profile: {again}")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}: {again}") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}): {again}") from error
+    version = content.get("profile_version") if isinstance(content, dict) else None
+    if type(version) is not int or version != PROFILE_VERSION:
+        raise ConfigError(f"{path} has version {version!r}, this flashlm reads {PROFILE_VERSION}: {again}")
+    try:
+        return DeviceProfile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise ConfigError(f"{path} is invalid at {where}: {first['msg']}: {again}") from error
