@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 
@@ -11,3 +13,11 @@ def _one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_device_profile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a user has probed on this machine must not decide what the tests' models do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

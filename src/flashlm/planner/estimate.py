@@ -47,6 +47,10 @@ def touched_row_bytes(layout: LayerLayout, firing_share: float) -> float:
     return layout.row_bytes * (layout.num_parts - 1 + firing_share) / layout.num_parts
 
 
+def _block_bytes(shape: ModelShape) -> int:
+    return max(layout.block_stride_bytes for layout in shape.layouts)
+
+
 def exact_token(
     shape: ModelShape, placement: Placement, rates: Rates, use: DenseUse, *, reads_ahead: bool
 ) -> TokenCost:
@@ -56,9 +60,10 @@ def exact_token(
     layer's own blocks are computed, and attention waits.
     """
     ffn_bytes = sum(layout.num_rows * touched_row_bytes(layout, use.firing_share) for layout in shape.layouts)
-    ffn_s = multiply_s(ffn_bytes, rates.block_gb_per_s)
+    num_blocks = sum(placement.num_pinned) + sum(placement.num_streamed)
+    ffn_s = multiply_s(ffn_bytes, rates.block_gb_per_s) + num_blocks * rates.block_overhead_s
     rest_s = multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + len(shape.layouts) * rates.layer_overhead_s
-    read_s = stream_s(placement.streamed_bytes, rates.stream_gb_per_s)
+    read_s = stream_s(placement.streamed_bytes, rates.block_read_gb_per_s(_block_bytes(shape)))
     compute_s = ffn_s + rest_s
     if reads_ahead:
         total_s = overlapped_s(read_s, compute_s, rates.overlap)
@@ -129,5 +134,5 @@ def prompt_s(shape: ModelShape, placement: Placement, rates: Rates, num_tokens: 
     weights = (shape.matrix_bytes + shape.streamed_bytes) / shape.layouts[0].row_bytes
     num_weights = weights * shape.layouts[0].num_parts * shape.layouts[0].hidden_size
     num_chunks = max(math.ceil(num_tokens / chunk_tokens), 1)
-    read_s = num_chunks * stream_s(placement.streamed_bytes, rates.stream_gb_per_s)
+    read_s = num_chunks * stream_s(placement.streamed_bytes, rates.block_read_gb_per_s(_block_bytes(shape)))
     return overlapped_s(read_s, gemm_s(num_weights, num_tokens, rates.gemm_gflop_per_s), rates.overlap)

@@ -33,7 +33,7 @@ def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
         random_gb_per_s[row_bytes] = row_bytes / row_s / 1e9
         latencies.append(latency_s)
     return Rates(
-        stream_gb_per_s=profile.stream_gb_per_s,
+        stream_gb_per_s=profile.stream_rates,
         random_gb_per_s=random_gb_per_s,
         batch_latency_s=statistics.median(latencies),
         memory_gb_per_s=profile.memory_read_gb_per_s,
@@ -41,6 +41,7 @@ def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
         block_gb_per_s=products.block_gb_per_s,
         scattered_gb_per_s=products.scattered_gb_per_s,
         gemm_gflop_per_s=products.gemm_gflop_per_s,
+        block_overhead_s=profile.block_overhead_s,
         layer_overhead_s=profile.layer_overhead_s,
         manage_row_s=profile.manage_row_s,
         overlap=Overlap(read_share=profile.read_share, compute_share=profile.compute_share),

@@ -143,7 +143,7 @@ def _would_help(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, 
 
     faster_flash = replace(
         rates,
-        stream_gb_per_s=rates.stream_gb_per_s * 2,
+        stream_gb_per_s={size: rate * 2 for size, rate in rates.stream_gb_per_s.items()},
         random_gb_per_s={size: rate * 2 for size, rate in rates.random_gb_per_s.items()},
     )
     faster_memory = replace(

@@ -13,6 +13,7 @@ from flashlm import __version__
 from flashlm.errors import ConfigError
 from flashlm.planner.probe_compute import (
     DTYPES,
+    block_overhead_s,
     layer_overhead_s,
     manage_row_s,
     memory_rates,
@@ -87,6 +88,7 @@ def probe(
         products=tuple(_without_grad(dtype) for dtype in DTYPES),
         read_share=read_share,
         compute_share=compute_share,
+        block_overhead_s=block_overhead_s(),
         layer_overhead_s=layer_overhead_s(),
         manage_row_s=manage_row_s(),
     )

@@ -154,6 +154,21 @@ def overlap_shares(file: ProbeFile) -> tuple[float, float]:
     return min(statistics.median(reading), 1.0), min(statistics.median(computing), 1.0)
 
 
+def block_overhead_s() -> float:
+    """Return the time that a block costs beside its bytes: two kernel calls and an activation on next to nothing."""
+    weights = torch.zeros(16, 2 * 64)
+    rows = kernels.RowBlock(weights.data_ptr(), 16, 2 * 64 * 4, 64, torch.float32, 2)
+    x, y = torch.zeros(1, 64), torch.zeros(1, 64)
+
+    def blocks() -> None:
+        for _ in range(100):
+            hidden = torch.empty(1, 16)
+            kernels.project(x, rows, 0, hidden)
+            kernels.accumulate(F.relu(hidden), rows, y)
+
+    return _best_s(blocks) / 100
+
+
 def layer_overhead_s() -> float:
     """Return the time of a decoder layer of transformers for one token, from the difference of two tiny models."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
 
 from flashlm.planner.probe_file import ProbeFile
 from flashlm.planner.profile import Pattern, ReadPoint, RowReadPoint
-from flashlm.storage.reader import AlignedBuffer, Backend, Reader, ReadRequest, RowGeometry
+from flashlm.storage.reader import DEFAULT_PIECE_BYTES, AlignedBuffer, Backend, Reader, ReadRequest, RowGeometry, Ticket
 
 RANDOM_BYTES = (*(4096 << step for step in range(9)), 4 << 20)  # 4 KiB to 1 MiB, and 4 MiB
-SEQUENTIAL_BYTES = (64 << 10, 1 << 20, 4 << 20)
+SEQUENTIAL_BYTES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 DEPTHS = (1, 8, 32, 128)
 ROW_BYTES = (4096, 8192, 16384, 32768, 65536)
 ROW_BATCHES = (100, 600, 3000)
@@ -61,7 +62,7 @@ class ReadProbe:
             if read_bytes * 2 > self._file.num_bytes:
                 continue
             with Reader(
-                backend=backend, queue_depth=depth, num_threads=depth, piece_bytes=max(read_bytes, 4096)
+                backend=backend, queue_depth=depth, num_threads=depth, piece_bytes=min(read_bytes, DEFAULT_PIECE_BYTES)
             ) as reader:
                 found.append(self._measure(reader, pattern, read_bytes, depth))
         return found
@@ -87,7 +88,9 @@ class ReadProbe:
                     for index, place in enumerate(places)
                 ]
                 cpu_s, started_s = time.process_time(), time.perf_counter()
-                if depth == 1:
+                if pattern == "sequential":
+                    _stream(reader, requests, depth)
+                elif depth == 1:
                     for request in requests:
                         single_s = time.perf_counter()
                         reader.read([request])
@@ -133,6 +136,17 @@ class ReadProbe:
                         times.append(time.perf_counter() - started_s)
                     found.append(RowReadPoint(row_bytes=row_bytes, num_rows=batch, seconds=statistics.median(times)))
         return found
+
+
+def _stream(reader: Reader, requests: list[ReadRequest], depth: int) -> None:
+    """Read as the engine streams blocks: one submission and one wait each, `depth` in flight."""
+    tickets: deque[Ticket] = deque()
+    for request in requests:
+        if len(tickets) == depth:
+            reader.wait(tickets.popleft())
+        tickets.append(reader.submit([request]))
+    for ticket in tickets:
+        reader.wait(ticket)
 
 
 def _points() -> Iterator[tuple[Pattern, int, int, Backend]]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -92,6 +93,7 @@ class DeviceProfile(_Strict):
         first_touch_gb_per_s: Filling fresh anonymous memory.
         products: By dtype.
         read_share, compute_share: What of each is left while both run.
+        block_overhead_s: Multiplying with a block of next to no weights: calls from Python.
         layer_overhead_s: A decoder layer's time for one token in transformers, without weights worth the name.
         manage_row_s: Looking up one row in the neuron cache.
     """
@@ -111,16 +113,23 @@ class DeviceProfile(_Strict):
     products: tuple[ProductRates, ...]
     read_share: Share
     compute_share: Share
+    block_overhead_s: Annotated[float, Field(ge=0)]
     layer_overhead_s: Annotated[float, Field(ge=0)]
     manage_row_s: Annotated[float, Field(ge=0)]
 
     @property
     def stream_gb_per_s(self) -> float:
-        """The best sequential rate of reads of at least 1 MiB, which is how blocks are streamed."""
-        large = [
-            point.gb_per_s for point in self.reads if point.pattern == "sequential" and point.read_bytes >= 1 << 20
-        ]
-        return max(large)
+        """The sequential rate of blocks of 1 MiB and more, several in flight: the median over such points."""
+        return median(rate for size, rate in self.stream_rates.items() if size >= 1 << 20)
+
+    @property
+    def stream_rates(self) -> dict[int, float]:
+        """The sequential rate by block size, GB/s: the median over depths."""
+        rates: dict[int, list[float]] = {}
+        for point in self.reads:
+            if point.pattern == "sequential" and point.backend == self.backend:
+                rates.setdefault(point.read_bytes, []).append(point.gb_per_s)
+        return {size: median(found) for size, found in sorted(rates.items())}
 
     @property
     def reads_per_s_at_saturation(self) -> float:

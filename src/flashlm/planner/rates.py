@@ -15,7 +15,7 @@ class Rates:
     """Rates of one machine for one dtype. GB are 1e9 bytes.
 
     Attributes:
-        stream_gb_per_s: Sequential reads, as the engine makes them.
+        stream_gb_per_s: By block size in bytes: sequential reads, as the engine makes them.
         random_gb_per_s: By read size in bytes: random reads at saturation.
         batch_latency_s: From submitting a batch of random reads to the first landing: what a batch costs beside its bytes.
         memory_gb_per_s: A plain read of memory.
@@ -23,12 +23,13 @@ class Rates:
         block_gb_per_s: With the rows of blocks, one after the other.
         scattered_gb_per_s: With scattered rows of the neuron cache.
         gemm_gflop_per_s: Products of many tokens, as the engine makes them.
+        block_overhead_s: Of one block in an exact mode, beside its bytes.
         layer_overhead_s: Of one decoder layer in transformers and in ours, for one token, without weights.
         manage_row_s: Looking one row up in the neuron cache.
         overlap: What reading and computing at once leave of each other.
     """
 
-    stream_gb_per_s: float
+    stream_gb_per_s: Mapping[int, float]
     random_gb_per_s: Mapping[int, float]
     batch_latency_s: float = 0.0
     memory_gb_per_s: float = math.inf
@@ -36,22 +37,31 @@ class Rates:
     block_gb_per_s: float = math.inf
     scattered_gb_per_s: float = math.inf
     gemm_gflop_per_s: float = math.inf
+    block_overhead_s: float = 0.0
     layer_overhead_s: float = 0.0
     manage_row_s: float = 0.0
     overlap: Overlap = field(default_factory=Overlap)
 
     def random_read_gb_per_s(self, num_bytes: float) -> float:
-        """Return the rate of random reads of a size: between two measured sizes on the line through their logarithms.
+        """Return the rate of random reads of a size."""
+        return _between(self.random_gb_per_s, num_bytes)
 
-        Below the smallest size the number of reads a second stays; above the largest, the rate.
-        """
-        sizes = sorted(self.random_gb_per_s)
-        if num_bytes <= sizes[0]:
-            return self.random_gb_per_s[sizes[0]] * num_bytes / sizes[0]
-        if num_bytes >= sizes[-1]:
-            return self.random_gb_per_s[sizes[-1]]
-        after = bisect.bisect_right(sizes, num_bytes)
-        low, high = sizes[after - 1], sizes[after]
-        share = math.log(num_bytes / low) / math.log(high / low)
-        ratio = self.random_gb_per_s[high] / self.random_gb_per_s[low]
-        return self.random_gb_per_s[low] * math.exp(share * math.log(ratio))
+    def block_read_gb_per_s(self, num_bytes: float) -> float:
+        """Return the rate of a stream of blocks of a size."""
+        return _between(self.stream_gb_per_s, num_bytes)
+
+
+def _between(rates: Mapping[int, float], num_bytes: float) -> float:
+    """Return a rate at a size: between two measured sizes on the line through their logarithms.
+
+    Below the smallest size the number of reads a second stays; above the largest, the rate.
+    """
+    sizes = sorted(rates)
+    if num_bytes <= sizes[0]:
+        return rates[sizes[0]] * num_bytes / sizes[0]
+    if num_bytes >= sizes[-1]:
+        return rates[sizes[-1]]
+    after = bisect.bisect_right(sizes, num_bytes)
+    low, high = sizes[after - 1], sizes[after]
+    share = math.log(num_bytes / low) / math.log(high / low)
+    return rates[low] * math.exp(share * math.log(rates[high] / rates[low]))
