@@ -5,8 +5,8 @@
 For every shape the device is probed first, then each cell runs in a process of its own under a memory limit that the kernel
 enforces, page cache included. With --shape, weights are random and the rows of mode sparse TRACE-DRIVEN (simulated;
 `row_trace.py`); reads, cache, bookkeeping and arithmetic are real. Half of the neurons of random weights fire, which the
-prediction is told. With --pack (a calibrated pack) nothing is simulated, and what is held is set by shares of the FFN, since the
-process outweighs such a small model. Cells leave their records in DIR; an interrupted run goes on there.
+prediction is told. With --pack (a calibrated pack) nothing is simulated, and what is held is set by shares of the FFN,
+since the process outweighs such a small model. Cells leave their records in DIR; an interrupted run goes on there.
 """
 
 from __future__ import annotations
@@ -194,8 +194,9 @@ def draw(cells: list[Record], path: Path) -> None:
     axes.fill_between(
         [low, high], [low * 0.75, high * 0.75], [low * 1.25, high * 1.25], color="#888888", alpha=0.15, label="25 %"
     )
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="measured, s a token",
-             ylabel="predicted, s a token", title="The planner's score (7 B shapes: rows trace-driven, weights random)")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    axes.set(xlabel="measured, s a token", ylabel="predicted, s a token")
+    axes.set_title("The planner's score (7 B shapes: rows trace-driven, weights random)", fontsize=10)
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

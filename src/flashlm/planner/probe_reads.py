@@ -61,11 +61,14 @@ class ReadProbe:
             self._step(f"{pattern} reads of {read_bytes >> 10} KiB, {depth} in flight")
             if read_bytes * 2 > self._file.num_bytes:
                 continue
-            with Reader(
-                backend=backend, queue_depth=depth, num_threads=depth, piece_bytes=min(read_bytes, DEFAULT_PIECE_BYTES)
-            ) as reader:
-                found.append(self._measure(reader, pattern, read_bytes, depth))
+            found.append(self.point(pattern, read_bytes, depth, backend))
         return found
+
+    def point(self, pattern: Pattern, read_bytes: int, depth: int, backend: Backend = "auto") -> ReadPoint:
+        """Measure one point."""
+        piece_bytes = min(read_bytes, DEFAULT_PIECE_BYTES)
+        with Reader(backend=backend, queue_depth=depth, num_threads=depth, piece_bytes=piece_bytes) as reader:
+            return self._measure(reader, pattern, read_bytes, depth)
 
     def _measure(self, reader: Reader, pattern: Pattern, read_bytes: int, depth: int) -> ReadPoint:
         num_places = self._file.num_bytes // read_bytes
