@@ -16,10 +16,12 @@ from flashlm.engine.sparse import SparseRows
 from flashlm.errors import ConfigError, PackError, StorageError
 from flashlm.memory.neuron_cache import LayerCapacity
 from flashlm.pack.manifest import layer_path, read_manifest
+from flashlm.planner.profile import profile_path, save_profile
 from flashlm.storage.reader import Reader
 from tests.engine.calibrations import evaluation, write_calibration
 from tests.engine.conftest import TinyPack
 from tests.models import FAMILIES
+from tests.planner.profiles import make_profile
 
 DRAM = "3GiB"
 
@@ -160,6 +162,21 @@ def test_auto_takes_sparse_only_after_a_passed_calibration(calibrated: Callable[
         assert resolve_mode(settings, found, fits=fits) == wanted
         shutil.rmtree(pack)
     assert resolve_mode(Settings(), None, fits=False) == "hybrid"
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "phi3", "gpt2"])
+def test_on_a_probed_device_the_planner_sets_the_gap(
+    family: str, calibrated: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHLM_CACHE", str(tmp_path / "cache"))
+    pack = calibrated(family)
+    assert flashlm.load(pack, dram=DRAM, mode="sparse", context=160).flash.max_gap == 0
+    slow_reads = make_profile()  # 33,000 small reads a second, whatever their size: reading through gaps pays
+    save_profile(slow_reads, profile_path(pack))
+    model = flashlm.load(pack, dram=DRAM, mode="sparse", context=160)
+    assert model.flash.max_gap == model.flash.sparse.max_gap > 0
+    profile_path(pack).write_text("{}")
+    assert flashlm.load(pack, dram=DRAM, mode="sparse", context=160).flash.max_gap == 0  # a damaged profile: as without
 
 
 def test_rows_finer_than_the_devices_block_are_read_through_the_page_cache(

@@ -147,7 +147,9 @@ def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape:
 
 def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, sparse: SparseShape | None) -> ModelShape:
     """Return the shape of a pack whose model has been built, its feed-forward layers still in place."""
-    streamed = _streamed_names(find_ffn_layers(model))
+    # By the manifest, not by looking for FFNs again: that needs weights, and here they may be on the meta device.
+    replaced = tuple(f"{name}." for entry in manifest.layers for name in (entry.module, *entry.identities))
+    streamed = {name for name, _ in model.named_parameters() if name.startswith(replaced)}
     return ModelShape(
         name=str(pack),
         model_type=manifest.model_type,
