@@ -44,6 +44,7 @@ def calibrate(
         str | None,
         typer.Option(help="paper: its ranks, threshold and window for this family.", show_default=False),
     ] = None,
+    device: Annotated[str, typer.Option(help="Where predictors are trained: auto, cpu or cuda.")] = "auto",
     max_ppl_increase: Annotated[
         str, typer.Option(help="Error budget: allowed rise of held-out perplexity, like 1% or 0.01.")
     ] = "1%",
@@ -88,6 +89,7 @@ def calibrate(
                 threshold=threshold,
                 window=window,
                 preset=preset,
+                device=device,
                 max_ppl_increase=allowed,
                 max_tokens=max_tokens,
                 dram=dram,

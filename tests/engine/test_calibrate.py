@@ -218,6 +218,7 @@ def test_a_short_text_is_refused_with_what_is_needed(packs: Callable[..., Path],
         ({"threshold": 1.0}, "threshold=1.0 is a probability"),
         ({"threshold": float("nan")}, "threshold=nan is a probability"),
         ({"window": 0}, "window=0 must be between 1 and"),
+        ({"device": "tpu"}, "device='tpu' is unknown"),
         ({"preset": "best"}, "preset='best' is unknown"),
     ],
 )

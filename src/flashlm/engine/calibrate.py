@@ -14,6 +14,7 @@ from dataclasses import asdict
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import torch
 import xxhash
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
@@ -50,6 +51,7 @@ def calibrate(
     threshold: float | None = None,
     window: int | None = None,
     preset: str | None = None,
+    device: str = "auto",
     max_ppl_increase: float = 0.01,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     dram: str | int | None = None,
@@ -70,6 +72,8 @@ def calibrate(
             measured, not searched.
         window: The neuron cache holds the rows of the last so many tokens (the paper's policy); None is LRU.
         preset: "paper" takes its rank, threshold and window for this family, where they are not given.
+        device: Where predictors are trained: "cpu", "cuda", or "auto", a GPU if there is one. The model itself runs on the
+            CPU.
         max_ppl_increase: Allowed relative rise of held-out perplexity; recall is raised until it is met.
         max_tokens: Only so many tokens from the start of the text.
         dram: Bound on the process while the model is loaded.
@@ -90,6 +94,7 @@ def calibrate(
     rank = parse_rank(rank)
     _check_settings(recall, max_ppl_increase, max_tokens, seed)
     _check_policy(threshold, window, preset)
+    device = _training_device(device)
     folder = Path(pack)
     manifest = read_manifest(folder)
     if preset is not None:
@@ -127,6 +132,7 @@ def calibrate(
         recall=recall,
         threshold=threshold,
         window=window,
+        device=device,
         max_increase=max_ppl_increase,
         dram=dram,
         seed=seed,
@@ -192,3 +198,11 @@ def _check_policy(threshold: float | None, window: int | None, preset: str | Non
         raise ConfigError(f"window={window} must be between 1 and {MAX_WINDOW} tokens, 4 in the paper")
     if preset not in (None, "paper"):
         raise ConfigError(f"preset={preset!r} is unknown: there is paper")
+
+
+def _training_device(device: str) -> str:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={device!r} is unknown: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda was asked for, and torch sees no GPU: leave --device out")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

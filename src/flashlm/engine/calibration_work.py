@@ -72,6 +72,7 @@ class CalibrationWork:
     recall: float
     threshold: float | None
     window: int | None
+    device: str
     max_increase: float
     dram: str | int | None
     seed: int
@@ -209,6 +210,7 @@ class CalibrationWork:
             self.levels,
             TrainingSettings(recall=self.recall),
             threshold=self.threshold,
+            device=self.device,
             seed=self.seed + layer,
             on_step=lambda rank, what: self.progress(layer, self.num_layers, f"layer {layer}: rank {rank}, {what}"),
         )

@@ -56,18 +56,22 @@ def plot_reads(profile: DeviceProfile, path: Path) -> None:
         curve = sorted((point.read_bytes / 1024, point.gb_per_s) for point in own if point.queue_depth == depth)
         color = (0.15, 0.25, 0.45 + 0.5 * shade / max(len(depths) - 1, 1))
         axes.plot(*zip(*curve, strict=True), marker="o", ms=4, color=color, label=f"here, {depth} in flight")
-    for threads, rates in PUBLISHED_MB_PER_S.items():
+    for shade, (threads, rates) in enumerate(PUBLISHED_MB_PER_S.items()):
         axes.plot(
             PUBLISHED_KIB,
             [rate / 1e3 for rate in rates],
             linestyle="--",
             color="#d9822b",
-            alpha=0.35 + 0.2 * len(str(threads)),
+            alpha=0.4 + 0.25 * shade,
             label=f"paper, {threads} threads",
         )
     axes.axhline(profile.stream_gb_per_s, color="#888888", linewidth=1, label="here, sequential")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    sizes = sorted({point.read_bytes // 1024 for point in own})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    rates_shown = [0.03, 0.1, 0.3, 1, 3]
+    axes.set_yticks(rates_shown, [str(rate) for rate in rates_shown])
     axes.set_xlabel("read size, KiB")
     axes.set_ylabel("GB/s")
     axes.legend(fontsize=8)

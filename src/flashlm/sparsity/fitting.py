@@ -147,6 +147,7 @@ def fit_layer(
     settings: TrainingSettings,
     *,
     threshold: float | None = None,
+    device: str = "cpu",
     seed: int,
     on_step: Callable[[int, str], None] = lambda rank, what: None,
 ) -> FittedPredictor:
@@ -161,6 +162,7 @@ def fit_layer(
         settings: Of the training.
         threshold: Probability above which a row is predicted, in place of the recall targets; sketches have none, so
             only trained predictors are tried then.
+        device: Where predictors are trained.
         seed: Of the training.
         on_step: Called with the rank and what is done now.
     """
@@ -181,6 +183,7 @@ def fit_layer(
             problem.validation,
             settings,
             seed=seed,
+            device=device,
             on_epoch=lambda epoch, rank=rank: on_step(rank, f"epoch {epoch + 1}"),  # type: ignore[misc]
         )
         found.append(_try(problem, "trained", rounded(trained), levels[:1], threshold))

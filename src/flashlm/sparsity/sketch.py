@@ -34,6 +34,10 @@ class Factors:
         """R."""
         return len(self.reduce)
 
+    def to(self, device: str) -> Factors:
+        """Return the same on another device."""
+        return Factors(reduce=self.reduce.to(device), expand=self.expand.to(device), bias=self.bias.to(device))
+
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return fp32 (num_tokens, d_ff) for fp32 (num_tokens, d_model)."""
         return torch.addmm(self.bias, inputs @ self.reduce.T, self.expand.T)

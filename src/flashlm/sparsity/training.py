@@ -103,7 +103,7 @@ def balanced_loss(logits: torch.Tensor, active: torch.Tensor, active_share: floa
         active_share: Of the layer over the whole training text; 1/(2·share) and 1/(2·(1 - share)) are the weights.
     """
     share = min(max(active_share, 1e-6), 1.0 - 1e-6)
-    positive = torch.tensor((1.0 - share) / share)
+    positive = torch.tensor((1.0 - share) / share, device=logits.device)
     loss = F.binary_cross_entropy_with_logits(logits, active, pos_weight=positive)
     return loss / (2.0 * (1.0 - share))
 
@@ -132,9 +132,10 @@ def train_predictor(
     settings: TrainingSettings,
     *,
     seed: int,
+    device: str = "cpu",
     on_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> Factors:
-    """Return the trained factors; their product with an input is the logit of firing.
+    """Return the trained factors, on the CPU; their product with an input is the logit of firing.
 
     Args:
         initial: Where to start.
@@ -142,10 +143,13 @@ def train_predictor(
         validation: Tokens that choose the epoch.
         settings: How.
         seed: Order of the tokens.
+        device: Where it computes: "cpu", "cuda".
         on_epoch: Called after each epoch with its number.
     """
     generator = np.random.default_rng(seed)
-    mean, spread = _standardise(train)
+    mean, spread = (each.to(device) for each in _standardise(train))
+    best, best_rows, num_worse = initial, rows_at_recall(initial, validation, settings.recall), 0
+    initial = initial.to(device)
     # Learned on standardised inputs, so that outlier dimensions do not decide the step size.
     reduce = (initial.reduce * spread).clone().requires_grad_(True)
     expand = initial.expand.clone().requires_grad_(True)
@@ -155,14 +159,13 @@ def train_predictor(
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     share = train.active_share
-    best, best_rows, num_worse = initial, rows_at_recall(initial, validation, settings.recall), 0
     for epoch in range(settings.max_epochs):
         order = generator.permutation(len(train))
         for start in range(0, len(order), settings.batch_tokens):
             inputs, active = train.take(np.sort(order[start : start + settings.batch_tokens]))
-            hidden = (inputs - mean) / spread @ reduce.T
+            hidden = (inputs.to(device) - mean) / spread @ reduce.T
             logits = torch.addmm(bias, hidden, expand.T)
-            loss = balanced_loss(logits, torch.from_numpy(active).float(), share)
+            loss = balanced_loss(logits, torch.from_numpy(active).to(device).float(), share)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -171,7 +174,7 @@ def train_predictor(
         plain = (reduce / spread).detach()
         current = Factors(
             reduce=plain, expand=expand.detach().clone(), bias=(bias - expand @ (plain @ mean)).detach().clone()
-        )
+        ).to("cpu")
         rows = rows_at_recall(current, validation, settings.recall)
         num_worse = 0 if rows < best_rows else num_worse + 1
         if rows < best_rows:
