@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Pieces of 1 MiB in flight where whole blocks are streamed. A device shares itself among all that is in flight, so the block
+# that is waited for takes as long as everything begun with it (docs/experiments.md).
+STREAM_QUEUE_DEPTH = 32
 MAX_LONE_KV_BYTES = 256 << 20  # a KV cache that one thread of torch reads in passing
 
 
@@ -117,7 +120,7 @@ class FlashModel:
             mode=mode,
             context=context,
             placement=placement,
-            reader=Reader(),
+            reader=Reader() if mode == "sparse" else Reader(queue_depth=STREAM_QUEUE_DEPTH),
             calibration=calibration if mode == "sparse" else None,
             max_gap=max_gap,
         )

@@ -129,6 +129,8 @@ class BlockStream:
             counters.pinned_bytes += num_bytes
             counters.num_pinned += 1
             yield address
+            if self._landings:  # asking begins the next pieces where some have landed meanwhile
+                self._reader.is_done(self._landings[-1].ticket)
         while self._landings and self._steps[self._landings[0].position].layer == layer:
             landing = self._landings[0]
             started_s = time.perf_counter()
