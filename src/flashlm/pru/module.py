@@ -1,0 +1,272 @@
+"""`PRU`: the recurrent layer stack with the face of `torch.nn.LSTM`.
+
+Three paths give one result. `grouped` is the written-out time loop on grouped matrices; `folded` builds an LSTM's
+dense matrices differentiably on every call and leaves the loop to torch (cuDNN), at g times the recurrent arithmetic;
+`native` serves inference of a few tokens on the CPU. `auto` chooses by device, batch and length.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast, overload
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from flashlm.errors import ConfigError
+from flashlm.pru.cell import PRUCell, State
+from flashlm.pru.native_step import NativeWeights, is_served, run_native
+from flashlm.pru.recurrence import run_grouped
+from flashlm.pru.shapes import Init, Split, Subsampling, check_choice, check_positive
+
+Path = Literal["auto", "grouped", "folded", "native"]
+
+
+class PRU(nn.Module):
+    """Pyramidal Recurrent Unit over sequences; a drop-in for `torch.nn.LSTM` (Mehta et al. 2018, figure 2).
+
+    Constructor words, shapes and returns are those of `torch.nn.LSTM`. Parameters are those of one `PRUCell` per layer
+    and direction, `cells[layer * num_directions + direction]`.
+
+    Args:
+        input_size: N; a layer's input must be divisible by 2^(levels - 1).
+        hidden_size: M, divisible by `groups`.
+        num_layers: Layers, each fed by the one below.
+        bias: Whether both transforms have one.
+        batch_first: Sequences are (B, T, features).
+        dropout: On the outputs of each layer but the last, while training.
+        bidirectional: A second set of cells runs backwards; outputs are joined.
+        proj_size: Must be 0: a projected context has no agreed meaning here.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        groups: g of the grouped transform.
+        levels: K of the pyramid.
+        split: See `PyramidalTransform`.
+        subsampling: See `PyramidalTransform`.
+        residual: See `PyramidalTransform`.
+        init: See `GroupedLinear`.
+        weight_dropout: Share of the context's weights dropped, afresh on every call while training (AWD-LSTM).
+        path: Which way to compute.
+
+    Raises:
+        ConfigError: A size or an option does not fit.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        groups: int = 4,
+        levels: int = 2,
+        split: Split = "code",
+        subsampling: Subsampling = "average",
+        residual: bool = True,
+        init: Init = "code",
+        weight_dropout: float = 0.0,
+        path: Path = "auto",
+    ) -> None:
+        super().__init__()
+        check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        check_choice("path", path, Path)
+        for name, share in (("dropout", dropout), ("weight_dropout", weight_dropout)):
+            if not 0.0 <= share < 1.0:
+                raise ConfigError(f"{name} must be at least 0 and less than 1, got {share}")
+        if proj_size:
+            raise ConfigError(f"proj_size must be 0, got {proj_size}: a PRU has no projection")
+        if subsampling == "max" and path == "folded":
+            raise ConfigError("subsampling='max' is not linear, so path='folded' can't serve it; take path='grouped'")
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
+        self.weight_dropout, self.path = weight_dropout, path
+        self.num_directions = 2 if bidirectional else 1
+        self.cells = nn.ModuleList(
+            PRUCell(
+                input_size if layer == 0 else hidden_size * self.num_directions,
+                hidden_size,
+                bias,
+                device,
+                dtype,
+                groups=groups,
+                levels=levels,
+                split=split,
+                subsampling=subsampling,
+                residual=residual,
+                init=init,
+            )
+            for layer in range(num_layers)
+            for _ in range(self.num_directions)
+        )
+        self._native: dict[int, NativeWeights] = {}
+
+    @overload
+    def forward(self, input: torch.Tensor, hx: State | None = None) -> tuple[torch.Tensor, State]: ...
+
+    @overload
+    def forward(self, input: PackedSequence, hx: State | None = None) -> tuple[PackedSequence, State]: ...
+
+    def forward(
+        self, input: torch.Tensor | PackedSequence, hx: State | None = None
+    ) -> tuple[torch.Tensor | PackedSequence, State]:
+        """Run over sequences.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) with `batch_first`, (T, input_size) unbatched, or packed.
+            hx: h and c, each (num_layers * num_directions, B, hidden_size), without B where unbatched; None: zeros.
+
+        Returns:
+            Outputs (T, B, num_directions * hidden_size), arranged like `input`, and the last (h, c), shaped like `hx`.
+
+        Raises:
+            ConfigError: A shape does not fit.
+        """
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx)
+        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+            raise ConfigError(f"input must be 2-D or 3-D with {self.input_size} features, got {tuple(input.shape)}")
+        is_batched = input.dim() == 3
+        x = input if is_batched else input.unsqueeze(1)
+        if is_batched and self.batch_first:
+            x = x.transpose(0, 1)
+        if x.shape[0] == 0:
+            raise ConfigError("input has no steps: a sequence must have at least one")
+        if hx is not None and not is_batched:
+            hx = (_with_batch(hx[0]), _with_batch(hx[1]))
+        outputs, (h, c) = self._run(x, self._checked_state(x, hx), None)
+        if not is_batched:
+            return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
+        return (outputs.transpose(0, 1) if self.batch_first else outputs), (h, c)
+
+    def to_lstm(self) -> nn.LSTM:
+        """Return a `torch.nn.LSTM` that computes the same, with dense matrices of its own.
+
+        Raises:
+            ConfigError: Sub-sampling is `max`.
+        """
+        parameter = next(self.parameters())
+        lstm = nn.LSTM(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.bias,
+            self.batch_first,
+            self.dropout,
+            self.bidirectional,
+            device=parameter.device,
+            dtype=parameter.dtype,
+        )
+        with torch.no_grad():
+            for position, cell in enumerate(self._cells()):
+                layer, direction = divmod(position, self.num_directions)
+                suffix = f"_l{layer}" + ("_reverse" if direction else "")
+                names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+                for name, value in zip(names, cell.folded_weights(), strict=False):
+                    cast(nn.Parameter, getattr(lstm, name + suffix)).copy_(value)
+        lstm.train(self.training)
+        return lstm
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows."""
+        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, path={self.path}"
+
+    def _cells(self) -> list[PRUCell]:
+        return cast(list[PRUCell], list(self.cells))
+
+    def _checked_state(self, x: torch.Tensor, hx: State | None) -> State:
+        expected = (self.num_layers * self.num_directions, x.shape[1], self.hidden_size)
+        if hx is None:
+            zeros = x.new_zeros(expected)
+            return zeros, zeros
+        h, c = hx
+        if h.shape != expected or c.shape != expected:
+            raise ConfigError(f"hx must be two tensors of shape {expected}, got {tuple(h.shape)} and {tuple(c.shape)}")
+        return h, c
+
+    def _run_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+        if packed.data.shape[-1] != self.input_size:
+            raise ConfigError(f"input must have {self.input_size} features, got {tuple(packed.data.shape)}")
+        x, lengths = pad_packed_sequence(packed)  # in the caller's order of sequences, like hx
+        mask = torch.arange(x.shape[0]).unsqueeze(1) < lengths
+        outputs, state = self._run(x, self._checked_state(x, hx), mask.to(x.device))
+        order = packed.sorted_indices
+        if order is not None:
+            outputs, lengths = outputs[:, order], lengths[order.cpu()]
+        data = pack_padded_sequence(outputs, lengths)
+        return PackedSequence(data.data, packed.batch_sizes, order, packed.unsorted_indices), state
+
+    def _run(self, x: torch.Tensor, hx: State, mask: torch.Tensor | None) -> tuple[torch.Tensor, State]:
+        last_h, last_c = [], []
+        for layer in range(self.num_layers):
+            if layer:
+                x = F.dropout(x, self.dropout, self.training)
+            outputs = []
+            for direction in range(self.num_directions):
+                position = layer * self.num_directions + direction
+                y, h, c = self._run_cell(position, x, (hx[0][position], hx[1][position]), mask, direction == 1)
+                outputs.append(y)
+                last_h.append(h)
+                last_c.append(c)
+            x = outputs[0] if self.num_directions == 1 else torch.cat(outputs, dim=-1)
+        return x, (torch.stack(last_h), torch.stack(last_c))
+
+    def _run_cell(
+        self, position: int, x: torch.Tensor, state: State, mask: torch.Tensor | None, is_backward: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cell = self._cells()[position]
+        if is_backward:  # padding comes first then, and leaves the state as it was
+            x, mask = x.flip(0), None if mask is None else mask.flip(0)
+        path = self._path(cell, x, mask)
+        if path == "native":
+            y, h, c = run_native(cell, self._native_weights(position, cell), x, state)
+        elif path == "folded":
+            weights = cell.folded_weights(self.weight_dropout)
+            hx = (state[0].unsqueeze(0).contiguous(), state[1].unsqueeze(0).contiguous())
+            y, h, c = torch.lstm(x.contiguous(), hx, weights, self.bias, 1, 0.0, self.training, False, False)
+            h, c = h.squeeze(0), c.squeeze(0)
+        else:
+            y, h, c = run_grouped(cell.input_gates(x), cell.context_weight(self.weight_dropout), *state, mask)
+        if not torch.is_autocast_enabled(x.device.type):  # under autocast the state stays as wide as it came out
+            y, h, c = y.to(x.dtype), h.to(state[0].dtype), c.to(state[1].dtype)
+        return (y.flip(0) if is_backward else y), h, c
+
+    def _path(self, cell: PRUCell, x: torch.Tensor, mask: torch.Tensor | None) -> str:
+        is_compiling = torch.compiler.is_compiling()
+        if mask is not None:
+            return "grouped"  # torch's packed LSTM is slower than masking
+        if self.path == "native":
+            if not is_served(cell, *x.shape[:2]):
+                raise ConfigError(
+                    "path='native' serves inference under torch.no_grad() on the CPU, at most 8 sequences and 16 tokens"
+                    f" a call; got {x.shape[0]} steps of {x.shape[1]} sequences: take path='auto'"
+                )
+            return "native"
+        if self.path != "auto":
+            return self.path
+        if not is_compiling and is_served(cell, *x.shape[:2]):
+            return "native"
+        is_foldable = cell.input_transform.subsampling != "max"
+        return "folded" if x.device.type == "cuda" and is_foldable else "grouped"
+
+    def _native_weights(self, position: int, cell: PRUCell) -> NativeWeights:
+        weights = self._native.get(position)
+        if weights is None or not weights.is_of(cell):
+            weights = self._native[position] = NativeWeights(cell)
+        return weights
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_native": {}}  # copies make their own
+
+
+def _with_batch(state: torch.Tensor) -> torch.Tensor:
+    if state.dim() != 2:
+        raise ConfigError(f"hx of an unbatched input must be 2-D, got {tuple(state.shape)}")
+    return state.unsqueeze(1)
