@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # Pieces of 1 MiB in flight where whole blocks are streamed. A device shares itself among all that is in flight, so the block
 # that is waited for takes as long as everything begun with it (docs/experiments.md).
-STREAM_QUEUE_DEPTH = 32
+STREAM_QUEUE_DEPTH = 64
 MAX_LONE_KV_BYTES = 256 << 20  # a KV cache that one thread of torch reads in passing
 
 
