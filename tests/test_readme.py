@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 import flashlm
 from flashlm.cli import main
+from flashlm.planner.profile import profile_path, save_profile
 from tests.models import save_checkpoint
+from tests.planner.profiles import make_profile
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -29,6 +31,8 @@ def folder_with_model(tmp_path, monkeypatch):
     words = random.Random(0).choices([f"w{index}" for index in range(3, 96)], k=1500)
     (tmp_path / "my-text.txt").write_text(" ".join(words))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLASHLM_CACHE", str(tmp_path / "cache"))
+    save_profile(make_profile(), profile_path(tmp_path))  # so that `plan` need not probe
     return tmp_path
 
 

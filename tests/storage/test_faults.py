@@ -87,6 +87,7 @@ def test_threads_that_cannot_be_started_are_an_error(run_faultily: Run) -> None:
 def test_interrupted_wait_raises_soon_and_can_be_taken_up_again(run_faultily: Run, backend: str) -> None:
     run_faultily(
         """
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
         reader = make_reader(piece_bytes=1 << 20)
         buffer = AlignedBuffer(len(content))
         ticket = begin(reader, reader.open(path), buffer)
