@@ -2,7 +2,7 @@
 
     python benchmarks/planner.py --work DIR --shape opt-6.7b --shape llama-2-7b-relu [--pack PACK --text FILE]
 
-For every shape the device is probed first, then each cell runs in a process of its own under a memory limit that the kernel
+The device is probed right before the cells of each budget, then each cell runs in a process of its own under a memory limit that the kernel
 enforces, page cache included. With --shape, weights are random and the rows of mode sparse TRACE-DRIVEN (simulated;
 `row_trace.py`); reads, cache, bookkeeping and arithmetic are real. Half of the neurons of random weights fire, which the
 prediction is told. With --pack (a calibrated pack) nothing is simulated, and what is held is set by shares of the FFN,
@@ -16,7 +16,7 @@ import json
 import os
 import statistics
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,10 @@ def run_cell(work: Path, step: str, spec: Record, cap_bytes: int | None) -> Reco
     record = child(work, step, spec, cap_bytes=cap_bytes)
     num_warm = TOKENS[spec["mode"]][0]
     timed = record["tokens"][num_warm:]
+    parts = ("wait_s", "submit_s", "predict_s", "manage_s", "bytes_read", "num_reads", "hit_rows", "miss_rows")
     return {
         "measured_s": statistics.median(token["wall_s"] for token in timed),
-        "measured_io_s": statistics.median(token["wait_s"] + token["submit_s"] for token in timed),
-        "measured_read_bytes": statistics.median(token["bytes_read"] for token in timed),
+        "measured": {part: statistics.median(token[part] for token in timed) for part in parts},
         "min_s": min(token["wall_s"] for token in timed),
         "max_s": max(token["wall_s"] for token in timed),
         "peak_bytes": record.get("peak_bytes"),
@@ -102,8 +102,7 @@ def cell(name: str, mode: str, budget: str, cost: Any, gap: int, measured: Recor
     )
     return {
         "shape": name, "mode": mode, "budget": budget, "max_gap": gap, "predicted_s": cost.total_s,
-        "predicted_io_s": cost.io_s, "predicted_compute_s": cost.compute_s, "predicted_read_bytes": cost.read_bytes,
-        "roofline_s": cost.roofline_s, "error": error, **measured,
+        "predicted": asdict(cost), "error": error, **measured,
     }  # fmt: skip
 
 
@@ -119,10 +118,11 @@ def score_shape(name: str, work: Path, keep: bool) -> tuple[list[Record], Record
         cap_bytes=None,
     )
     vocab_size = json.loads((pack / "config.json").read_text())["vocab_size"]
-    profile = probe(pack)
-    shape, cells = read_shape(pack), []
-    rates = rates_of(profile, shape.dtype)
+    shape, cells, profiles = read_shape(pack), [], {}
     for budget in BUDGETS[name]:
+        profile = probe(pack)
+        profiles[budget] = profile.model_dump(mode="json")
+        rates = rates_of(profile, shape.dtype)
         dram_bytes = parse_size_bytes(budget)
         for mode in ("hybrid", "sparse"):
             cost, gap = predict(shape, rates, mode, dram_bytes, is_random=True)
@@ -133,7 +133,7 @@ def score_shape(name: str, work: Path, keep: bool) -> tuple[list[Record], Record
         import shutil
 
         shutil.rmtree(pack)
-    return cells, profile.model_dump(mode="json")
+    return cells, profiles
 
 
 def score_pack(pack: Path, text: Path, work: Path) -> tuple[list[Record], Record]:
