@@ -83,6 +83,15 @@ def overlapped_s(read_s: float, compute_s: float, overlap: Overlap) -> float:
     return min(together_s + left_s, read_s + compute_s)  # nobody is forced to overlap
 
 
+def pause_idle_s(pause_s: float, staging_bytes: int, gb_per_s: float) -> float:
+    """Return how long the device idles in a pause in which nothing is consumed: once the staging is full.
+
+    Attention, and blocks that are pinned, are such a pause in every layer. Reads go on through it until all of the
+    staging has landed.
+    """
+    return max(pause_s - stream_s(staging_bytes, gb_per_s), 0.0)
+
+
 def merged_reads(num_missing: float, num_rows: int, max_gap: int = 0) -> list[tuple[float, float]]:
     """Return the reads that a token's missing rows make: (rows that a read spans, how many such reads).
 

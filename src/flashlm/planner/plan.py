@@ -20,6 +20,10 @@ from flashlm.planner.rates import Rates
 from flashlm.planner.shape import ModelShape
 
 GAPS = (0, 1, 2, 3, 4, 8)
+MEMORY_RATES = (
+    "matrix_gb_per_s", "block_up_gb_per_s", "block_down_gb_per_s", "row_up_gb_per_s", "row_down_gb_per_s",
+    "predictor_gb_per_s",
+)  # fmt: skip
 PROMPT_TOKENS = 512  # of the prompt that is costed, or the context if that is shorter
 ERROR_BAND = 0.32  # of predicted against measured tokens: the worst cell so far (docs/planner.md)
 
@@ -146,12 +150,7 @@ def _would_help(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, 
         stream_gb_per_s={size: rate * 2 for size, rate in rates.stream_gb_per_s.items()},
         random_gb_per_s={size: rate * 2 for size, rate in rates.random_gb_per_s.items()},
     )
-    faster_memory = replace(
-        rates,
-        matrix_gb_per_s=rates.matrix_gb_per_s * 2,
-        block_gb_per_s=rates.block_gb_per_s * 2,
-        scattered_gb_per_s=rates.scattered_gb_per_s * 2,
-    )
+    faster_memory = replace(rates, **{name: getattr(rates, name) * 2 for name in MEMORY_RATES})
     times = {
         "flash speed": token_s(faster_flash, dram_bytes),
         "memory speed": token_s(faster_memory, dram_bytes),
