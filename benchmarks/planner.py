@@ -3,12 +3,14 @@
     python benchmarks/planner.py --work DIR --shape opt-6.7b --shape llama-2-7b-relu [--pack PACK --text FILE]
 
 The machine is probed right before the cells of each budget; then each cell runs in a process of its own under a memory limit
-that the kernel enforces, page cache included. A shared machine drifts between the two, so its state (`device_state.py`) is
-measured right after the probe and between a cell's tokens, and every cell is predicted twice: from the probe as it was, and
-with that drift taken out. With --shape, weights are random and the rows of mode sparse TRACE-DRIVEN (simulated;
-`row_trace.py`); reads, cache, bookkeeping and arithmetic are real. Half of the neurons of random weights fire, which the
-prediction is told. With --pack (a calibrated pack) nothing is simulated, and what is held is set by shares of the FFN,
-since the process outweighs such a small model. Cells leave their records in DIR; an interrupted run goes on there.
+that the kernel enforces, page cache included. A shared machine drifts by a factor of two within minutes, so its state
+(`device_state.py`: a stream, batches of rows, products) is measured between a cell's tokens, too, and every cell is predicted
+twice: from the probe as it was, and with these three rates in the place of the probe's ("paired").
+
+With --shape, weights are random and the rows of mode sparse TRACE-DRIVEN (simulated; `row_trace.py`); reads, cache,
+bookkeeping and arithmetic are real. Half of the neurons of random weights fire, which the prediction is told. With --pack
+(a calibrated pack) nothing is simulated, and what is held is set by shares of the FFN, since the process outweighs such a
+small model. Cells leave their records in DIR; an interrupted run goes on there.
 """
 
 from __future__ import annotations
@@ -18,21 +20,19 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
-from device_state import STATE_BYTES, DeviceState
+from device_state import BATCH_ROWS, STATE_BYTES
 from ladder import MODELS, Record, child, log, make_pack, own_ids
 from machine import describe_block_device, describe_commit, describe_machine, today
 
-from flashlm.memory.budget import place, place_sparse
+from flashlm.memory.budget import place
 from flashlm.memory.cache_plan import plan_capacities
 from flashlm.planner.cost import TokenCost
-from flashlm.planner.estimate import DenseUse, dense_use, exact_token, sparse_token
+from flashlm.planner.estimate import dense_use, exact_token, sparse_token
 from flashlm.planner.machine import rates_of
-from flashlm.planner.plan import GAPS, MEMORY_RATES, model_needs
+from flashlm.planner.plan import GAPS, MEMORY_RATES, Candidate, candidates, model_needs
 from flashlm.planner.probe import probe
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import ModelShape, read_shape
@@ -45,51 +45,39 @@ CONTEXT = 256
 RANDOM_FIRES = 0.5
 TOKENS = {"naive": (1, 2), "hybrid": (1, 4), "sparse": (12, 16)}  # warm, timed
 
-Costed = Callable[[Rates], tuple[TokenCost, int]]
 
-
-def fresh(pack: Path, shape: ModelShape, profiles: Record, name: str) -> tuple[Rates, Record]:
-    """Probe the machine; return its rates and the device's state right after."""
+def fresh(pack: Path, shape: ModelShape, profiles: Record, name: str) -> Rates:
+    """Probe the machine and return its rates."""
     profile = probe(pack)
     profiles[name] = profile.model_dump(mode="json")
-    state = DeviceState(pack, shape.layouts[0].block_stride_bytes, shape.layouts[0].row_stride_bytes)
-    found = [state.measure() for _ in range(3)]
-    return rates_of(profile, shape.dtype), {key: statistics.median(each[key] for each in found) for key in found[0]}
+    return rates_of(profile, shape.dtype)
 
 
-def cheapest_gap(costs: Callable[[int], TokenCost], gap: int | None) -> tuple[TokenCost, int]:
-    """Return the cost with the gap that was taken; None takes the best."""
-    best = gap if gap is not None else min(GAPS, key=lambda each: costs(each).total_s)
-    return costs(best), best
+def told_of_random_weights(shape: ModelShape, mode: str) -> ModelShape:
+    """Return the shape with the share of neurons that fires with random weights, of all or of those predicted."""
+    shares = (use.use_curve[0] if mode == "sparse" else 1.0 for use in shape.sparse.uses)
+    return replace(shape, sparse=replace(shape.sparse, active_shares=tuple(RANDOM_FIRES * share for share in shares)))
 
 
-def predict(
-    shape: ModelShape, rates: Rates, *, mode: str, dram_bytes: int, is_random: bool, gap: int | None = None
-) -> tuple[TokenCost, int]:
-    """Return (the predicted cost, the gap that the planner takes) of a cell under a budget."""
-    if mode != "sparse":
-        use = DenseUse(firing_share=RANDOM_FIRES) if is_random else dense_use(shape)
-        pins = 0 if mode == "naive" else None
-        placement = place(shape.layouts, model_needs(shape, CONTEXT), dram_bytes, max_pinned_bytes=pins)
-        return exact_token(shape, placement, rates, use, reads_ahead=mode != "naive"), 0
-    sparse = shape.sparse
-    if is_random:
-        sparse = replace(sparse, active_shares=tuple(use.use_curve[0] * RANDOM_FIRES for use in sparse.uses))
-    needs = model_needs(shape, CONTEXT, with_predictors=True)
-    placement = place_sparse(shape.layouts, sparse.uses, needs, dram_bytes)
-    return cheapest_gap(lambda each: sparse_token(shape, sparse, placement.cache, rates, max_gap=each), gap)
-
-
-def predict_share(
-    shape: ModelShape, rates: Rates, *, mode: str, share: float, gap: int | None = None
-) -> tuple[TokenCost, int]:
-    """Return the same for a share of the FFN in memory, whatever the process weighs."""
+def plan_share(shape: ModelShape, rates: Rates, mode: str, share: float) -> Candidate:
+    """Return the plan for a share of the FFN in memory, whatever the process weighs."""
+    some = min(candidates(shape, rates, 2 << 30, CONTEXT, mode), key=lambda each: each.cost.total_s)
     if mode == "sparse":
-        capacities = tuple(plan_capacities(shape.sparse.uses, int(sum(u.num_rows for u in shape.sparse.uses) * share)))
-        return cheapest_gap(lambda each: sparse_token(shape, shape.sparse, capacities, rates, max_gap=each), gap)
-    pins = int(shape.streamed_bytes * share) if mode == "hybrid" else 0
-    placement = place(shape.layouts, model_needs(shape, CONTEXT), 2 << 30, max_pinned_bytes=pins)
-    return exact_token(shape, placement, rates, dense_use(shape), reads_ahead=mode != "naive"), 0
+        num_rows = sum(use.num_rows for use in shape.sparse.uses)
+        placement = replace(some.placement, cache=tuple(plan_capacities(shape.sparse.uses, int(num_rows * share))))
+        choices = [replace(some, placement=placement, max_gap=gap) for gap in GAPS]
+    else:
+        pins = int(shape.streamed_bytes * share)
+        placement = place(shape.layouts, model_needs(shape, CONTEXT), 2 << 30, max_pinned_bytes=pins)
+        choices = [replace(some, placement=placement)]
+    return min(choices, key=lambda each: cost_of(each, shape, rates).total_s)
+
+
+def cost_of(plan: Candidate, shape: ModelShape, rates: Rates) -> TokenCost:
+    """Return what a plan costs on another machine."""
+    if plan.mode == "sparse":
+        return sparse_token(shape, shape.sparse, plan.placement.cache, rates, max_gap=plan.max_gap)
+    return exact_token(shape, plan.placement, rates, dense_use(shape), reads_ahead=plan.mode != "naive")
 
 
 def run_cell(work: Path, step: str, spec: Record, cap_bytes: int | None) -> Record:
@@ -120,11 +108,13 @@ def cell_spec(pack: Path, mode: str, dram_bytes: int, gap: int, trace: str | Non
     }  # fmt: skip
 
 
-def drifted(rates: Rates, before: Record, now: Record) -> Rates:
-    """Return the rates as the device's state between the cell's tokens has them, by its state right after the probe."""
-    stream, rows, matrix = (
-        now[name] / before[name] for name in ("stream_gb_per_s", "thousand_rows_per_s", "matrix_gb_per_s")
-    )
+def drifted(rates: Rates, shape: ModelShape, now: Record) -> Rates:
+    """Return the rates as the device's state between the cell's tokens has them."""
+    layout = shape.layouts[0]
+    stream = now["stream_gb_per_s"] / rates.block_read_gb_per_s(layout.block_stride_bytes)
+    row_s = layout.row_stride_bytes / (rates.random_read_gb_per_s(layout.row_stride_bytes) * 1e9)
+    rows = (rates.batch_latency_s + BATCH_ROWS * row_s) / now["batch_s"]
+    matrix = now["matrix_gb_per_s"] / rates.matrix_gb_per_s
     return replace(
         rates,
         stream_gb_per_s={size: rate * stream for size, rate in rates.stream_gb_per_s.items()},
@@ -134,20 +124,19 @@ def drifted(rates: Rates, before: Record, now: Record) -> Rates:
     )
 
 
-def cell(
-    name: str, mode: str, budget: str, gap: int, measured: Record, state: Record, rates: Rates, costed: Costed
-) -> Record:
-    """Return a cell's record: predicted from the probe, and again with the drift taken out that happened since."""
-    cost, paired = costed(rates)[0], costed(drifted(rates, state, measured["device"]))[0]
+def cell(name: str, budget: str, plan: Candidate, shape: ModelShape, rates: Rates, measured: Record) -> Record:
+    """Return a cell's record: predicted from the probe, and again with the rates between its tokens."""
+    cost, paired = (cost_of(plan, shape, each) for each in (rates, drifted(rates, shape, measured["device"])))
     errors = [each.total_s / measured["measured_s"] - 1.0 for each in (cost, paired)]
     log(
-        f"{name} {mode} {budget}: measured {measured['measured_s']:.3f} s; predicted {cost.total_s:.3f} ({errors[0]:+.0%}),"
-        f" with the cell's device {paired.total_s:.3f} ({errors[1]:+.0%})"
+        f"{name} {plan.mode} {budget}: measured {measured['measured_s']:.3f} s; predicted {cost.total_s:.3f}"
+        f" ({errors[0]:+.0%}), paired {paired.total_s:.3f} ({errors[1]:+.0%})"
     )
     return {
-        "shape": name, "mode": mode, "budget": budget, "max_gap": gap, "measured_s": measured["measured_s"],
+        "shape": name, "mode": plan.mode, "budget": budget, "max_gap": plan.max_gap,
+        "staging_bytes": plan.placement.staging_bytes, "measured_s": measured["measured_s"],
         "predicted_s": cost.total_s, "error": errors[0], "paired_s": paired.total_s, "paired_error": errors[1],
-        "predicted": asdict(cost), "paired": asdict(paired), "device_after_probe": state, **measured,
+        "predicted": asdict(cost), "paired": asdict(paired), **measured,
     }  # fmt: skip
 
 
@@ -165,14 +154,14 @@ def score_shape(name: str, work: Path, keep: bool) -> tuple[list[Record], Record
     vocab_size = json.loads((pack / "config.json").read_text())["vocab_size"]
     shape, cells, profiles = read_shape(pack), [], {}
     for budget in BUDGETS[name]:
-        rates, state = fresh(pack, shape, profiles, budget)
+        rates = fresh(pack, shape, profiles, budget)
         dram_bytes = parse_size_bytes(budget)
         for mode in ("hybrid", "sparse"):
-            costed = partial(predict, shape, mode=mode, dram_bytes=dram_bytes, is_random=True)
-            _, gap = costed(rates)
-            spec = cell_spec(pack, mode, dram_bytes, gap, model.trace, vocab_size)
+            told = told_of_random_weights(shape, mode)
+            plan = min(candidates(told, rates, dram_bytes, CONTEXT, mode), key=lambda each: each.cost.total_s)
+            spec = cell_spec(pack, mode, dram_bytes, plan.max_gap, model.trace, vocab_size)
             measured = run_cell(folder, f"cell-{mode}-{budget}", spec, dram_bytes)
-            cells.append(cell(name, mode, budget, gap, measured, state, rates, partial(costed, gap=gap)))
+            cells.append(cell(name, budget, plan, told, rates, measured))
     if not keep:
         import shutil
 
@@ -187,19 +176,17 @@ def score_pack(pack: Path, text: Path, work: Path) -> tuple[list[Record], Record
     ids, vocab_size = own_ids(pack, text), json.loads((pack / "config.json").read_text())["vocab_size"]
     shape, cells, profiles = read_shape(pack), [], {}
     for share in SHARES:
-        rates, state = fresh(pack, shape, profiles, str(share))
+        rates = fresh(pack, shape, profiles, str(share))
         for mode in ("hybrid", "sparse"):
-            costed = partial(predict_share, shape, mode=mode, share=share)
-            _, gap = costed(rates)
-            spec = cell_spec(pack, mode, 2 << 30, gap, None, vocab_size)
+            plan = plan_share(shape, rates, mode, share)
+            spec = cell_spec(pack, mode, 2 << 30, plan.max_gap, None, vocab_size)
             spec["ids"] = ids[: spec["num_tokens"]]
             spec["pin_bytes"] = int(shape.streamed_bytes * share) if mode == "hybrid" else None
             spec["cache_rows"] = (
                 int(sum(use.num_rows for use in shape.sparse.uses) * share) if mode == "sparse" else None
             )
             measured = run_cell(folder, f"cell-{mode}-{share}", spec, None)
-            budget = f"{share:.0%} of the FFN"
-            cells.append(cell("demo model", mode, budget, gap, measured, state, rates, partial(costed, gap=gap)))
+            cells.append(cell("demo model", f"{share:.0%} of the FFN", plan, shape, rates, measured))
     return cells, profiles
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from flashlm.errors import ConfigError
 from flashlm.planner.cost import Overlap
 from flashlm.planner.probe import probe
-from flashlm.planner.profile import DeviceProfile, load_profile, profile_path
-from flashlm.planner.rates import Rates
+from flashlm.planner.profile import DeviceProfile, Pattern, load_profile, profile_path
+from flashlm.planner.rates import Rates, ReadSetting
 
 
 def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
@@ -49,6 +49,16 @@ def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
         sparse_layer_overhead_s=profile.sparse_layer_overhead_s,
         manage_row_s=profile.manage_row_s,
         overlap=Overlap(read_share=profile.read_share, compute_share=profile.compute_share),
+        stream_settings=_settings(profile, "sequential"),
+        random_settings=_settings(profile, "random"),
+    )
+
+
+def _settings(profile: DeviceProfile, pattern: Pattern) -> tuple[ReadSetting, ...]:
+    return tuple(
+        ReadSetting(piece_bytes=point.read_bytes, queue_depth=point.queue_depth, gb_per_s=point.gb_per_s)
+        for point in profile.reads
+        if point.pattern == pattern and point.backend == profile.backend
     )
 
 

@@ -11,6 +11,15 @@ from flashlm.planner.cost import Overlap
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadSetting:
+    """One way to read: pieces of so many bytes, so many in flight, and the rate that was measured with it."""
+
+    piece_bytes: int
+    queue_depth: int
+    gb_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """Rates of one machine for one dtype. GB are 1e9 bytes.
 
@@ -29,6 +38,8 @@ class Rates:
         sparse_layer_overhead_s: Of one layer in mode `sparse`, beside weights, predictor, lookup and reads.
         manage_row_s: Looking one row up in the neuron cache.
         overlap: What reading and computing at once leave of each other.
+        stream_settings: Ways to read blocks in sequence; empty where none were compared.
+        random_settings: Ways to read rows, with `piece_bytes` the size of a read.
     """
 
     stream_gb_per_s: Mapping[int, float]
@@ -47,6 +58,8 @@ class Rates:
     sparse_layer_overhead_s: float = 0.0
     manage_row_s: float = 0.0
     overlap: Overlap = field(default_factory=Overlap)
+    stream_settings: tuple[ReadSetting, ...] = ()
+    random_settings: tuple[ReadSetting, ...] = ()
 
     def random_read_gb_per_s(self, num_bytes: float) -> float:
         """Return the rate of random reads of a size."""
