@@ -4,8 +4,8 @@
 
 The machine is probed right before the cells of each budget; then each cell runs in a process of its own under a memory limit
 that the kernel enforces, page cache included. A shared machine drifts by a factor of two within minutes, so its state
-(`device_state.py`: a stream, batches of rows, products) is measured between a cell's tokens, too, and every cell is predicted
-twice: from the probe as it was, and with these three rates in the place of the probe's ("paired").
+(`device_state.py`: a stream, batches of rows, products) is measured between a cell's tokens, too, and every cell is
+predicted twice: from the probe as it was, and with these three rates in the place of the probe's ("paired").
 
 With --shape, weights are random and the rows of mode sparse TRACE-DRIVEN (simulated; `row_trace.py`); reads, cache,
 bookkeeping and arithmetic are real. Half of the neurons of random weights fire, which the prediction is told. With --pack
@@ -20,6 +20,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -46,11 +47,22 @@ RANDOM_FIRES = 0.5
 TOKENS = {"naive": (1, 2), "hybrid": (1, 4), "sparse": (12, 16)}  # warm, timed
 
 
-def fresh(pack: Path, shape: ModelShape, profiles: Record, name: str) -> Rates:
-    """Probe the machine and return its rates."""
-    profile = probe(pack)
-    profiles[name] = profile.model_dump(mode="json")
-    return rates_of(profile, shape.dtype)
+class Turns:
+    """Probes and scores one budget after another, `most` of them at most; what is in the work folder is not done again."""
+
+    def __init__(self, most: int | None) -> None:
+        self._left = most
+
+    def score(self, path: Path, pack: Path, shape: ModelShape, cells: Callable[[Rates], list[Record]]) -> Record | None:
+        if path.exists():
+            return json.loads(path.read_text())
+        if self._left == 0:
+            return None
+        profile = probe(pack)
+        record = {"cells": cells(rates_of(profile, shape.dtype)), "profile": profile.model_dump(mode="json")}
+        path.write_text(json.dumps(record, indent=1))
+        self._left = None if self._left is None else self._left - 1
+        return record
 
 
 def told_of_random_weights(shape: ModelShape, mode: str) -> ModelShape:
@@ -140,8 +152,8 @@ def cell(name: str, budget: str, plan: Candidate, shape: ModelShape, rates: Rate
     }  # fmt: skip
 
 
-def score_shape(name: str, work: Path, keep: bool) -> tuple[list[Record], Record]:
-    """Return the cells of one random shape, and the profile that they were predicted from."""
+def score_shape(name: str, work: Path, keep: bool, turns: Turns) -> list[Record | None]:
+    """Return a record for every budget of one random shape: its cells and the profile; None where that is still to do."""
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     pack, model = make_pack(name, folder), MODELS[name]
@@ -152,42 +164,52 @@ def score_shape(name: str, work: Path, keep: bool) -> tuple[list[Record], Record
         cap_bytes=None,
     )
     vocab_size = json.loads((pack / "config.json").read_text())["vocab_size"]
-    shape, cells, profiles = read_shape(pack), [], {}
+    shape, found = read_shape(pack), []
     for budget in BUDGETS[name]:
-        rates = fresh(pack, shape, profiles, budget)
         dram_bytes = parse_size_bytes(budget)
-        for mode in ("hybrid", "sparse"):
-            told = told_of_random_weights(shape, mode)
-            plan = min(candidates(told, rates, dram_bytes, CONTEXT, mode), key=lambda each: each.cost.total_s)
-            spec = cell_spec(pack, mode, dram_bytes, plan.max_gap, model.trace, vocab_size)
-            measured = run_cell(folder, f"cell-{mode}-{budget}", spec, dram_bytes)
-            cells.append(cell(name, budget, plan, told, rates, measured))
-    if not keep:
+
+        def cells(rates: Rates, budget: str = budget, dram_bytes: int = dram_bytes) -> list[Record]:
+            made = []
+            for mode in ("hybrid", "sparse"):
+                told = told_of_random_weights(shape, mode)
+                plan = min(candidates(told, rates, dram_bytes, CONTEXT, mode), key=lambda each: each.cost.total_s)
+                spec = cell_spec(pack, mode, dram_bytes, plan.max_gap, model.trace, vocab_size)
+                measured = run_cell(folder, f"cell-{mode}-{budget}", spec, dram_bytes)
+                made.append(cell(name, budget, plan, told, rates, measured))
+            return made
+
+        found.append(turns.score(folder / f"score-{budget}.json", pack, shape, cells))
+    if not keep and all(found):
         import shutil
 
         shutil.rmtree(pack)
-    return cells, profiles
+    return found
 
 
-def score_pack(pack: Path, text: Path, work: Path) -> tuple[list[Record], Record]:
-    """Return the cells of a calibrated pack; nothing is simulated."""
+def score_pack(pack: Path, text: Path, work: Path, turns: Turns) -> list[Record | None]:
+    """Return the same for shares of a calibrated pack's FFN; nothing is simulated."""
     folder = work / pack.name
     folder.mkdir(parents=True, exist_ok=True)
     ids, vocab_size = own_ids(pack, text), json.loads((pack / "config.json").read_text())["vocab_size"]
-    shape, cells, profiles = read_shape(pack), [], {}
+    shape, found = read_shape(pack), []
     for share in SHARES:
-        rates = fresh(pack, shape, profiles, str(share))
-        for mode in ("hybrid", "sparse"):
-            plan = plan_share(shape, rates, mode, share)
-            spec = cell_spec(pack, mode, 2 << 30, plan.max_gap, None, vocab_size)
-            spec["ids"] = ids[: spec["num_tokens"]]
-            spec["pin_bytes"] = int(shape.streamed_bytes * share) if mode == "hybrid" else None
-            spec["cache_rows"] = (
-                int(sum(use.num_rows for use in shape.sparse.uses) * share) if mode == "sparse" else None
-            )
-            measured = run_cell(folder, f"cell-{mode}-{share}", spec, None)
-            cells.append(cell("demo model", f"{share:.0%} of the FFN", plan, shape, rates, measured))
-    return cells, profiles
+
+        def cells(rates: Rates, share: float = share) -> list[Record]:
+            made = []
+            for mode in ("hybrid", "sparse"):
+                plan = plan_share(shape, rates, mode, share)
+                spec = cell_spec(pack, mode, 2 << 30, plan.max_gap, None, vocab_size)
+                spec["ids"] = ids[: spec["num_tokens"]]
+                if mode == "hybrid":
+                    spec["pin_bytes"] = int(shape.streamed_bytes * share)
+                else:
+                    spec["cache_rows"] = int(sum(use.num_rows for use in shape.sparse.uses) * share)
+                measured = run_cell(folder, f"cell-{mode}-{share}", spec, None)
+                made.append(cell("demo model", f"{share:.0%} of the FFN", plan, shape, rates, measured))
+            return made
+
+        found.append(turns.score(folder / f"score-{share}.json", pack, shape, cells))
+    return found
 
 
 def picks(cells: list[Record]) -> list[Record]:
@@ -210,26 +232,31 @@ def draw(cells: list[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 6))
-    for shape in dict.fromkeys(each["shape"] for each in cells):
-        for mode, marker in (("hybrid", "o"), ("sparse", "^")):
-            some = [each for each in cells if each["shape"] == shape and each["mode"] == mode]
-            axes.scatter(
-                [e["measured_s"] for e in some],
-                [e["predicted_s"] for e in some],
-                marker=marker,
-                label=f"{shape}, {mode}",
-            )
-    low = min(min(e["measured_s"], e["predicted_s"]) for e in cells) * 0.8
-    high = max(max(e["measured_s"], e["predicted_s"]) for e in cells) * 1.25
-    axes.plot([low, high], [low, high], color="#888888", linewidth=1)
-    axes.fill_between(
-        [low, high], [low * 0.75, high * 0.75], [low * 1.25, high * 1.25], color="#888888", alpha=0.15, label="25 %"
-    )
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.set(xlabel="measured, s a token", ylabel="predicted, s a token")
-    axes.set_title("The planner's score (7 B shapes: rows trace-driven, weights random)", fontsize=10)
-    axes.legend(fontsize=8)
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 5.5), sharex=True, sharey=True)
+    values = [each[name] for each in cells for name in ("measured_s", "predicted_s", "paired_s")]
+    low, high = min(values) * 0.8, max(values) * 1.25
+    for axes, name, title in (
+        (both[0], "predicted_s", "from a fresh probe"),
+        (both[1], "paired_s", "with rates measured between the tokens"),
+    ):
+        for color, shape in enumerate(dict.fromkeys(each["shape"] for each in cells)):
+            for mode, marker in (("hybrid", "o"), ("sparse", "^")):
+                some = [each for each in cells if (each["shape"], each["mode"]) == (shape, mode)]
+                axes.scatter(
+                    [each["measured_s"] for each in some],
+                    [each[name] for each in some],
+                    marker=marker,
+                    color=f"C{color}",
+                    label=f"{shape}, {mode}",
+                )
+        axes.plot([low, high], [low, high], color="#888888", linewidth=1)
+        axes.fill_between(
+            [low, high], [low * 0.75, high * 0.75], [low * 1.25, high * 1.25], color="#888888", alpha=0.15, label="25 %"
+        )
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        axes.set(xlabel="measured, s a token", ylabel="predicted, s a token", title=title)
+    both[0].legend(fontsize=8)
+    figure.suptitle("The planner's score (7 B shapes: rows trace-driven, weights random: simulated)", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -244,16 +271,19 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="for --pack: tokens that are run")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of JSON and plot")
     parser.add_argument("--keep", action="store_true", help="leave the packs in the work folder")
+    parser.add_argument("--most", type=int, help="stop after so many budgets; the next run goes on there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("FLASHLM_CACHE", str(args.work / "profiles"))
-    cells, profiles = [], {}
+    turns, found = Turns(args.most), []
     for name in args.shape:
-        found, profiles[name] = score_shape(name, args.work, args.keep)
-        cells += found
+        found += score_shape(name, args.work, args.keep, turns)
     if args.pack is not None:
-        found, profiles["demo model"] = score_pack(args.pack, args.text, args.work)
-        cells += found
+        found += score_pack(args.pack, args.text, args.work, turns)
+    if not all(found):
+        log(f"{sum(each is None for each in found)} budgets are still to do")
+        return
+    cells = [each for record in found for each in record["cells"]]
     errors, paired = (sorted(abs(each[name]) for each in cells) for name in ("error", "paired_error"))
     result = {
         "what": "predicted against measured time of a token",
@@ -267,7 +297,7 @@ def main() -> None:
         "paired_worst_error": paired[-1],
         "picks": picks(cells),
         "cells": cells,
-        "profiles": profiles,
+        "profiles": [record["profile"] for record in found],
     }
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "planner.json").write_text(json.dumps(result, indent=1) + "\n")

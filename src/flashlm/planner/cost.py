@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from flashlm.memory.cache_plan import LayerUse
 
+FULL_RATE_BLOCKS = 8  # in flight, below which a stream loses speed: measured (docs/experiments.md)
 MAX_RUN = 64  # rows of one merged read; longer ones are as rare as they are cheap
 
 
@@ -83,13 +84,14 @@ def overlapped_s(read_s: float, compute_s: float, overlap: Overlap) -> float:
     return min(together_s + left_s, read_s + compute_s)  # nobody is forced to overlap
 
 
-def pause_idle_s(pause_s: float, staging_bytes: int, gb_per_s: float) -> float:
-    """Return how long the device idles in a pause in which nothing is consumed: once the staging is full.
+def pause_idle_s(pause_s: float, num_slots: int, block_bytes: int, gb_per_s: float) -> float:
+    """Return how long the device idles because of a pause in which no block is consumed.
 
-    Attention, and blocks that are pinned, are such a pause in every layer. Reads go on through it until all of the
-    staging has landed.
+    Attention, blocks that are pinned and the output layer are such pauses. Reads go on until the staging is full, and come
+    back to their rate only with `FULL_RATE_BLOCKS` on the way; so what covers a pause is the staging beyond these.
     """
-    return max(pause_s - stream_s(staging_bytes, gb_per_s), 0.0)
+    ahead_s = (num_slots - FULL_RATE_BLOCKS) * block_bytes / (gb_per_s * 1e9)
+    return max(pause_s - ahead_s, 0.0)
 
 
 def merged_reads(num_missing: float, num_rows: int, max_gap: int = 0) -> list[tuple[float, float]]:

@@ -23,6 +23,7 @@ from flashlm.planner.cost import (
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import RELU_NAMES, ModelShape, SparseShape
 
+SLOWER_WHILE_READING = 1.3  # what a pause takes beside reads that land, of the time alone (docs/experiments.md)
 UNKNOWN_RELU_SHARE = 0.5  # of a ReLU FFN's neurons firing, where no calibration says: random weights
 
 
@@ -93,9 +94,9 @@ def exact_token(
     compute_s = ffn_s + rest_s
     if reads_ahead:
         pinned_s = ffn_s * sum(placement.num_pinned) / num_blocks
-        idle_s = pause_idle_s((rest_s + pinned_s) / len(shape.layouts), placement.staging_bytes, gb_per_s)
-        idle_s = idle_s * len(shape.layouts) if placement.streamed_bytes else 0.0
-        total_s = overlapped_s(read_s, compute_s - idle_s, rates.overlap) + idle_s
+        output_s = multiply_s(shape.output_bytes, rates.matrix_gb_per_s)
+        idle_s = _idle_s(shape, placement, gb_per_s, rest_s + pinned_s - output_s, output_s)
+        total_s = max(overlapped_s(read_s + idle_s, compute_s, rates.overlap), idle_s)
     else:
         total_s = overlapped_s(read_s, ffn_s, rates.overlap) + rest_s
     touched = shape.matrix_bytes + sum(layout.num_rows * row.total for layout, row in rows)
@@ -109,6 +110,18 @@ def exact_token(
         flash_bound_s=read_s,
         memory_bound_s=multiply_s(touched, rates.memory_gb_per_s),
     )
+
+
+def _idle_s(shape: ModelShape, placement: Placement, gb_per_s: float, layers_s: float, output_s: float) -> float:
+    """Return how long the device idles in a token: after every layer's pause, and after the output layer's, too."""
+    if not placement.streamed_bytes:
+        return 0.0
+
+    def idle_s(pause_s: float) -> float:
+        return pause_idle_s(pause_s, placement.num_slots, placement.slot_bytes, gb_per_s)
+
+    pause_s = layers_s / len(shape.layouts) * SLOWER_WHILE_READING
+    return (len(shape.layouts) - 1) * idle_s(pause_s) + idle_s(pause_s + output_s * SLOWER_WHILE_READING)
 
 
 def sparse_token(

@@ -22,7 +22,20 @@ from flashlm.planner.shape import ModelShape
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH
 
 GAPS = (0, 1, 2, 3, 4, 8)
-STAGING_SLOTS = (3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # blocks; two would leave nothing on the way while one is used
+STAGING_SLOTS = (
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    20,
+    24,
+    28,
+    32,
+    48,
+    64,
+)  # blocks; two would leave nothing on the way while one is used
 READ_NOISE = 0.1  # of single points of a profile
 # Pieces in flight where whole blocks are streamed. A device shares itself among all that is in flight, so the block that
 # is waited for takes as long as everything begun with it (docs/experiments.md).
