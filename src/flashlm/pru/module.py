@@ -290,7 +290,7 @@ class PRU(nn.Module):
 
 
 def _emulates_16_bits(device_type: str) -> bool:
-    """Whether autocast's products would be emulated: some 75 times slower than fp32 (docs/experiments.md)."""
+    """Whether autocast's products would be emulated: far slower than fp32 (docs/experiments.md)."""
     if device_type != "cpu":
         return False
     return choose_strategy(str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")) == "widen"
