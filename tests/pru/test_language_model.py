@@ -63,6 +63,17 @@ def test_generate_equals_greedy_search_without_state(model: PRUForCausalLM) -> N
     assert torch.equal(made, tokens)
 
 
+def test_generate_samples_a_batch_and_several_sequences_of_it(model: PRUForCausalLM) -> None:
+    tokens = torch.randint(1, 50, (3, 4))
+    options = {"max_new_tokens": 5, "do_sample": True, "top_k": 20, "pad_token_id": 0, "num_return_sequences": 2}
+    torch.manual_seed(1)
+    made = model.generate(tokens, **options)
+    torch.manual_seed(1)
+    assert torch.equal(made, model.generate(tokens, **options))
+    assert torch.equal(made[:, :4], tokens.repeat_interleave(2, dim=0))
+    assert made.shape == (6, 9)
+
+
 def test_saved_model_is_the_same_and_stays_tied(model: PRUForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

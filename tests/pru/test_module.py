@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
+import shutil
 
 import pytest
 import torch
@@ -181,6 +183,82 @@ def test_unbatched_and_batch_first_are_the_same_numbers() -> None:
     torch.testing.assert_close(pru(x.unsqueeze(0))[0].squeeze(0), output)
 
 
+def test_code_written_for_nn_lstm_runs() -> None:
+    pru = PRU(8, 8, 2, bidirectional=True, dropout=0.5, groups=2).eval()
+    pru.flatten_parameters()
+    assert "bidirectional=True" in repr(pru)
+    x = torch.randn(5, 3, 8)
+    expected, _ = pru(x)
+    for twin in (copy.deepcopy(pru), pickle.loads(pickle.dumps(pru))):
+        assert torch.equal(twin(x)[0], expected)
+    other = PRU(8, 8, 2, bidirectional=True, groups=2)
+    other.load_state_dict(pru.state_dict())
+    assert torch.equal(other(x)[0], expected)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert copy.deepcopy(pru).to(dtype)(x.to(dtype))[0].dtype == dtype
+    pru.train()
+    assert not torch.equal(pru(x)[0], pru(x)[0])  # dropout between the layers
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_batch_of_no_sequences_gives_none(grad: bool) -> None:
+    pru = PRU(8, 8, groups=2)
+    with torch.set_grad_enabled(grad):
+        output, (h, c) = pru(torch.randn(5, 0, 8))
+    assert output.shape == (5, 0, 8)
+    assert h.shape == c.shape == (1, 0, 8)
+
+
+def test_parametrized_weights_are_used_on_every_path() -> None:
+    pru = PRU(8, 8, groups=2, init="per_group")
+    x = torch.randn(2, 3, 8)
+    context = pru.cells[0].context_transform
+    nn.utils.parametrizations.weight_norm(context, "weight")
+    pru(x)[0].sum().backward()
+    assert context.parametrizations.weight.original0.grad is not None
+    with torch.no_grad():
+        before, _ = pru(x)
+        context.parametrizations.weight.original0.mul_(3)
+        after, _ = pru(x)
+        pru.path = "grouped"
+        expected, _ = pru(x)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_weights_made_in_inference_mode_serve() -> None:
+    with torch.inference_mode():
+        pru = PRU(8, 8, groups=2).eval()
+        assert pru(torch.randn(1, 1, 8))[0].shape == (1, 1, 8)
+
+
+def _largest_difference_compiled(backend: str) -> float:
+    torch._dynamo.reset()
+    pru = PRU(8, 8, groups=2, init="per_group")
+    compiled = torch.compile(pru, backend=backend, fullgraph=True)
+    x = torch.randn(4, 3, 8)
+    gradients = []
+    for run in (compiled, pru):
+        pru.zero_grad()
+        run(x)[0].square().sum().backward()
+        gradients.append([p.grad for p in pru.parameters()])
+    differences = [(one - other).abs().max() for one, other in zip(*gradients, strict=True)]  # type: ignore[operator]
+    with torch.no_grad():
+        differences.append((compiled(x)[0] - pru(x)[0]).abs().max())
+    return max(d.item() for d in differences)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_into_one_graph(backend: str) -> None:
+    assert _largest_difference_compiled(backend) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_compiles_with_inductor() -> None:
+    assert _largest_difference_compiled("inductor") <= TOLERANCE
+
+
 def test_weight_dropout_changes_outputs_and_gives_gradients() -> None:
     for path in ("grouped", "folded"):
         pru = PRU(8, 8, groups=2, init="per_group", weight_dropout=0.5, path=path)  # type: ignore[arg-type]
@@ -195,11 +273,16 @@ def test_weight_dropout_changes_outputs_and_gives_gradients() -> None:
         assert torch.equal(pru(x)[0], pru(x)[0])
 
 
-def test_bf16_autocast_keeps_the_cell_state_in_fp32() -> None:
-    pru = PRU(32, 32, groups=4, init="per_group")
+@pytest.mark.parametrize(("path", "multiplies"), [("grouped", True), ("grouped", False), ("folded", False)])
+def test_bf16_autocast_keeps_the_cell_state_in_fp32(
+    path: str, multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pru = PRU(32, 32, groups=4, init="per_group", path=path)  # type: ignore[arg-type]
+    if multiplies:
+        monkeypatch.setattr("flashlm.pru.module._emulates_16_bits", lambda device_type: False)
     x = torch.randn(20, 4, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        output, (_, c) = pru(x)
+        output, (_, c) = pru(x.bfloat16())
         output.float().sum().backward()
     assert c.dtype == torch.float32
     torch.testing.assert_close(output.float(), pru(x)[0], rtol=0, atol=0.05)
@@ -256,6 +339,10 @@ def test_wrong_inputs_are_refused() -> None:
     pru = PRU(8, 8)
     with pytest.raises(ConfigError, match="8 features"):
         pru(torch.randn(3, 2, 7))
+    with pytest.raises(ConfigError, match=r"input is torch\.float64 and the weights are torch\.float32"):
+        pru(torch.randn(3, 2, 8, dtype=torch.float64))
+    with pytest.raises(ConfigError, match="no steps"):
+        pru(torch.randn(0, 2, 8))
     with pytest.raises(ConfigError, match="hx must be two tensors"):
         pru(torch.randn(3, 2, 8), (torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)))
     with pytest.raises(ConfigError, match="features"):

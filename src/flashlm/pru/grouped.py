@@ -71,11 +71,11 @@ class GroupedLinear(nn.Module):
         """
         if x.shape[-1] != self.input_size:
             raise ConfigError(f"input must have {self.input_size} features, got {tuple(x.shape)}")
-        rows = x.reshape(-1, self.groups, self.input_size // self.groups).transpose(0, 1)
+        rows = x.reshape(x.shape[:-1].numel(), self.groups, self.input_size // self.groups).transpose(0, 1)
         y = torch.bmm(rows, self.weight)  # (groups, rows, num_gates * d)
         if self.bias is not None:
             y = y + self.bias.unsqueeze(1)
-        by_gate = y.view(self.groups, y.shape[1], self.num_gates, -1).permute(1, 2, 0, 3)
+        by_gate = y.unflatten(2, (self.num_gates, -1)).permute(1, 2, 0, 3)
         return by_gate.reshape(*x.shape[:-1], self.num_gates * self.output_size)
 
     def folded_weight(self) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from flashlm.errors import ConfigError
+from flashlm.kernels import choose_strategy
 from flashlm.pru.cell import PRUCell, State
 from flashlm.pru.native_step import NativeWeights, is_served, run_native
 from flashlm.pru.recurrence import run_grouped
@@ -127,8 +128,9 @@ class PRU(nn.Module):
             Outputs (T, B, num_directions * hidden_size), arranged like `input`, and the last (h, c), shaped like `hx`.
 
         Raises:
-            ConfigError: A shape does not fit.
+            ConfigError: A shape does not fit, or the input's dtype is not the weights' (outside autocast).
         """
+        self._check_dtype(input.data if isinstance(input, PackedSequence) else input)
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx)
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
@@ -174,12 +176,22 @@ class PRU(nn.Module):
         lstm.train(self.training)
         return lstm
 
+    def flatten_parameters(self) -> None:
+        """Do nothing; here because code written for `torch.nn.LSTM` calls it."""
+
     def extra_repr(self) -> str:
         """Return what `repr` shows."""
-        return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, path={self.path}"
+        options = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        words = [f"{name}={getattr(self, name)}" for name, usual in options.items() if getattr(self, name) != usual]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *words, f"path={self.path}"])
 
     def _cells(self) -> list[PRUCell]:
         return cast(list[PRUCell], list(self.cells))
+
+    def _check_dtype(self, x: torch.Tensor) -> None:
+        dtype = self._cells()[0].context_transform.weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ConfigError(f"input is {x.dtype} and the weights are {dtype}: convert one with .to(...)")
 
     def _checked_state(self, x: torch.Tensor, hx: State | None) -> State:
         expected = (self.num_layers * self.num_directions, x.shape[1], self.hidden_size)
@@ -224,19 +236,30 @@ class PRU(nn.Module):
         cell = self._cells()[position]
         if is_backward:  # padding comes first then, and leaves the state as it was
             x, mask = x.flip(0), None if mask is None else mask.flip(0)
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        if is_autocast and _emulates_16_bits(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                wide = cell.context_transform.weight.dtype
+                y, h, c = self._run_path(position, x.to(wide), (state[0].to(wide), state[1].to(wide)), mask)
+        else:
+            y, h, c = self._run_path(position, x, state, mask)
+        if not is_autocast:  # under autocast the state stays as wide as it came out
+            y, h, c = y.to(x.dtype), h.to(state[0].dtype), c.to(state[1].dtype)
+        return (y.flip(0) if is_backward else y), h, c
+
+    def _run_path(
+        self, position: int, x: torch.Tensor, state: State, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cell = self._cells()[position]
         path = self._path(cell, x, mask)
         if path == "native":
-            y, h, c = run_native(cell, self._native_weights(position, cell), x, state)
-        elif path == "folded":
+            return run_native(cell, self._native_weights(position, cell), x, state)
+        if path == "folded":
             weights = cell.folded_weights(self.weight_dropout)
             hx = (state[0].unsqueeze(0).contiguous(), state[1].unsqueeze(0).contiguous())
             y, h, c = torch.lstm(x.contiguous(), hx, weights, self.bias, 1, 0.0, self.training, False, False)
-            h, c = h.squeeze(0), c.squeeze(0)
-        else:
-            y, h, c = run_grouped(cell.input_gates(x), cell.context_weight(self.weight_dropout), *state, mask)
-        if not torch.is_autocast_enabled(x.device.type):  # under autocast the state stays as wide as it came out
-            y, h, c = y.to(x.dtype), h.to(state[0].dtype), c.to(state[1].dtype)
-        return (y.flip(0) if is_backward else y), h, c
+            return y, h.squeeze(0), c.squeeze(0)
+        return run_grouped(cell.input_gates(x), cell.context_weight(self.weight_dropout), *state, mask)
 
     def _path(self, cell: PRUCell, x: torch.Tensor, mask: torch.Tensor | None) -> str:
         is_compiling = torch.compiler.is_compiling()
@@ -264,6 +287,13 @@ class PRU(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_native": {}}  # copies make their own
+
+
+def _emulates_16_bits(device_type: str) -> bool:
+    """Whether autocast's products would be emulated: far slower than fp32 (docs/experiments.md)."""
+    if device_type != "cpu":
+        return False
+    return choose_strategy(str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")) == "widen"
 
 
 def _with_batch(state: torch.Tensor) -> torch.Tensor:

@@ -66,6 +66,7 @@ def is_served(cell: PRUCell, num_steps: int, batch: int) -> bool:
         and weight.dtype in _DTYPES
         and 1 <= batch <= MAX_BATCH
         and 1 <= num_steps * batch <= MAX_TOKENS
+        and not any(parameter.is_inference() for parameter in cell.parameters())  # their changes go unseen
     )
 
 

@@ -160,7 +160,7 @@ class PyramidalTransform(nn.Module):
         if self.subsampling == "skip":
             return z[..., ::2]
         size = self.kernel_sizes[step]
-        rows = z.reshape(-1, 1, z.shape[-1])
+        rows = z.reshape(z.shape[:-1].numel(), 1, z.shape[-1])
         if self.subsampling == "average":
             rows = F.avg_pool1d(
                 rows, size, stride=2, padding=size // 2

@@ -109,7 +109,7 @@ def run_grouped(
     def by_group(x: torch.Tensor) -> torch.Tensor:
         return x.to(state).view(batch, groups, size).transpose(0, 1).contiguous()
 
-    gates = gates.view(num_steps, batch, 4, groups, size).permute(0, 3, 1, 2, 4).reshape(num_steps, groups, batch, -1)
+    gates = gates.view(num_steps, batch, 4, groups, size).permute(0, 3, 1, 2, 4).flatten(3)
     steps = None if mask is None else mask.view(num_steps, 1, batch, 1)
     h, c = _GroupedRecurrence.apply(  # type: ignore[no-untyped-call]
         gates, weight.to(gates.dtype), by_group(h0), by_group(c0), steps

@@ -1,0 +1,194 @@
+"""One PRU layer against the published step-by-step formulation and `nn.LSTM`: a training step, and one token.
+
+    python benchmarks/pru_speed.py [--size 1400] [--groups 4] [--repeats 5] [--out benchmarks/results/pru_speed.json]
+
+Training: batch 20, 70 steps, forward and backward, the input's gradient included, in fp32 and under bf16 autocast. The
+floor beside it is the layer's arithmetic at the rate of one large product in the same run. Inference: one step at batch
+1, 2, 4 and 8 in fp32 under `no_grad`; its bound is the layer's weight bytes at the rate of a plain sum over memory larger
+than any cache, in the same run. Contestants alternate within a repeat; medians; the first repeat warms up. Answers are
+checked first. A contestant that fails is named with its error. `--plot` draws the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_commit, describe_machine, today
+from published_pru import PublishedPRU
+
+from flashlm import _native
+from flashlm.pru import PRU
+
+BATCH, STEPS, SUM_BYTES = 20, 70, 512 << 20
+BATCHES = (1, 2, 4, 8)
+Work = Callable[[], object]
+
+
+def seconds(work: Work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def medians(works: dict[str, Work], repeats: int, warm_ups: int = 1) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats + warm_ups):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    return {name: statistics.median(values[warm_ups:]) for name, values in times.items()}
+
+
+def on(pru: PRU, path: str, *inputs: Any) -> Callable[[], torch.Tensor]:
+    def forward() -> torch.Tensor:
+        pru.path = path  # type: ignore[assignment]
+        return pru(*inputs)[0]
+
+    return forward
+
+
+def training_flops(pru: PRU) -> int:
+    """Multiply-adds twice, of both transforms: forward, by the weights, by the inputs."""
+    num_weights = sum(parameter.numel() for parameter in pru.parameters() if parameter.dim() > 1)
+    return 3 * 2 * num_weights * BATCH * STEPS
+
+
+def training(pru: PRU, lstm: torch.nn.LSTM, is_bf16: bool, repeats: int) -> dict[str, Any]:
+    published = PublishedPRU(pru)
+    x = torch.randn(STEPS, BATCH, pru.input_size, requires_grad=True)
+    state = (torch.zeros(1, BATCH, pru.hidden_size),) * 2
+    forwards: dict[str, Callable[[], torch.Tensor]] = {
+        "published": lambda: published(x, state)[0],
+        "lstm": lambda: lstm(x)[0],
+        "grouped": on(pru, "grouped", x),
+        "folded": on(pru, "folded", x),
+    }
+
+    def step(forward: Callable[[], torch.Tensor]) -> Work:
+        def work() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+                loss = forward().float().square().mean()
+            loss.backward()
+
+        return work
+
+    works, failed = {}, {}
+    for name, forward in forwards.items():
+        try:
+            step(forward)()
+            works[name] = step(forward)
+        except RuntimeError as error:
+            failed[name] = str(error).splitlines()[0]
+    result: dict[str, Any] = {"seconds": medians(works, repeats, warm_ups=0), "failed": failed}
+    if not is_bf16:
+        a, b = torch.randn(1400, 1400), torch.randn(1400, 5600)
+        rate = 2 * 1400 * 1400 * 5600 / medians({"product": lambda: a @ b}, repeats)["product"]
+        result |= {"product_gflop_per_s": rate / 1e9, "floor_s": training_flops(pru) / rate}
+    return result
+
+
+def one_step(pru: PRU, lstm: torch.nn.LSTM, batch: int, repeats: int) -> dict[str, Any]:
+    x, memory = torch.randn(1, batch, pru.input_size), torch.ones(SUM_BYTES // 4)
+    state = (torch.zeros(1, batch, pru.hidden_size),) * 2
+    works: dict[str, Work] = {"lstm": lambda: lstm(x, state)}
+    works |= {path: on(pru, path, x, state) for path in ("grouped", "native")}
+    with torch.no_grad():
+        result: dict[str, Any] = {"batch": batch, "seconds": medians(works, repeats * 10)}
+        sum_s = medians({"sum": memory.sum}, repeats)["sum"]
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in pru.parameters())
+    bound_s = num_bytes * sum_s / SUM_BYTES
+    shares = {name: bound_s / value for name, value in result["seconds"].items() if name != "lstm"}
+    return result | {
+        "weight_bytes": num_bytes,
+        "memory_gb_per_s": SUM_BYTES / sum_s / 1e9,
+        "bound_s": bound_s,
+        "share_of_bound": shares,
+    }
+
+
+def ratios(seconds_of: dict[str, float]) -> dict[str, float]:
+    """How many times faster than each peer our paths are."""
+    ours = [name for name in ("grouped", "folded", "native") if name in seconds_of]
+    peers = [name for name in ("published", "lstm") if name in seconds_of]
+    return {f"{peer}/{name}": seconds_of[peer] / seconds_of[name] for name in ours for peer in peers}
+
+
+def check(pru: PRU, lstm: torch.nn.LSTM) -> None:
+    x = torch.randn(STEPS, BATCH, pru.input_size)
+    state = (torch.zeros(1, BATCH, pru.hidden_size),) * 2
+    with torch.no_grad():
+        expected = PublishedPRU(pru)(x, state)[0]
+        for got in (on(pru, "grouped", x)(), on(pru, "folded", x)(), lstm(x)[0]):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(f"training step, {name}", result[key]["seconds"], result[key].get("floor_s"))
+              for name, key in (("fp32", "training_fp32"), ("bf16 autocast", "training_bf16")) if key in result]  # fmt: skip
+    panels += [(f"one token, batch {r['batch']}", r["seconds"], r["bound_s"]) for r in result["one_step"][:1]]
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
+    for axes, (title, values, floor) in zip(all_axes, panels, strict=True):
+        axes.bar(list(values), [1e3 * value for value in values.values()])
+        if floor is not None:
+            axes.axhline(1e3 * floor, color="black", linestyle="--", label="floor")
+            axes.legend()
+        axes.set(title=title, ylabel="ms (median)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=1400)
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--skip-bf16", action="store_true", help="where 16-bit products are emulated it takes minutes")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    pru = PRU(arguments.size, arguments.size, groups=arguments.groups)
+    lstm = pru.to_lstm()
+    check(pru, lstm)
+    result: dict[str, Any] = {
+        "machine": describe_machine(),
+        **describe_commit(Path(__file__).parents[1]),
+        "date": today(),
+        "torch": torch.__version__,
+        "threads": {"torch": torch.get_num_threads(), "kernels": _native.num_threads()},
+        "simd": _native.simd_level(),
+        "size": arguments.size,
+        "groups": arguments.groups,
+        "batch": BATCH,
+        "steps": STEPS,
+        "repeats": arguments.repeats,
+        "load_average_before": Path("/proc/loadavg").read_text().split()[0],
+    }
+    result["one_step"] = [one_step(pru, lstm, batch, arguments.repeats) for batch in BATCHES]
+    result["training_fp32"] = training(pru, lstm, False, arguments.repeats)
+    if not arguments.skip_bf16:
+        result["training_bf16"] = training(pru, lstm, True, max(1, arguments.repeats // 3))
+    for part in [result["training_fp32"], result.get("training_bf16"), *result["one_step"]]:
+        if part is not None:
+            part["times_faster"] = ratios(part["seconds"])
+    print(json.dumps(result, indent=2))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.plot:
+        plot(result, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
