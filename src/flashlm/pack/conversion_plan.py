@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from flashlm import __version__
 from flashlm.errors import ConfigError, PackError
@@ -117,6 +119,10 @@ def plan_conversion(
         with DirectReader() as reader:
             if is_same(reader, entries[duplicate], entries[original]):
                 del entries[duplicate]
+    if experts and block_rows is not None:
+        raise ConfigError(
+            f"block_rows is {block_rows}: leave it out, a block of a mixture-of-experts model is an expert"
+        )
     rows = experts[0].num_rows if experts else _block_rows(layers, dtype, block_rows)
     parts = tuple(_layer_parts(layer, entries) for layer in layers)
     copied = files_to_copy(folder, trust_remote_code=trust_remote_code)
@@ -132,7 +138,7 @@ def plan_conversion(
         experts=experts,
         streamed=(*_layer_files(layers, parts, dtype, rows), *_expert_files(sources, dtype)),
         num_column_parts=max((sum(part.source.neuron_axis == 1 for part in each) for each in parts), default=0),
-        resident=ResidentPlan(_resident_tensors(layers, entries, dtype)),
+        resident=ResidentPlan(_resident_tensors(model, layers, entries, dtype)),
         copied=tuple(copied),
         fingerprint=fingerprint(checkpoint, copied, settings),
     )
@@ -209,13 +215,21 @@ def _layer_parts(layer: FfnLayer, entries: dict[str, TensorEntry]) -> tuple[Laye
 
 
 def _resident_tensors(
-    layers: tuple[FfnLayer, ...], entries: dict[str, TensorEntry], dtype: str
+    model: PreTrainedModel, layers: tuple[FfnLayer, ...], entries: dict[str, TensorEntry], dtype: str
 ) -> list[ResidentTensor]:
     """Return every tensor that is not streamed, and the biases of the streamed layers under the pack's names."""
     wanted: torch.dtype = getattr(torch, dtype)
+    # transformers keeps some weights in fp32 whatever is asked, the corrections of some routers among them.
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(wanted)
+    keeps = re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
     streamed = {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
     tensors = [
-        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=pack_dtype(entry.dtype, wanted))
+        ResidentTensor(
+            name=name,
+            source=entry,
+            shape=entry.shape,
+            dtype=pack_dtype(entry.dtype, torch.float32 if keeps is not None and keeps.search(name) else wanted),
+        )
         for name, entry in sorted(entries.items())
         if name not in streamed
     ]
