@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import row_trace
 import torch
+from device_state import DeviceState
 from hybrid_child import Recorder, Spec
 
 import flashlm
@@ -195,7 +196,15 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
     ids = spec["ids"] or np.random.default_rng(1).integers(3, spec["vocab_size"], size=4096).tolist()
     cache = None
     occupancy = []
+    state = None
+    if spec.get("watch_device"):
+        state = DeviceState(Path(spec["pack"]), flash.manifest.block_stride_bytes, flash.manifest.row_stride_bytes)
+    states = []
     for token in range(spec["num_tokens"]):
+        if state is not None:
+            flash._stream._restart_at(None)  # nothing in flight while the device is measured
+            states.append(state.measure())
+            recorder.note(states=states)
         with torch.inference_mode():
             cpu_s = time.process_time()
             out = model(input_ids=torch.tensor([ids[token : token + 1]]), past_key_values=cache, use_cache=True)

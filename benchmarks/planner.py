@@ -2,11 +2,15 @@
 
     python benchmarks/planner.py --work DIR --shape opt-6.7b --shape llama-2-7b-relu [--pack PACK --text FILE]
 
-For every shape the device is probed first, then each cell runs in a process of its own under a memory limit that the kernel
-enforces, page cache included. With --shape, weights are random and the rows of mode sparse TRACE-DRIVEN (simulated;
-`row_trace.py`); reads, cache, bookkeeping and arithmetic are real. Half of the neurons of random weights fire, which the
-prediction is told. With --pack (a calibrated pack) nothing is simulated, and what is held is set by shares of the FFN,
-since the process outweighs such a small model. Cells leave their records in DIR; an interrupted run goes on there.
+The machine is probed right before the cells of each budget; then each cell runs in a process of its own under a memory limit
+that the kernel enforces, page cache included. A shared machine drifts by a factor of two within minutes, so its state
+(`device_state.py`: a stream, batches of rows, products) is measured between a cell's tokens, too, and every cell is
+predicted twice: from the probe as it was, and with these three rates in the place of the probe's ("paired").
+
+With --shape, weights are random and the rows of mode sparse TRACE-DRIVEN (simulated; `row_trace.py`); reads, cache,
+bookkeeping and arithmetic are real. Half of the neurons of random weights fire, which the prediction is told. With --pack
+(a calibrated pack) nothing is simulated, and what is held is set by shares of the FFN, since the process outweighs such a
+small model. Cells leave their records in DIR; an interrupted run goes on there.
 """
 
 from __future__ import annotations
@@ -16,18 +20,20 @@ import json
 import os
 import statistics
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
+from device_state import BATCH_ROWS, STATE_BYTES
 from ladder import MODELS, Record, child, log, make_pack, own_ids
 from machine import describe_block_device, describe_commit, describe_machine, today
 
-from flashlm.memory.budget import place, place_sparse
+from flashlm.memory.budget import place
 from flashlm.memory.cache_plan import plan_capacities
-from flashlm.planner.estimate import DenseUse, dense_use, exact_token, sparse_token
+from flashlm.planner.cost import TokenCost
+from flashlm.planner.estimate import dense_use, exact_token, sparse_token
 from flashlm.planner.machine import rates_of
-from flashlm.planner.plan import GAPS, model_needs
+from flashlm.planner.plan import GAPS, MEMORY_RATES, Candidate, candidates, model_needs
 from flashlm.planner.probe import probe
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import ModelShape, read_shape
@@ -38,46 +44,64 @@ BUDGETS = {"opt-6.7b": ("5.8GiB", "7GiB", "9GiB"), "llama-2-7b-relu": ("6.2GiB",
 SHARES = (0.25, 0.5, 0.75)  # of a small model's FFN
 CONTEXT = 256
 RANDOM_FIRES = 0.5
-TOKENS = {"naive": (1, 2), "hybrid": (1, 3), "sparse": (12, 16)}  # warm, timed
+TOKENS = {"naive": (1, 2), "hybrid": (1, 4), "sparse": (12, 16)}  # warm, timed
 
 
-def predict(shape: ModelShape, rates: Rates, mode: str, dram_bytes: int, is_random: bool) -> tuple[Any, int]:
-    """Return (the predicted cost, the gap that the planner takes) of a cell under a budget."""
-    if mode != "sparse":
-        use = DenseUse(firing_share=RANDOM_FIRES) if is_random else dense_use(shape)
-        pins = 0 if mode == "naive" else None
-        placement = place(shape.layouts, model_needs(shape, CONTEXT), dram_bytes, max_pinned_bytes=pins)
-        return exact_token(shape, placement, rates, use, reads_ahead=mode != "naive"), 0
-    sparse = shape.sparse
-    if is_random:
-        sparse = replace(sparse, active_shares=tuple(use.use_curve[0] * RANDOM_FIRES for use in sparse.uses))
-    needs = model_needs(shape, CONTEXT, with_predictors=True)
-    placement = place_sparse(shape.layouts, sparse.uses, needs, dram_bytes)
-    costs = {gap: sparse_token(shape, sparse, placement.cache, rates, max_gap=gap) for gap in GAPS}
-    gap = min(costs, key=lambda each: costs[each].total_s)
-    return costs[gap], gap
+class Turns:
+    """Probes and scores one budget after another, `most` of them at most; what is in the work folder is not done again."""
+
+    def __init__(self, most: int | None) -> None:
+        self._left = most
+
+    def score(self, path: Path, pack: Path, shape: ModelShape, cells: Callable[[Rates], list[Record]]) -> Record | None:
+        if path.exists():
+            return json.loads(path.read_text())
+        if self._left == 0:
+            return None
+        profile = probe(pack)
+        record = {"cells": cells(rates_of(profile, shape.dtype)), "profile": profile.model_dump(mode="json")}
+        path.write_text(json.dumps(record, indent=1))
+        self._left = None if self._left is None else self._left - 1
+        return record
 
 
-def predict_share(shape: ModelShape, rates: Rates, mode: str, share: float) -> tuple[Any, int]:
-    """Return the same for a share of the FFN in memory, whatever the process weighs."""
+def told_of_random_weights(shape: ModelShape, mode: str) -> ModelShape:
+    """Return the shape with the share of neurons that fires with random weights, of all or of those predicted."""
+    shares = (use.use_curve[0] if mode == "sparse" else 1.0 for use in shape.sparse.uses)
+    return replace(shape, sparse=replace(shape.sparse, active_shares=tuple(RANDOM_FIRES * share for share in shares)))
+
+
+def plan_share(shape: ModelShape, rates: Rates, mode: str, share: float) -> Candidate:
+    """Return the plan for a share of the FFN in memory, whatever the process weighs."""
+    some = min(candidates(shape, rates, 2 << 30, CONTEXT, mode), key=lambda each: each.cost.total_s)
     if mode == "sparse":
-        capacities = tuple(plan_capacities(shape.sparse.uses, int(sum(u.num_rows for u in shape.sparse.uses) * share)))
-        costs = {gap: sparse_token(shape, shape.sparse, capacities, rates, max_gap=gap) for gap in GAPS}
-        gap = min(costs, key=lambda each: costs[each].total_s)
-        return costs[gap], gap
-    pins = int(shape.streamed_bytes * share) if mode == "hybrid" else 0
-    placement = place(shape.layouts, model_needs(shape, CONTEXT), 2 << 30, max_pinned_bytes=pins)
-    return exact_token(shape, placement, rates, dense_use(shape), reads_ahead=mode != "naive"), 0
+        num_rows = sum(use.num_rows for use in shape.sparse.uses)
+        placement = replace(some.placement, cache=tuple(plan_capacities(shape.sparse.uses, int(num_rows * share))))
+        choices = [replace(some, placement=placement, max_gap=gap) for gap in GAPS]
+    else:
+        pins = int(shape.streamed_bytes * share)
+        placement = place(shape.layouts, model_needs(shape, CONTEXT), 2 << 30, max_pinned_bytes=pins)
+        choices = [replace(some, placement=placement)]
+    return min(choices, key=lambda each: cost_of(each, shape, rates).total_s)
+
+
+def cost_of(plan: Candidate, shape: ModelShape, rates: Rates) -> TokenCost:
+    """Return what a plan costs on another machine."""
+    if plan.mode == "sparse":
+        return sparse_token(shape, shape.sparse, plan.placement.cache, rates, max_gap=plan.max_gap)
+    return exact_token(shape, plan.placement, rates, dense_use(shape), reads_ahead=plan.mode != "naive")
 
 
 def run_cell(work: Path, step: str, spec: Record, cap_bytes: int | None) -> Record:
-    record = child(work, step, spec, cap_bytes=cap_bytes)
+    record = child(work, step, spec, cap_bytes=None if cap_bytes is None else cap_bytes + STATE_BYTES)
     num_warm = TOKENS[spec["mode"]][0]
     timed = record["tokens"][num_warm:]
+    states = record["states"][num_warm:]
+    parts = ("wait_s", "submit_s", "predict_s", "manage_s", "bytes_read", "num_reads", "hit_rows", "miss_rows")
     return {
         "measured_s": statistics.median(token["wall_s"] for token in timed),
-        "measured_io_s": statistics.median(token["wait_s"] + token["submit_s"] for token in timed),
-        "measured_read_bytes": statistics.median(token["bytes_read"] for token in timed),
+        "device": {name: statistics.median(state[name] for state in states) for name in states[0]},
+        "measured": {part: statistics.median(token[part] for token in timed) for part in parts},
         "min_s": min(token["wall_s"] for token in timed),
         "max_s": max(token["wall_s"] for token in timed),
         "peak_bytes": record.get("peak_bytes"),
@@ -91,24 +115,45 @@ def cell_spec(pack: Path, mode: str, dram_bytes: int, gap: int, trace: str | Non
         "job": "rung", "pack": str(pack), "dram_bytes": dram_bytes, "mode": mode, "rows": "overlap", "window": None,
         "max_gap": gap, "context": CONTEXT, "vocab_size": vocab_size, "ids": None, "pin_bytes": None, "cache_rows": None,
         "num_tokens": num_tokens,
+        "watch_device": True,
         "trace": {"model": trace, "num_tokens": num_tokens, "order": "random"} if trace and mode == "sparse" else None,
     }  # fmt: skip
 
 
-def cell(name: str, mode: str, budget: str, cost: Any, gap: int, measured: Record) -> Record:
-    error = cost.total_s / measured["measured_s"] - 1.0
+def drifted(rates: Rates, shape: ModelShape, now: Record) -> Rates:
+    """Return the rates as the device's state between the cell's tokens has them."""
+    layout = shape.layouts[0]
+    stream = now["stream_gb_per_s"] / rates.block_read_gb_per_s(layout.block_stride_bytes)
+    row_s = layout.row_stride_bytes / (rates.random_read_gb_per_s(layout.row_stride_bytes) * 1e9)
+    rows = (rates.batch_latency_s + BATCH_ROWS * row_s) / now["batch_s"]
+    matrix = now["matrix_gb_per_s"] / rates.matrix_gb_per_s
+    return replace(
+        rates,
+        stream_gb_per_s={size: rate * stream for size, rate in rates.stream_gb_per_s.items()},
+        random_gb_per_s={size: rate * rows for size, rate in rates.random_gb_per_s.items()},
+        batch_latency_s=rates.batch_latency_s / rows,
+        **{name: getattr(rates, name) * matrix for name in MEMORY_RATES},
+    )
+
+
+def cell(name: str, budget: str, plan: Candidate, shape: ModelShape, rates: Rates, measured: Record) -> Record:
+    """Return a cell's record: predicted from the probe, and again with the rates between its tokens."""
+    cost, paired = (cost_of(plan, shape, each) for each in (rates, drifted(rates, shape, measured["device"])))
+    errors = [each.total_s / measured["measured_s"] - 1.0 for each in (cost, paired)]
     log(
-        f"{name} {mode} {budget}: predicted {cost.total_s:.3f} s, measured {measured['measured_s']:.3f} s ({error:+.0%})"
+        f"{name} {plan.mode} {budget}: measured {measured['measured_s']:.3f} s; predicted {cost.total_s:.3f}"
+        f" ({errors[0]:+.0%}), paired {paired.total_s:.3f} ({errors[1]:+.0%})"
     )
     return {
-        "shape": name, "mode": mode, "budget": budget, "max_gap": gap, "predicted_s": cost.total_s,
-        "predicted_io_s": cost.io_s, "predicted_compute_s": cost.compute_s, "predicted_read_bytes": cost.read_bytes,
-        "roofline_s": cost.roofline_s, "error": error, **measured,
+        "shape": name, "mode": plan.mode, "budget": budget, "max_gap": plan.max_gap,
+        "staging_bytes": plan.placement.staging_bytes, "measured_s": measured["measured_s"],
+        "predicted_s": cost.total_s, "error": errors[0], "paired_s": paired.total_s, "paired_error": errors[1],
+        "predicted": asdict(cost), "paired": asdict(paired), **measured,
     }  # fmt: skip
 
 
-def score_shape(name: str, work: Path, keep: bool) -> tuple[list[Record], Record]:
-    """Return the cells of one random shape, and the profile that they were predicted from."""
+def score_shape(name: str, work: Path, keep: bool, turns: Turns) -> list[Record | None]:
+    """Return a record for every budget of one random shape: its cells and the profile; None where that is still to do."""
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     pack, model = make_pack(name, folder), MODELS[name]
@@ -119,43 +164,52 @@ def score_shape(name: str, work: Path, keep: bool) -> tuple[list[Record], Record
         cap_bytes=None,
     )
     vocab_size = json.loads((pack / "config.json").read_text())["vocab_size"]
-    profile = probe(pack)
-    shape, cells = read_shape(pack), []
-    rates = rates_of(profile, shape.dtype)
+    shape, found = read_shape(pack), []
     for budget in BUDGETS[name]:
         dram_bytes = parse_size_bytes(budget)
-        for mode in ("hybrid", "sparse"):
-            cost, gap = predict(shape, rates, mode, dram_bytes, is_random=True)
-            spec = cell_spec(pack, mode, dram_bytes, gap, model.trace, vocab_size)
-            measured = run_cell(folder, f"cell-{mode}-{budget}", spec, dram_bytes)
-            cells.append(cell(name, mode, budget, cost, gap, measured))
-    if not keep:
+
+        def cells(rates: Rates, budget: str = budget, dram_bytes: int = dram_bytes) -> list[Record]:
+            made = []
+            for mode in ("hybrid", "sparse"):
+                told = told_of_random_weights(shape, mode)
+                plan = min(candidates(told, rates, dram_bytes, CONTEXT, mode), key=lambda each: each.cost.total_s)
+                spec = cell_spec(pack, mode, dram_bytes, plan.max_gap, model.trace, vocab_size)
+                measured = run_cell(folder, f"cell-{mode}-{budget}", spec, dram_bytes)
+                made.append(cell(name, budget, plan, told, rates, measured))
+            return made
+
+        found.append(turns.score(folder / f"score-{budget}.json", pack, shape, cells))
+    if not keep and all(found):
         import shutil
 
         shutil.rmtree(pack)
-    return cells, profile.model_dump(mode="json")
+    return found
 
 
-def score_pack(pack: Path, text: Path, work: Path) -> tuple[list[Record], Record]:
-    """Return the cells of a calibrated pack; nothing is simulated."""
+def score_pack(pack: Path, text: Path, work: Path, turns: Turns) -> list[Record | None]:
+    """Return the same for shares of a calibrated pack's FFN; nothing is simulated."""
     folder = work / pack.name
     folder.mkdir(parents=True, exist_ok=True)
     ids, vocab_size = own_ids(pack, text), json.loads((pack / "config.json").read_text())["vocab_size"]
-    profile = probe(pack)
-    shape, cells = read_shape(pack), []
-    rates = rates_of(profile, shape.dtype)
+    shape, found = read_shape(pack), []
     for share in SHARES:
-        for mode in ("hybrid", "sparse"):
-            cost, gap = predict_share(shape, rates, mode, share)
-            spec = cell_spec(pack, mode, 2 << 30, gap, None, vocab_size)
-            spec["ids"] = ids[: spec["num_tokens"]]
-            spec["pin_bytes"] = int(shape.streamed_bytes * share) if mode == "hybrid" else None
-            spec["cache_rows"] = (
-                int(sum(use.num_rows for use in shape.sparse.uses) * share) if mode == "sparse" else None
-            )
-            measured = run_cell(folder, f"cell-{mode}-{share}", spec, None)
-            cells.append(cell("demo model", mode, f"{share:.0%} of the FFN", cost, gap, measured))
-    return cells, profile.model_dump(mode="json")
+
+        def cells(rates: Rates, share: float = share) -> list[Record]:
+            made = []
+            for mode in ("hybrid", "sparse"):
+                plan = plan_share(shape, rates, mode, share)
+                spec = cell_spec(pack, mode, 2 << 30, plan.max_gap, None, vocab_size)
+                spec["ids"] = ids[: spec["num_tokens"]]
+                if mode == "hybrid":
+                    spec["pin_bytes"] = int(shape.streamed_bytes * share)
+                else:
+                    spec["cache_rows"] = int(sum(use.num_rows for use in shape.sparse.uses) * share)
+                measured = run_cell(folder, f"cell-{mode}-{share}", spec, None)
+                made.append(cell("demo model", f"{share:.0%} of the FFN", plan, shape, rates, measured))
+            return made
+
+        found.append(turns.score(folder / f"score-{share}.json", pack, shape, cells))
+    return found
 
 
 def picks(cells: list[Record]) -> list[Record]:
@@ -178,26 +232,31 @@ def draw(cells: list[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 6))
-    for shape in dict.fromkeys(each["shape"] for each in cells):
-        for mode, marker in (("hybrid", "o"), ("sparse", "^")):
-            some = [each for each in cells if each["shape"] == shape and each["mode"] == mode]
-            axes.scatter(
-                [e["measured_s"] for e in some],
-                [e["predicted_s"] for e in some],
-                marker=marker,
-                label=f"{shape}, {mode}",
-            )
-    low = min(min(e["measured_s"], e["predicted_s"]) for e in cells) * 0.8
-    high = max(max(e["measured_s"], e["predicted_s"]) for e in cells) * 1.25
-    axes.plot([low, high], [low, high], color="#888888", linewidth=1)
-    axes.fill_between(
-        [low, high], [low * 0.75, high * 0.75], [low * 1.25, high * 1.25], color="#888888", alpha=0.15, label="25 %"
-    )
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.set(xlabel="measured, s a token", ylabel="predicted, s a token")
-    axes.set_title("The planner's score (7 B shapes: rows trace-driven, weights random)", fontsize=10)
-    axes.legend(fontsize=8)
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 5.5), sharex=True, sharey=True)
+    values = [each[name] for each in cells for name in ("measured_s", "predicted_s", "paired_s")]
+    low, high = min(values) * 0.8, max(values) * 1.25
+    for axes, name, title in (
+        (both[0], "predicted_s", "from a fresh probe"),
+        (both[1], "paired_s", "with rates measured between the tokens"),
+    ):
+        for color, shape in enumerate(dict.fromkeys(each["shape"] for each in cells)):
+            for mode, marker in (("hybrid", "o"), ("sparse", "^")):
+                some = [each for each in cells if (each["shape"], each["mode"]) == (shape, mode)]
+                axes.scatter(
+                    [each["measured_s"] for each in some],
+                    [each[name] for each in some],
+                    marker=marker,
+                    color=f"C{color}",
+                    label=f"{shape}, {mode}",
+                )
+        axes.plot([low, high], [low, high], color="#888888", linewidth=1)
+        axes.fill_between(
+            [low, high], [low * 0.75, high * 0.75], [low * 1.25, high * 1.25], color="#888888", alpha=0.15, label="25 %"
+        )
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        axes.set(xlabel="measured, s a token", ylabel="predicted, s a token", title=title)
+    both[0].legend(fontsize=8)
+    figure.suptitle("The planner's score (7 B shapes: rows trace-driven, weights random: simulated)", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -212,17 +271,20 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="for --pack: tokens that are run")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of JSON and plot")
     parser.add_argument("--keep", action="store_true", help="leave the packs in the work folder")
+    parser.add_argument("--most", type=int, help="stop after so many budgets; the next run goes on there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("FLASHLM_CACHE", str(args.work / "profiles"))
-    cells, profiles = [], {}
+    turns, found = Turns(args.most), []
     for name in args.shape:
-        found, profiles[name] = score_shape(name, args.work, args.keep)
-        cells += found
+        found += score_shape(name, args.work, args.keep, turns)
     if args.pack is not None:
-        found, profiles["demo model"] = score_pack(args.pack, args.text, args.work)
-        cells += found
-    errors = sorted(abs(each["error"]) for each in cells)
+        found += score_pack(args.pack, args.text, args.work, turns)
+    if not all(found):
+        log(f"{sum(each is None for each in found)} budgets are still to do")
+        return
+    cells = [each for record in found for each in record["cells"]]
+    errors, paired = (sorted(abs(each[name]) for each in cells) for name in ("error", "paired_error"))
     result = {
         "what": "predicted against measured time of a token",
         "simulated": "7 B shapes: rows of mode sparse TRACE-DRIVEN (simulated), weights random; demo model: nothing",
@@ -231,14 +293,17 @@ def main() -> None:
         "commit": describe_commit(HERE.parent),
         "median_error": statistics.median(errors),
         "worst_error": errors[-1],
+        "paired_median_error": statistics.median(paired),
+        "paired_worst_error": paired[-1],
         "picks": picks(cells),
         "cells": cells,
-        "profiles": profiles,
+        "profiles": [record["profile"] for record in found],
     }
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "planner.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(cells, args.results / "planner.png")
-    log(f"median error {result['median_error']:.0%}, worst {result['worst_error']:.0%} over {len(cells)} cells")
+    log(f"median error {result['median_error']:.0%}, worst {result['worst_error']:.0%} over {len(cells)} cells; with each"
+        f" cell's device {result['paired_median_error']:.0%} and {result['paired_worst_error']:.0%}")  # fmt: skip
 
 
 if __name__ == "__main__":

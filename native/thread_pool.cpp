@@ -5,6 +5,7 @@
 #include <signal.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -17,7 +18,8 @@ namespace flashlm {
 namespace {
 
 using Run = void (*)(const void*, std::size_t);
-constexpr int SPINS = 1000;  // pauses before sleeping: 20 to 50 us
+// Before sleeping: waking a thread costs more than what Python does between two kernels (docs/experiments.md).
+constexpr std::chrono::microseconds SPIN{500};
 
 void pause() {
 #if defined(__x86_64__)
@@ -26,6 +28,22 @@ void pause() {
     asm volatile("yield");
 #endif
 }
+
+// Lets a wait spin for a while before it sleeps.
+class Patience {
+public:
+    // Pauses, and returns true, until the time is up.
+    bool wait() {
+        if (++num_pauses_ % PAUSES_PER_LOOK == 0 && std::chrono::steady_clock::now() > ends_) return false;
+        pause();
+        return true;
+    }
+
+private:
+    static constexpr int PAUSES_PER_LOOK = 32;
+    int num_pauses_ = 0;
+    std::chrono::steady_clock::time_point ends_ = std::chrono::steady_clock::now() + SPIN;
+};
 
 std::size_t available_cores() {
     cpu_set_t set;
@@ -66,11 +84,10 @@ public:
         epoch_.store(epoch);
         epoch_.notify_all();
         take_tasks(epoch);
-        for (int spin = 0;; ++spin) {
+        for (Patience patience;;) {
             const std::uint32_t pending = num_pending_.load(std::memory_order_acquire);
             if (pending == 0) return;
-            if (spin < SPINS) pause();
-            else num_pending_.wait(pending, std::memory_order_acquire);
+            if (!patience.wait()) num_pending_.wait(pending, std::memory_order_acquire);
         }
     }
 
@@ -93,8 +110,7 @@ private:
         std::uint32_t seen = 0;
         while (!stopped_.load()) {
             std::uint32_t epoch = epoch_.load(std::memory_order_acquire);
-            for (int spin = 0; epoch == seen && spin < SPINS; ++spin) {
-                pause();
+            for (Patience patience; epoch == seen && patience.wait();) {
                 epoch = epoch_.load(std::memory_order_acquire);
             }
             if (epoch == seen) {

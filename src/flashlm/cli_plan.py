@@ -107,7 +107,7 @@ def plan(
             ("resident", f"{format_size(shape.resident_bytes)} whatever the budget"),
             ("sparsity", shape.sparse.origin if shape.sparse else "unknown: exact modes only, until `flashlm calibrate`"),
             *[
-                (f"at {format_size(plan.dram_bytes)}", f"more {plan.would_help}")
+                (f"at {format_size(plan.dram_bytes)}", f"{_settings(plan)}; more {plan.would_help}")
                 for plan in plans
             ],
         ],
@@ -133,6 +133,19 @@ def _row(dram_bytes: int, plan: Plan | BudgetError) -> tuple[str, ...]:
         f"{plan.prompt_tokens / plan.prompt_s:.1f}",
         f"{1 / plan.roofline_s:.2f}" if plan.roofline_s else "",
     )
+
+
+def _settings(plan: Plan) -> str:
+    """Return how the plan reads."""
+    from flashlm.sizes import format_size
+
+    if plan.mode == "sparse":
+        gaps = f", gaps of {plan.max_gap} read through" if plan.max_gap else ""
+        return f"rows of a window of {plan.window} tokens held, {plan.queue_depth} reads in flight{gaps}"
+    if not plan.read_bytes:
+        return "all in memory"
+    ahead = f"{format_size(plan.staging_bytes)} ahead" if plan.mode == "hybrid" else "layer by layer"
+    return f"read {ahead}, {plan.queue_depth} pieces of {format_size(plan.piece_bytes)} in flight"
 
 
 def _as_json(found: list[tuple[int, Plan | BudgetError]], origin: str | None) -> dict[str, Any]:

@@ -39,7 +39,14 @@ def make_profile() -> DeviceProfile:
         first_touch_gb_per_s=1.0,
         products=tuple(
             ProductRates(
-                dtype=dtype, matrix_gb_per_s=20.0, block_gb_per_s=15.0, scattered_gb_per_s=14.0, gemm_gflop_per_s=70.0
+                dtype=dtype,
+                matrix_gb_per_s=20.0,
+                block_up_gb_per_s=18.0,
+                block_down_gb_per_s=11.0,
+                row_up_gb_per_s=17.0,
+                row_down_gb_per_s=10.0,
+                predictor_gb_per_s=10.0,
+                gemm_gflop_per_s=70.0,
             )
             for dtype in ("bfloat16", "float32")
         ),
@@ -47,6 +54,7 @@ def make_profile() -> DeviceProfile:
         compute_share=0.9,
         block_overhead_s=3e-5,
         layer_overhead_s=3e-4,
+        sparse_layer_overhead_s=5e-4,
         manage_row_s=2e-8,
     )
 

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 import flashlm
 from flashlm.cli import main
+from flashlm.engine.config import make_settings
 from flashlm.errors import BudgetError, ConfigError, PackError, UnsupportedModelError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.planner.cost import Overlap
 from flashlm.planner.document import load_plan, save_plan
 from flashlm.planner.machine import rates_of
-from flashlm.planner.plan import make_plan
+from flashlm.planner.plan import make_plan, row_reads
 from flashlm.planner.profile import save_profile
 from flashlm.planner.published import assume_sparsity
-from flashlm.planner.rates import Rates
+from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape, SparseShape, read_shape
 from tests.engine.conftest import TinyPack
 from tests.models import save_checkpoint, tiny_model
@@ -34,8 +35,11 @@ RATES = Rates(
     batch_latency_s=1e-4,
     memory_gb_per_s=25.0,
     matrix_gb_per_s=20.0,
-    block_gb_per_s=15.0,
-    scattered_gb_per_s=14.0,
+    block_up_gb_per_s=18.0,
+    block_down_gb_per_s=11.0,
+    row_up_gb_per_s=17.0,
+    row_down_gb_per_s=10.0,
+    predictor_gb_per_s=10.0,
     gemm_gflop_per_s=70.0,
     layer_overhead_s=3e-4,
     manage_row_s=2e-8,
@@ -176,9 +180,61 @@ def test_a_plan_is_saved_and_given_back(tiny_pack: Callable[..., TinyPack], tmp_
     assert (model.flash.mode, model.flash.context) == (plan.mode, 77)
     assert model.flash.placement.dram_bytes == 3 * GIB
     assert flashlm.load(pack, plan=path, context=99).flash.context == 99
+    path.write_text(plan.model_copy(update={"queue_depth": 7}).model_dump_json())
+    assert "queue depth 7" in flashlm.load(pack, plan=path).flash.describe()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"plan_version": 2}', '{"plan_version": 1}', "{"])
+def test_a_plan_says_nothing_of_another_budget_or_mode(opt_6_7b: ModelShape, tmp_path: Path) -> None:
+    plan = make_plan(opt_6_7b, RATES, 7 * GIB, context=256)
+    path = tmp_path / "plan.json"
+    save_plan(plan, path)
+    same = make_settings(plan=path)
+    assert (same.staging_bytes, same.queue_depth, same.piece_bytes) == (
+        plan.staging_bytes,
+        plan.queue_depth,
+        plan.piece_bytes,
+    )
+    for changed in (make_settings(plan=path, dram="8GiB"), make_settings(plan=path, mode="naive")):
+        assert (changed.staging_bytes, changed.queue_depth, changed.max_gap) == (None, None, None)
+
+
+def test_staging_covers_the_pauses_and_no_more(opt_6_7b: ModelShape) -> None:
+    short = make_plan(opt_6_7b, RATES, 7 * GIB, context=256)
+    long = make_plan(opt_6_7b, replace(RATES, layer_overhead_s=40e-3), 7 * GIB, context=256)
+    pause_s = 40e-3 + opt_6_7b.matrix_bytes / 20e9 / 32
+    assert short.staging_bytes < long.staging_bytes
+    assert long.staging_bytes >= pause_s * 2e9
+    assert short.pinned_bytes > long.pinned_bytes
+    ends = (make_plan(opt_6_7b, RATES, dram_bytes, context=256) for dram_bytes in (6 * GIB, 9 * GIB))
+    assert all(plan.pinned_bytes + plan.staging_bytes < plan.dram_bytes for plan in ends)
+
+
+def test_reads_differ_from_the_default_only_where_that_is_clearly_faster(opt_6_7b: ModelShape) -> None:
+    def settings_with(gb_per_s: float) -> tuple[ReadSetting, ...]:
+        return (
+            ReadSetting(piece_bytes=1 << 20, queue_depth=32, gb_per_s=2.0),
+            ReadSetting(piece_bytes=256 << 10, queue_depth=128, gb_per_s=gb_per_s),
+        )
+
+    for gb_per_s, expected in ((2.1, (1 << 20, 64)), (2.5, (256 << 10, 128))):
+        plan = make_plan(opt_6_7b, replace(RATES, stream_settings=settings_with(gb_per_s)), 7 * GIB, context=256)
+        assert (plan.piece_bytes, plan.queue_depth) == expected
+    shallow = tuple(
+        ReadSetting(piece_bytes=16384, queue_depth=depth, gb_per_s=rate) for depth, rate in ((8, 0.5), (128, 0.3))
+    )
+    assert row_reads(replace(RATES, random_settings=shallow), 16384).queue_depth == 8
+    assert row_reads(RATES, 16384).queue_depth == 256
+
+
+def test_a_sparse_plan_names_its_window(opt_6_7b: ModelShape) -> None:
+    shape = sparse_of(opt_6_7b, has_passed=True)
+    windows = [make_plan(shape, RATES, dram * GIB, context=256, mode="sparse").window for dram in (6, 7, 9, 14)]
+    assert windows == sorted(windows)
+    assert windows[0] < windows[-1] == 5  # as far as the curve goes
+    assert make_plan(shape, RATES, 7 * GIB, context=256, mode="hybrid").window == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"plan_version": 1}', '{"plan_version": 2}', "{"])
 def test_a_damaged_plan_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(content)

@@ -28,7 +28,10 @@ class Settings:
         context: Tokens that the KV cache may hold, over all sequences; None means `DEFAULT_CONTEXT`.
         pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound. In mode
             `experts`: hold no more experts than fit this, or the floor.
-        max_gap: Rows between two missing ones that are read through (mode `sparse`); None: as the device's profile says.
+        max_gap: Rows between two missing ones that are read through (mode `sparse`); this and what follows, None: as the
+            planner says, from the device's profile; without one, defaults.
+        staging_bytes: How far blocks are read ahead.
+        piece_bytes, queue_depth: Size of a read and reads in flight.
     """
 
     dram_bytes: int | None = None
@@ -36,6 +39,9 @@ class Settings:
     context: int | None = None
     pin_bytes: int | None = None
     max_gap: int | None = None
+    staging_bytes: int | None = None
+    piece_bytes: int | None = None
+    queue_depth: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -66,13 +72,15 @@ def make_settings(
     Raises:
         ConfigError: A value that can't be read or is out of range.
     """
-    max_gap = None
+    planned_settings: dict[str, int] = {}
     if plan is not None:
         planned = load_plan(Path(plan))
         dram = planned.dram_bytes if dram is None else dram
         mode = planned.mode if mode is None else mode
         context = planned.context if context is None else context
-        max_gap = planned.max_gap
+        if (mode, parse_size_bytes(dram)) == (planned.mode, planned.dram_bytes):  # else it says nothing of this run
+            names = ("max_gap", "staging_bytes", "piece_bytes", "queue_depth")
+            planned_settings = {name: getattr(planned, name) for name in names}
     dram = dram if dram is not None else os.environ.get(ENV_DRAM) or None
     mode = mode if mode is not None else os.environ.get(ENV_MODE) or "auto"
     context = context if context is not None else os.environ.get(ENV_CONTEXT) or None
@@ -82,4 +90,4 @@ def make_settings(
         context = int(context)
     dram_bytes = None if dram is None else parse_size_bytes(dram)
     pin_bytes = pin if pin is None or pin == 0 else parse_size_bytes(pin)
-    return Settings(dram_bytes=dram_bytes, mode=mode, context=context, pin_bytes=pin_bytes, max_gap=max_gap)  # type: ignore[arg-type]  # checked there
+    return Settings(dram_bytes=dram_bytes, mode=mode, context=context, pin_bytes=pin_bytes, **planned_settings)  # type: ignore[arg-type]  # checked there

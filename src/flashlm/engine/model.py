@@ -14,7 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
-from flashlm.engine.config import ResolvedMode, Settings
+from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
 from flashlm.engine.expert_loading import (
     EXPERT_QUEUE_DEPTH,
@@ -40,20 +40,18 @@ from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_mani
 from flashlm.pack.reorder import read_order
 from flashlm.planner.machine import stored_rates
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config, torch_dtype
-from flashlm.planner.plan import cheapest
+from flashlm.planner.plan import STREAM_QUEUE_DEPTH, Candidate, cheapest
+from flashlm.planner.rates import ReadSetting
 from flashlm.planner.shape import shape_of_model, sparse_shape
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
-from flashlm.storage.reader import File, Reader
+from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH, File, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# Pieces of 1 MiB in flight where whole blocks are streamed. A device shares itself among all that is in flight, so the block
-# that is waited for takes as long as everything begun with it (docs/experiments.md).
-STREAM_QUEUE_DEPTH = 64
 MAX_LONE_KV_BYTES = 256 << 20  # a KV cache that one thread of torch reads in passing
 
 
@@ -117,10 +115,24 @@ class FlashModel:
         needs = measure_needs(model.config, layouts, resident_bytes=manifest.resident.num_bytes, context=context)
         dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
         calibration = find_calibration(pack, manifest, settings)
-        placement = place(layouts, needs, dram_bytes, max_pinned_bytes=settings.max_pinned_bytes)
+        placement = place(
+            layouts,
+            needs,
+            dram_bytes,
+            max_pinned_bytes=settings.max_pinned_bytes,
+            staging_bytes=settings.staging_bytes,
+        )
         mode, max_gap = resolve_mode(settings, calibration, fits=placement.streamed_bytes == 0), settings.max_gap or 0
-        if calibration is not None and settings.max_gap is None:
-            mode, max_gap = _as_planned(model, calibration, settings.mode, dram_bytes, context) or (mode, max_gap)
+        reads = ReadSetting(
+            piece_bytes=settings.piece_bytes or DEFAULT_PIECE_BYTES,
+            queue_depth=settings.queue_depth or (DEFAULT_QUEUE_DEPTH if mode == "sparse" else STREAM_QUEUE_DEPTH),
+            gb_per_s=0.0,
+        )
+        if settings.queue_depth is None:
+            best = _as_planned(model, pack, manifest, calibration, settings, dram_bytes, context)
+            if best is not None:
+                mode, max_gap, reads = best.mode, best.max_gap, best.reads
+                placement = best.placement if settings.pin_bytes is None else placement
         if mode == "sparse":
             assert calibration is not None
             needs = replace(needs, predictor_bytes=calibration.predictor_bytes)
@@ -133,7 +145,7 @@ class FlashModel:
             mode=mode,
             context=context,
             placement=placement,
-            reader=Reader() if mode == "sparse" else Reader(queue_depth=STREAM_QUEUE_DEPTH),
+            reader=Reader(queue_depth=reads.queue_depth, piece_bytes=reads.piece_bytes),
             calibration=calibration if mode == "sparse" else None,
             max_gap=max_gap,
         )
@@ -148,7 +160,10 @@ class FlashModel:
         placement = place_model(model, manifest, settings, dram_bytes, context)
         check_files(pack, manifest)
         take_out_experts(model, manifest)
-        reader = Reader(queue_depth=EXPERT_QUEUE_DEPTH)
+        reader = Reader(
+            queue_depth=settings.queue_depth or EXPERT_QUEUE_DEPTH,
+            piece_bytes=settings.piece_bytes or DEFAULT_PIECE_BYTES,
+        )
         flash = cls(pack=pack, manifest=manifest, mode="experts", context=context, placement=placement, reader=reader)
         logger.info("%s", flash.describe())
         return flash
@@ -288,20 +303,27 @@ class FlashModel:
 
 
 def _as_planned(
-    model: PreTrainedModel, calibration: Calibration, mode: str, dram_bytes: int, context: int
-) -> tuple[ResolvedMode, int] | None:
-    """Return the cheapest mode and gap by the cost model; None where the pack's device has no usable profile."""
+    model: PreTrainedModel,
+    pack: Path,
+    manifest: Manifest,
+    calibration: Calibration | None,
+    settings: Settings,
+    dram_bytes: int,
+    context: int,
+) -> Candidate | None:
+    """Return the cheapest way to run by the cost model; None where the pack's device has no usable profile."""
     try:
-        rates = stored_rates(calibration.pack, calibration.manifest.dtype)
+        rates = stored_rates(pack, manifest.dtype)
     except ConfigError as error:
         logger.warning("the planner does without a device profile: %s", error)
         return None
     if rates is None:
         return None
-    sparse = sparse_shape(calibration.sparsity, calibration.manifest, calibration.predictor_bytes)
-    shape = shape_of_model(model, calibration.pack, calibration.manifest, sparse)
-    best = cheapest(shape, rates, dram_bytes, context, mode)
-    return best.mode, best.max_gap
+    sparse = None
+    if calibration is not None:
+        sparse = sparse_shape(calibration.sparsity, calibration.manifest, calibration.predictor_bytes)
+    shape = shape_of_model(model, pack, manifest, sparse)
+    return cheapest(shape, rates, dram_bytes, context, settings.mode)
 
 
 def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:

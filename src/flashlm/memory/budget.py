@@ -98,7 +98,12 @@ def floor_bytes(layouts: Sequence[LayerLayout], needs: Needs) -> int:
 
 
 def place(
-    layouts: Sequence[LayerLayout], needs: Needs, dram_bytes: int, *, max_pinned_bytes: int | None = None
+    layouts: Sequence[LayerLayout],
+    needs: Needs,
+    dram_bytes: int,
+    *,
+    max_pinned_bytes: int | None = None,
+    staging_bytes: int | None = None,
 ) -> Placement:
     """Share `dram_bytes` out over staging and pinned blocks.
 
@@ -107,6 +112,7 @@ def place(
         needs: What comes before.
         dram_bytes: The budget of the whole process.
         max_pinned_bytes: Pin no more than this; 0 keeps nothing (mode `naive`), None is no further bound.
+        staging_bytes: Of the staging, as far as there is room for it; None takes a share of what is left.
 
     Raises:
         BudgetError: `dram_bytes` is below the floor; it says what is needed and for what.
@@ -118,8 +124,9 @@ def place(
     if all_bytes <= spare_bytes and (max_pinned_bytes is None or all_bytes <= max_pinned_bytes):
         return _placement(block_bytes, [len(blocks) for blocks in block_bytes], needs, dram_bytes, 0, 0)
     slot_bytes = _slot_bytes(layouts)
-    staging_bytes = min(MAX_STAGING_BYTES, int(spare_bytes * STAGING_SHARE))
-    num_slots = max(MIN_STAGING_BLOCKS, staging_bytes // slot_bytes)
+    if staging_bytes is None:
+        staging_bytes = min(MAX_STAGING_BYTES, int(spare_bytes * STAGING_SHARE))
+    num_slots = max(MIN_STAGING_BLOCKS, min(staging_bytes, spare_bytes) // slot_bytes)
     num_slots = max(MIN_STAGING_BLOCKS, min(num_slots, sum(map(len, block_bytes))))
     pinnable_bytes = spare_bytes - num_slots * slot_bytes
     if max_pinned_bytes is not None:

@@ -32,6 +32,10 @@ class LayerUse:
         first = self.use_curve[0] if self.use_curve else 1.0
         return min(self.num_rows, max(MIN_SLOTS, math.ceil(first * self.num_rows * LEAST_SHARE)))
 
+    def window(self, num_slots: int) -> int:
+        """Return how many tokens' rows the slots hold, up to those of the measured curve (paper §3.1: k)."""
+        return sum(share * self.num_rows * TOKEN_MARGIN <= num_slots for share in self.use_curve)
+
     def steps(self) -> list[tuple[int, float]]:
         """Return (slots, rows read per token), slots rising, each step saving less per slot than the one before.
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from flashlm.memory.cache_plan import LayerUse
 
+FULL_RATE_BLOCKS = 8  # in flight, below which a stream loses speed: measured (docs/experiments.md)
 MAX_RUN = 64  # rows of one merged read; longer ones are as rare as they are cheap
 
 
@@ -81,6 +82,16 @@ def overlapped_s(read_s: float, compute_s: float, overlap: Overlap) -> float:
     together_s = min(read_s / overlap.read_share, compute_s / overlap.compute_share)
     left_s = max(read_s - together_s * overlap.read_share, compute_s - together_s * overlap.compute_share)
     return min(together_s + left_s, read_s + compute_s)  # nobody is forced to overlap
+
+
+def pause_idle_s(pause_s: float, num_slots: int, block_bytes: int, gb_per_s: float) -> float:
+    """Return how long the device idles because of a pause in which no block is consumed.
+
+    Attention, blocks that are pinned and the output layer are such pauses. Reads go on until the staging is full, and come
+    back to their rate only with `FULL_RATE_BLOCKS` on the way; so what covers a pause is the staging beyond these.
+    """
+    ahead_s = (num_slots - FULL_RATE_BLOCKS) * block_bytes / (gb_per_s * 1e9)
+    return max(pause_s - ahead_s, 0.0)
 
 
 def merged_reads(num_missing: float, num_rows: int, max_gap: int = 0) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
 
-PLAN_VERSION: Literal[1] = 1
+PLAN_VERSION: Literal[2] = 2
 MAX_PLAN_BYTES = 1 << 20
 
 Mode = Literal["naive", "hybrid", "sparse"]
@@ -27,6 +27,9 @@ class Plan(BaseModel):
         mode: To run in.
         is_exact: Whether every weight takes part in every token.
         max_gap: Rows between two missing ones that are read through (mode `sparse`).
+        window: Tokens whose rows the neuron cache holds in the median layer (mode `sparse`; the paper's k); else 0.
+        staging_bytes: How far reading goes ahead of the compute: the look-ahead of `hybrid`.
+        piece_bytes, queue_depth: Size of a read and reads in flight.
         token_s, prompt_s: Expected, one token and a prompt of `prompt_tokens`.
         io_s, manage_s, compute_s: What the token is made of.
         read_bytes, num_reads: What a token reads.
@@ -37,13 +40,17 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    plan_version: Literal[1] = PLAN_VERSION
+    plan_version: Literal[2] = PLAN_VERSION
     source: str
     dram_bytes: Annotated[int, Field(gt=0)]
     context: Annotated[int, Field(gt=0)]
     mode: Mode
     is_exact: bool
     max_gap: Annotated[int, Field(ge=0, le=64)] = 0
+    window: Annotated[int, Field(ge=0)] = 0
+    staging_bytes: Annotated[int, Field(ge=0)]
+    piece_bytes: Annotated[int, Field(ge=4096, le=16 << 20, multiple_of=4096)]
+    queue_depth: Annotated[int, Field(ge=1, le=4096)]
     token_s: float
     prompt_s: float
     prompt_tokens: int

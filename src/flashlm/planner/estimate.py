@@ -15,6 +15,7 @@ from flashlm.planner.cost import (
     multiply_s,
     new_rows,
     overlapped_s,
+    pause_idle_s,
     read_totals,
     scattered_read_s,
     stream_s,
@@ -22,6 +23,7 @@ from flashlm.planner.cost import (
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import RELU_NAMES, ModelShape, SparseShape
 
+SLOWER_WHILE_READING = 1.3  # what a pause takes beside reads that land, of the time alone (docs/experiments.md)
 UNKNOWN_RELU_SHARE = 0.5  # of a ReLU FFN's neurons firing, where no calibration says: random weights
 
 
@@ -42,9 +44,29 @@ def dense_use(shape: ModelShape) -> DenseUse:
     return DenseUse(firing_share=sum(shares) / len(shares))
 
 
-def touched_row_bytes(layout: LayerLayout, firing_share: float) -> float:
-    """Return the bytes of a row that the arithmetic reads on average: the down part only where the neuron fires."""
-    return layout.row_bytes * (layout.num_parts - 1 + firing_share) / layout.num_parts
+@dataclass(frozen=True, kw_only=True)
+class RowBytes:
+    """The bytes of a row that one token's arithmetic reads on average: the parts of its dot products, and its down part."""
+
+    up: float
+    down: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.up + self.down
+
+
+def dense_row_bytes(layout: LayerLayout, firing_share: float) -> RowBytes:
+    """Return what a row costs in whole blocks: gate and up always, down where the neuron fires."""
+    part = layout.row_bytes / layout.num_parts
+    return RowBytes(up=part * (layout.num_parts - 1), down=part * firing_share)
+
+
+def sparse_row_bytes(layout: LayerLayout, firing_share: float) -> RowBytes:
+    """Return what a predicted row costs: its trigger always, the rest where the neuron fires."""
+    part = layout.row_bytes / layout.num_parts
+    return RowBytes(up=part * (1 + (layout.num_parts - 2) * firing_share), down=part * firing_share)
 
 
 def _block_bytes(shape: ModelShape) -> int:
@@ -56,29 +78,50 @@ def exact_token(
 ) -> TokenCost:
     """Return the cost of a token in `hybrid` (`reads_ahead`) or `naive`.
 
-    What is streamed is read in one sequence. `hybrid` reads through everything that is computed; `naive` only while a
-    layer's own blocks are computed, and attention waits.
+    What is streamed is read in one sequence. `hybrid` reads through everything that is computed, as far as its staging
+    holds what lands meanwhile; `naive` only while a layer's own blocks are computed, and attention waits.
     """
-    ffn_bytes = sum(layout.num_rows * touched_row_bytes(layout, use.firing_share) for layout in shape.layouts)
+    rows = [(layout, dense_row_bytes(layout, use.firing_share)) for layout in shape.layouts]
     num_blocks = sum(placement.num_pinned) + sum(placement.num_streamed)
-    ffn_s = multiply_s(ffn_bytes, rates.block_gb_per_s) + num_blocks * rates.block_overhead_s
+    ffn_s = (
+        multiply_s(sum(layout.num_rows * row.up for layout, row in rows), rates.block_up_gb_per_s)
+        + multiply_s(sum(layout.num_rows * row.down for layout, row in rows), rates.block_down_gb_per_s)
+        + num_blocks * rates.block_overhead_s
+    )
     rest_s = multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + len(shape.layouts) * rates.layer_overhead_s
-    read_s = stream_s(placement.streamed_bytes, rates.block_read_gb_per_s(_block_bytes(shape)))
+    gb_per_s = rates.block_read_gb_per_s(_block_bytes(shape))
+    read_s = stream_s(placement.streamed_bytes, gb_per_s)
     compute_s = ffn_s + rest_s
     if reads_ahead:
-        total_s = overlapped_s(read_s, compute_s, rates.overlap)
+        pinned_s = ffn_s * sum(placement.num_pinned) / num_blocks
+        output_s = multiply_s(shape.output_bytes, rates.matrix_gb_per_s)
+        idle_s = _idle_s(shape, placement, gb_per_s, rest_s + pinned_s - output_s, output_s)
+        total_s = max(overlapped_s(read_s + idle_s, compute_s, rates.overlap), idle_s)
     else:
         total_s = overlapped_s(read_s, ffn_s, rates.overlap) + rest_s
+    touched = shape.matrix_bytes + sum(layout.num_rows * row.total for layout, row in rows)
     return TokenCost(
         io_s=max(total_s - compute_s, 0.0),
         manage_s=0.0,
         compute_s=min(compute_s, total_s),
         read_bytes=placement.streamed_bytes,
         num_reads=sum(placement.num_streamed),
-        touched_bytes=shape.matrix_bytes + ffn_bytes,
+        touched_bytes=touched,
         flash_bound_s=read_s,
-        memory_bound_s=multiply_s(shape.matrix_bytes + ffn_bytes, rates.memory_gb_per_s),
+        memory_bound_s=multiply_s(touched, rates.memory_gb_per_s),
     )
+
+
+def _idle_s(shape: ModelShape, placement: Placement, gb_per_s: float, layers_s: float, output_s: float) -> float:
+    """Return how long the device idles in a token: after every layer's pause, and after the output layer's, too."""
+    if not placement.streamed_bytes:
+        return 0.0
+
+    def idle_s(pause_s: float) -> float:
+        return pause_idle_s(pause_s, placement.num_slots, placement.slot_bytes, gb_per_s)
+
+    pause_s = layers_s / len(shape.layouts) * SLOWER_WHILE_READING
+    return (len(shape.layouts) - 1) * idle_s(pause_s) + idle_s(pause_s + output_s * SLOWER_WHILE_READING)
 
 
 def sparse_token(
@@ -91,16 +134,15 @@ def sparse_token(
 ) -> TokenCost:
     """Return the cost of a token in mode `sparse`, layer by layer: predict, look up, read, compute hits, compute misses.
 
-    Hits are computed while misses land; everything else is in sequence.
+    The dot products of hits are computed while misses land; everything else is in sequence.
     """
-    io_s = manage_s = read_bytes = num_reads = row_bytes = flash_s = 0.0
+    io_s = manage_s = read_bytes = num_reads = up_bytes = down_bytes = flash_s = 0.0
     for layout, use, share, capacity in zip(shape.layouts, sparse.uses, sparse.active_shares, capacities, strict=True):
         used = (use.use_curve[0] if use.use_curve else 1.0) * layout.num_rows
         missing = min(new_rows(use, capacity.num_slots), used)
-        firing = min(share / (used / layout.num_rows), 1.0) if used else 0.0
-        row = touched_row_bytes(layout, firing)
+        row = sparse_row_bytes(layout, min(share / (used / layout.num_rows), 1.0) if used else 0.0)
         reads = merged_reads(missing, layout.num_rows, max_gap)
-        hits_s = multiply_s((used - missing) * row, rates.scattered_gb_per_s)
+        hits_s = multiply_s((used - missing) * row.up, rates.row_up_gb_per_s)
         layer_read_s = scattered_read_s(reads, layout.row_stride_bytes, rates.random_read_gb_per_s)
         flash_s += layer_read_s
         if missing:
@@ -110,13 +152,16 @@ def sparse_token(
         bytes_, reads_ = read_totals(reads, layout.row_stride_bytes)
         read_bytes += bytes_
         num_reads += reads_
-        row_bytes += used * row
+        up_bytes += used * row.up
+        down_bytes += used * row.down
     compute_s = (
-        multiply_s(shape.matrix_bytes + sparse.predictor_bytes, rates.matrix_gb_per_s)
-        + multiply_s(row_bytes, rates.scattered_gb_per_s)
-        + len(shape.layouts) * rates.layer_overhead_s
+        multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s)
+        + multiply_s(sparse.predictor_bytes, rates.predictor_gb_per_s)
+        + multiply_s(up_bytes, rates.row_up_gb_per_s)
+        + multiply_s(down_bytes, rates.row_down_gb_per_s)
+        + len(shape.layouts) * (rates.layer_overhead_s + rates.sparse_layer_overhead_s)
     )
-    touched = shape.matrix_bytes + sparse.predictor_bytes + row_bytes
+    touched = shape.matrix_bytes + sparse.predictor_bytes + up_bytes + down_bytes
     return TokenCost(
         io_s=io_s,
         manage_s=manage_s,

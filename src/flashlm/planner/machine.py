@@ -9,8 +9,8 @@ from pathlib import Path
 from flashlm.errors import ConfigError
 from flashlm.planner.cost import Overlap
 from flashlm.planner.probe import probe
-from flashlm.planner.profile import DeviceProfile, load_profile, profile_path
-from flashlm.planner.rates import Rates
+from flashlm.planner.profile import DeviceProfile, Pattern, load_profile, profile_path
+from flashlm.planner.rates import Rates, ReadSetting
 
 
 def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
@@ -38,13 +38,27 @@ def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
         batch_latency_s=statistics.median(latencies),
         memory_gb_per_s=profile.memory_read_gb_per_s,
         matrix_gb_per_s=products.matrix_gb_per_s,
-        block_gb_per_s=products.block_gb_per_s,
-        scattered_gb_per_s=products.scattered_gb_per_s,
+        block_up_gb_per_s=products.block_up_gb_per_s,
+        block_down_gb_per_s=products.block_down_gb_per_s,
+        row_up_gb_per_s=products.row_up_gb_per_s,
+        row_down_gb_per_s=products.row_down_gb_per_s,
+        predictor_gb_per_s=products.predictor_gb_per_s,
         gemm_gflop_per_s=products.gemm_gflop_per_s,
         block_overhead_s=profile.block_overhead_s,
         layer_overhead_s=profile.layer_overhead_s,
+        sparse_layer_overhead_s=profile.sparse_layer_overhead_s,
         manage_row_s=profile.manage_row_s,
         overlap=Overlap(read_share=profile.read_share, compute_share=profile.compute_share),
+        stream_settings=_settings(profile, "sequential"),
+        random_settings=_settings(profile, "random"),
+    )
+
+
+def _settings(profile: DeviceProfile, pattern: Pattern) -> tuple[ReadSetting, ...]:
+    return tuple(
+        ReadSetting(piece_bytes=point.read_bytes, queue_depth=point.queue_depth, gb_per_s=point.gb_per_s)
+        for point in profile.reads
+        if point.pattern == pattern and point.backend == profile.backend
     )
 
 

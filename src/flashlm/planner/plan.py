@@ -7,19 +7,43 @@ calibration has met its error budget, or where it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs, Placement, place, place_sparse
 from flashlm.planner.cost import TokenCost
 from flashlm.planner.document import Mode, Plan
-from flashlm.planner.estimate import dense_use, exact_token, prompt_s, sparse_token
+from flashlm.planner.estimate import DenseUse, dense_use, exact_token, prompt_s, sparse_token
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs
-from flashlm.planner.rates import Rates
+from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape
+from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH
 
 GAPS = (0, 1, 2, 3, 4, 8)
+STAGING_SLOTS = (
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    20,
+    24,
+    28,
+    32,
+    48,
+    64,
+)  # blocks; two would leave nothing on the way while one is used
+READ_NOISE = 0.1  # of single points of a profile
+# Pieces in flight where whole blocks are streamed. A device shares itself among all that is in flight, so the block that
+# is waited for takes as long as everything begun with it (docs/experiments.md).
+STREAM_QUEUE_DEPTH = 64
+MEMORY_RATES = (
+    "matrix_gb_per_s", "block_up_gb_per_s", "block_down_gb_per_s", "row_up_gb_per_s", "row_down_gb_per_s",
+    "predictor_gb_per_s",
+)  # fmt: skip
 PROMPT_TOKENS = 512  # of the prompt that is costed, or the context if that is shorter
 ERROR_BAND = 0.32  # of predicted against measured tokens: the worst cell so far (docs/planner.md)
 
@@ -32,6 +56,7 @@ class Candidate:
     max_gap: int
     placement: Placement
     cost: TokenCost
+    reads: ReadSetting
 
 
 def model_needs(shape: ModelShape, context: int, *, with_predictors: bool = False) -> Needs:
@@ -79,6 +104,10 @@ def make_plan(
         mode=best.mode,
         is_exact=best.mode != "sparse",
         max_gap=best.max_gap,
+        window=_window(shape, best.placement),
+        staging_bytes=best.placement.staging_bytes,
+        piece_bytes=best.reads.piece_bytes,
+        queue_depth=best.reads.queue_depth,
         token_s=best.cost.total_s,
         prompt_s=prompt_s(shape, best.placement, rates, num_tokens, num_tokens),
         prompt_tokens=num_tokens,
@@ -113,11 +142,9 @@ def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, m
     """
     use = dense_use(shape)
     if mode in ("auto", "hybrid", "naive"):
-        pins = 0 if mode == "naive" else None
-        placement = place(shape.layouts, model_needs(shape, context), dram_bytes, max_pinned_bytes=pins)
-        cost = exact_token(shape, placement, rates, use, reads_ahead=mode != "naive")
-        yield Candidate(mode="naive" if mode == "naive" else "hybrid", max_gap=0, placement=placement, cost=cost)
-        if placement.streamed_bytes == 0 and mode == "auto":
+        exact = list(_exact(shape, rates, dram_bytes, model_needs(shape, context), use, mode))
+        yield from exact
+        if mode == "auto" and exact[0].placement.streamed_bytes == 0:
             return  # everything fits, exactly
     sparse = shape.sparse
     if sparse is None or not (mode == "sparse" or (mode == "auto" and sparse.has_passed)):
@@ -130,9 +157,58 @@ def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, m
             raise
         return  # hybrid needs less
     assert placement.cache is not None
+    reads = row_reads(rates, max(layout.row_stride_bytes for layout in shape.layouts))
     for max_gap in GAPS:
         cost = sparse_token(shape, sparse, placement.cache, rates, max_gap=max_gap)
-        yield Candidate(mode="sparse", max_gap=max_gap, placement=placement, cost=cost)
+        yield Candidate(mode="sparse", max_gap=max_gap, placement=placement, cost=cost, reads=reads)
+
+
+def _exact(
+    shape: ModelShape, rates: Rates, dram_bytes: int, needs: Needs, use: DenseUse, mode: str
+) -> Iterator[Candidate]:
+    """Yield `hybrid` with every staging worth trying, or `naive`."""
+    slot_bytes = max(layout.block_stride_bytes for layout in shape.layouts)
+    reads = stream_reads(rates)
+    if mode == "naive":
+        placement = place(shape.layouts, needs, dram_bytes, max_pinned_bytes=0)
+        cost = exact_token(shape, placement, rates, use, reads_ahead=False)
+        yield Candidate(mode="naive", max_gap=0, placement=placement, cost=cost, reads=reads)
+        return
+    for num_slots in STAGING_SLOTS:
+        placement = place(shape.layouts, needs, dram_bytes, staging_bytes=num_slots * slot_bytes)
+        cost = exact_token(shape, placement, rates, use, reads_ahead=True)
+        yield Candidate(mode="hybrid", max_gap=0, placement=placement, cost=cost, reads=reads)
+
+
+def stream_reads(rates: Rates) -> ReadSetting:
+    """Return how to read blocks: our default, unless the device was measured to be faster in another way."""
+    default = ReadSetting(piece_bytes=DEFAULT_PIECE_BYTES, queue_depth=STREAM_QUEUE_DEPTH, gb_per_s=0.0)
+    alike = [each for each in rates.stream_settings if each.piece_bytes == DEFAULT_PIECE_BYTES]
+    return _clearly_better(default, alike, rates.stream_settings)
+
+
+def row_reads(rates: Rates, row_bytes: int) -> ReadSetting:
+    """Return how to read rows of a size: with our default depth, unless fewer in flight were measured to be faster."""
+    default = ReadSetting(piece_bytes=DEFAULT_PIECE_BYTES, queue_depth=DEFAULT_QUEUE_DEPTH, gb_per_s=0.0)
+    sizes = sorted({each.piece_bytes for each in rates.random_settings}, key=lambda size: abs(size - row_bytes))
+    here = [each for each in rates.random_settings if each.piece_bytes in sizes[:1]]
+    deepest = sorted(here, key=lambda each: each.queue_depth)[-1:]
+    best = _clearly_better(default, deepest, here)
+    return replace(best, piece_bytes=DEFAULT_PIECE_BYTES)
+
+
+def _clearly_better(default: ReadSetting, alike: Sequence[ReadSetting], others: Sequence[ReadSetting]) -> ReadSetting:
+    """Return the fastest of `others` where it beats all that are `alike` the default by more than noise."""
+    best = max(others, key=lambda each: each.gb_per_s, default=default)
+    known = max((each.gb_per_s for each in alike), default=0.0)
+    return best if known and best.gb_per_s > known * (1 + READ_NOISE) else default
+
+
+def _window(shape: ModelShape, placement: Placement) -> int:
+    if placement.cache is None or shape.sparse is None:
+        return 0
+    pairs = zip(shape.sparse.uses, placement.cache, strict=True)
+    return int(statistics.median_low(use.window(capacity.num_slots) for use, capacity in pairs))
 
 
 def _would_help(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, best: Candidate) -> str:
@@ -146,12 +222,7 @@ def _would_help(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, 
         stream_gb_per_s={size: rate * 2 for size, rate in rates.stream_gb_per_s.items()},
         random_gb_per_s={size: rate * 2 for size, rate in rates.random_gb_per_s.items()},
     )
-    faster_memory = replace(
-        rates,
-        matrix_gb_per_s=rates.matrix_gb_per_s * 2,
-        block_gb_per_s=rates.block_gb_per_s * 2,
-        scattered_gb_per_s=rates.scattered_gb_per_s * 2,
-    )
+    faster_memory = replace(rates, **{name: getattr(rates, name) * 2 for name in MEMORY_RATES})
     times = {
         "flash speed": token_s(faster_flash, dram_bytes),
         "memory speed": token_s(faster_memory, dram_bytes),

@@ -7,22 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import torch
 
 from flashlm import __version__
 from flashlm.errors import ConfigError
 from flashlm.planner.probe_compute import (
-    DTYPES,
     block_overhead_s,
     layer_overhead_s,
-    manage_row_s,
     memory_rates,
     overlap_shares,
-    product_rates,
 )
 from flashlm.planner.probe_file import choose_bytes, probe_file
+from flashlm.planner.probe_products import DTYPES, product_rates
 from flashlm.planner.probe_reads import ReadProbe
-from flashlm.planner.profile import DeviceProfile, ProductRates, device_id, profile_path, save_profile
+from flashlm.planner.probe_sparse import manage_row_s, sparse_layer_overhead_s
+from flashlm.planner.profile import DeviceProfile, device_id, profile_path, save_profile
 from flashlm.storage.reader import Reader
 
 DEFAULT_FILE_BYTES = 2 << 30
@@ -85,20 +83,16 @@ def probe(
         row_reads=tuple(row_points),
         memory_read_gb_per_s=memory,
         first_touch_gb_per_s=touch,
-        products=tuple(_without_grad(dtype) for dtype in DTYPES),
+        products=tuple(product_rates(dtype) for dtype in DTYPES),
         read_share=read_share,
         compute_share=compute_share,
         block_overhead_s=block_overhead_s(),
         layer_overhead_s=layer_overhead_s(),
+        sparse_layer_overhead_s=sparse_layer_overhead_s(),
         manage_row_s=manage_row_s(),
     )
     save_profile(profile, profile_path(folder))
     return profile
-
-
-def _without_grad(dtype: str) -> ProductRates:
-    with torch.no_grad():
-        return product_rates(dtype)
 
 
 def file_system(folder: Path) -> str:
@@ -126,8 +120,9 @@ def profile_rows(profile: DeviceProfile) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"products, {each.dtype}",
-                f"one token {each.matrix_gb_per_s:.1f} GB/s (blocks {each.block_gb_per_s:.1f}, scattered rows"
-                f" {each.scattered_gb_per_s:.1f}); 128 tokens {each.gemm_gflop_per_s:.0f} GFLOP/s",
+                f"one token {each.matrix_gb_per_s:.1f} GB/s (rows in blocks, up {each.block_up_gb_per_s:.1f} and down"
+                f" {each.block_down_gb_per_s:.1f}; scattered {each.row_up_gb_per_s:.1f} and {each.row_down_gb_per_s:.1f};"
+                f" predictors {each.predictor_gb_per_s:.1f}); 128 tokens {each.gemm_gflop_per_s:.0f} GFLOP/s",
             )
         )
     rows += [
@@ -135,7 +130,10 @@ def profile_rows(profile: DeviceProfile) -> list[tuple[str, str]]:
             "reading and computing",
             f"at once, reads keep {profile.read_share:.0%} and computing {profile.compute_share:.0%} of their speed",
         ),
-        ("a layer's overhead", f"{profile.layer_overhead_s * 1e3:.2f} ms a token"),
+        (
+            "a layer's overhead",
+            f"{profile.layer_overhead_s * 1e3:.2f} ms a token; mode sparse {profile.sparse_layer_overhead_s * 1e3:.2f} more",
+        ),
         ("cache lookup", f"{profile.manage_row_s * 1e9:.0f} ns a row"),
     ]
     return rows

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
 
-PROFILE_VERSION: Literal[1] = 1
+PROFILE_VERSION: Literal[2] = 2
 MAX_PROFILE_BYTES = 4 << 20
 ENV_CACHE = "FLASHLM_CACHE"
 
@@ -64,16 +64,21 @@ class ProductRates(_Strict):
 
     Attributes:
         dtype: A key of `DTYPE_BYTES`.
-        matrix_gb_per_s: One token, whole resident matrices.
-        block_gb_per_s: One token, up and down parts of rows in blocks.
-        scattered_gb_per_s: The same over scattered rows.
+        matrix_gb_per_s: One token, resident matrices, one call each.
+        block_up_gb_per_s, block_down_gb_per_s: One token, the up (or gate) and the down parts of rows in blocks; of the
+            down parts those that fire, every second.
+        row_up_gb_per_s, row_down_gb_per_s: The same over scattered rows.
+        predictor_gb_per_s: Both products of row predictors, whose rows are short.
         gemm_gflop_per_s: 128 tokens, the way that the engine multiplies.
     """
 
     dtype: str
     matrix_gb_per_s: Positive
-    block_gb_per_s: Positive
-    scattered_gb_per_s: Positive
+    block_up_gb_per_s: Positive
+    block_down_gb_per_s: Positive
+    row_up_gb_per_s: Positive
+    row_down_gb_per_s: Positive
+    predictor_gb_per_s: Positive
     gemm_gflop_per_s: Positive
 
 
@@ -95,10 +100,11 @@ class DeviceProfile(_Strict):
         read_share, compute_share: What of each is left while both run.
         block_overhead_s: Multiplying with a block of next to no weights: calls from Python.
         layer_overhead_s: A decoder layer's time for one token in transformers, without weights worth the name.
+        sparse_layer_overhead_s: A layer's time in mode `sparse` beside weights, predictor, lookup and reads.
         manage_row_s: Looking up one row in the neuron cache.
     """
 
-    profile_version: Literal[1] = PROFILE_VERSION
+    profile_version: Literal[2] = PROFILE_VERSION
     flashlm_version: str
     date: str
     device: str
@@ -115,6 +121,7 @@ class DeviceProfile(_Strict):
     compute_share: Share
     block_overhead_s: Annotated[float, Field(ge=0)]
     layer_overhead_s: Annotated[float, Field(ge=0)]
+    sparse_layer_overhead_s: Annotated[float, Field(ge=0)]
     manage_row_s: Annotated[float, Field(ge=0)]
 
     @property

@@ -11,6 +11,15 @@ from flashlm.planner.cost import Overlap
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadSetting:
+    """One way to read: pieces of so many bytes, so many in flight, and the rate that was measured with it."""
+
+    piece_bytes: int
+    queue_depth: int
+    gb_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """Rates of one machine for one dtype. GB are 1e9 bytes.
 
@@ -20,13 +29,17 @@ class Rates:
         batch_latency_s: From submitting a batch of random reads to the first landing: what a batch costs beside its bytes.
         memory_gb_per_s: A plain read of memory.
         matrix_gb_per_s: Products of one token with whole resident matrices.
-        block_gb_per_s: With the rows of blocks, one after the other.
-        scattered_gb_per_s: With scattered rows of the neuron cache.
+        block_up_gb_per_s, block_down_gb_per_s: With the up (or gate) and the down parts of the rows of blocks.
+        row_up_gb_per_s, row_down_gb_per_s: With those of scattered rows of the neuron cache.
+        predictor_gb_per_s: With row predictors.
         gemm_gflop_per_s: Products of many tokens, as the engine makes them.
         block_overhead_s: Of one block in an exact mode, beside its bytes.
         layer_overhead_s: Of one decoder layer in transformers and in ours, for one token, without weights.
+        sparse_layer_overhead_s: Of one layer in mode `sparse`, beside weights, predictor, lookup and reads.
         manage_row_s: Looking one row up in the neuron cache.
         overlap: What reading and computing at once leave of each other.
+        stream_settings: Ways to read blocks in sequence; empty where none were compared.
+        random_settings: Ways to read rows, with `piece_bytes` the size of a read.
     """
 
     stream_gb_per_s: Mapping[int, float]
@@ -34,13 +47,19 @@ class Rates:
     batch_latency_s: float = 0.0
     memory_gb_per_s: float = math.inf
     matrix_gb_per_s: float = math.inf
-    block_gb_per_s: float = math.inf
-    scattered_gb_per_s: float = math.inf
+    block_up_gb_per_s: float = math.inf
+    block_down_gb_per_s: float = math.inf
+    row_up_gb_per_s: float = math.inf
+    row_down_gb_per_s: float = math.inf
+    predictor_gb_per_s: float = math.inf
     gemm_gflop_per_s: float = math.inf
     block_overhead_s: float = 0.0
     layer_overhead_s: float = 0.0
+    sparse_layer_overhead_s: float = 0.0
     manage_row_s: float = 0.0
     overlap: Overlap = field(default_factory=Overlap)
+    stream_settings: tuple[ReadSetting, ...] = ()
+    random_settings: tuple[ReadSetting, ...] = ()
 
     def random_read_gb_per_s(self, num_bytes: float) -> float:
         """Return the rate of random reads of a size."""

@@ -77,6 +77,12 @@ class ModelShape:
         return self.layouts[0].dtype
 
     @property
+    def output_bytes(self) -> int:
+        """Bytes of the output layer, which every token ends with."""
+        text = self.config.get_text_config(decoder=True)
+        return int(text.vocab_size) * int(text.hidden_size) * DTYPE_BYTES[self.dtype]
+
+    @property
     def streamed_bytes(self) -> int:
         """Bytes of all layer files."""
         return sum(layout.file_bytes for layout in self.layouts)
