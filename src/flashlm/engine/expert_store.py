@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from flashlm.engine.counters import Counters
 from flashlm.errors import StorageError
@@ -80,6 +81,17 @@ class ExpertStore:
         self._slot_bytes = placement.slot_bytes
         self._slab = AlignedBuffer(self.cache.num_slots * placement.slot_bytes)
         self._lock = threading.RLock()
+
+    def describe(self) -> dict[str, Any]:
+        """Return policy, slots and traffic of each layer, as JSON-ready values."""
+        return {
+            "policy": self.policy,
+            "slot_bytes": self._slot_bytes,
+            "slots": list(self._capacities),
+            "num_experts": [layout.num_blocks for layout in self._layouts],
+            "hits": [each.num_hits for each in self.traffic],
+            "misses": [each.num_misses for each in self.traffic],
+        }
 
     @contextmanager
     def experts(

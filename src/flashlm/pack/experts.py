@@ -21,10 +21,10 @@ from transformers.activations import ACT2FN
 
 from flashlm.errors import UnsupportedModelError
 from flashlm.pack.ffn_probe import activation_name
+from flashlm.pack.manifest import CUSTOM_GATE
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _NUM_ACTIVE_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-CUSTOM_GATE = "custom"
 
 
 @dataclass(frozen=True, kw_only=True)

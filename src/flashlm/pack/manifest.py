@@ -19,6 +19,7 @@ FORMAT_VERSION: Literal[1] = 1
 EXPERTS_FORMAT_VERSION: Literal[2] = (
     2  # of packs with experts, so that older readers say what is missing: a newer flashlm
 )
+CUSTOM_GATE = "custom"  # the activation of experts that do more than act(gate) * up
 FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
 RESIDENT_NAME = "model.safetensors"
