@@ -52,6 +52,7 @@ class ModeChoice(StrEnum):
     hybrid = "hybrid"
     sparse = "sparse"
     naive = "naive"
+    experts = "experts"
 
 
 PackArgument = Annotated[Path, typer.Argument(help="Folder made by `flashlm convert`.", show_default=False)]
@@ -161,7 +162,8 @@ def generate(
     ] = None,
     dram: DramOption = None,
     mode: Annotated[
-        ModeChoice, typer.Option(help="auto: sparse where a calibration met its error budget, else hybrid (exact).")
+        ModeChoice,
+        typer.Option(help="auto: what suits the pack; sparse only where a calibration met its budget."),
     ] = ModeChoice.auto,
     context: ContextOption = None,
     plan: Annotated[

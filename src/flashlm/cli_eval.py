@@ -37,8 +37,10 @@ def evaluate(
     from flashlm.sparsity.document import read_sparsity
 
     if not mode:
-        sparsity = read_sparsity(pack, read_manifest(pack))
+        manifest = read_manifest(pack)
+        sparsity = read_sparsity(pack, manifest)
         mode = ["hybrid", "sparse"] if sparsity is not None and sparsity.has_predictors else ["hybrid"]
+        mode = ["experts"] if manifest.experts else mode
     with console.progress_bar(unit="tokens") as progress:
         results = run(
             pack,

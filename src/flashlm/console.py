@@ -80,6 +80,7 @@ def stats_rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for phase, label in (("prefill", "prompt"), ("decode", "decode")):
         rows += _phase_rows(stats[phase], label)
+    rows += _expert_rows(stats.get("experts"))
     return [*rows, ("peak memory / dram", f"{format_size(peak)} / {format_size(cap)} ({peak / cap:.0%})")]
 
 
@@ -87,10 +88,11 @@ def _phase_rows(phase: dict[str, Any], label: str) -> list[tuple[str, str]]:
     if not phase["num_passes"]:
         return []
     passes = phase["num_passes"]
-    asked = phase["hit_rows"] + phase["miss_rows"]
-    cached = (
-        [(f"{label}: rows a pass", f"{asked / passes:.0f}, {phase['hit_share']:.0%} held in DRAM")] if asked else []
-    )
+    cached = []
+    for what, share in (("rows", "hit_share"), ("experts", "expert_hit_share")):
+        asked = phase[f"hit_{what}"] + phase[f"miss_{what}"]
+        if asked:
+            cached.append((f"{label}: {what} a pass", f"{asked / passes:.0f}, {phase[share]:.0%} held in DRAM"))
     return [
         (f"{label}: tokens/s", f"{phase['tokens_per_s']:.2f} ({phase['num_tokens']} tokens, {phase['wall_s']:.2f} s)"),
         (
@@ -100,4 +102,18 @@ def _phase_rows(phase: dict[str, Any], label: str) -> list[tuple[str, str]]:
         ),
         *cached,
         (f"{label}: waiting / computing", f"{phase['wait_share']:.0%} / {1 - phase['wait_share']:.0%}"),
+    ]
+
+
+def _expert_rows(experts: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return what the expert cache held and lacked, for each layer."""
+    if experts is None:
+        return []
+    layers = zip(experts["slots"], experts["num_experts"], experts["hits"], experts["misses"], strict=True)
+    return [
+        (
+            f"experts, layer {index}",
+            f"{hits} held, {misses} read ({hits / max(hits + misses, 1):.0%} held); {slots} of {count} fit",
+        )
+        for index, (slots, count, hits, misses) in enumerate(layers)
     ]

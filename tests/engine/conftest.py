@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flashlm.pack.convert import convert
-from tests.models import save_checkpoint
+from tests.models import EXPERT_FAMILIES, save_checkpoint
 
 NUM_POSITIONS = 160
 OVERRIDES = {"stablelm": {"hidden_size": 64}}  # its rotary share must come out even
@@ -45,7 +45,8 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
             positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
             overrides = {positions: NUM_POSITIONS, **OVERRIDES.get(family, {})}
             save_checkpoint(folder / "source", family, **overrides)
-            convert(folder / "source", folder / "pack", dtype=dtype, block_rows=BLOCK_ROWS)
+            block_rows = None if family in EXPERT_FAMILIES else BLOCK_ROWS
+            convert(folder / "source", folder / "pack", dtype=dtype, block_rows=block_rows)
             made[family, dtype] = TinyPack(folder / "source", folder / "pack")
         return made[family, dtype]
 

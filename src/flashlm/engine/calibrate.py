@@ -97,6 +97,10 @@ def calibrate(
     device = _training_device(device)
     folder = Path(pack)
     manifest = read_manifest(folder)
+    if manifest.experts:
+        raise ConfigError(
+            f"{folder} streams experts, which the model's own routers choose: there is nothing to calibrate"
+        )
     if preset is not None:
         paper = paper_preset(manifest.model_type)
         rank = "paper" if rank == "auto" else rank

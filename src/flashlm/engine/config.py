@@ -11,8 +11,8 @@ from flashlm.errors import ConfigError
 from flashlm.planner.document import load_plan
 from flashlm.sizes import parse_size_bytes
 
-Mode = Literal["auto", "naive", "hybrid", "sparse"]
-ResolvedMode = Literal["naive", "hybrid", "sparse"]
+Mode = Literal["auto", "naive", "hybrid", "sparse", "experts"]
+ResolvedMode = Literal["naive", "hybrid", "sparse", "experts"]
 ENV_DRAM, ENV_MODE, ENV_CONTEXT = "FLASHLM_DRAM", "FLASHLM_MODE", "FLASHLM_CONTEXT"
 
 
@@ -23,9 +23,11 @@ class Settings:
     Attributes:
         dram_bytes: Bound on the whole process; None takes what the machine or the cgroup has free, less a margin.
         mode: `hybrid` pins what fits and streams the rest ahead of the compute; `naive` keeps nothing; `sparse` reads the
-            rows that predictors ask for (approximate; needs a calibration); `auto` picks.
+            rows that predictors ask for (approximate; needs a calibration); `experts` is what packs of experts run in;
+            `auto` picks.
         context: Tokens that the KV cache may hold, over all sequences; None means `DEFAULT_CONTEXT`.
-        pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound.
+        pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound. In mode
+            `experts`: hold no more experts than fit this, or the floor.
         max_gap: Rows between two missing ones that are read through (mode `sparse`); this and what follows, None: as the
             planner says, from the device's profile; without one, defaults.
         staging_bytes: How far blocks are read ahead.

@@ -11,11 +11,13 @@ class Counters:
 
     Attributes:
         bytes_read: Bytes read from flash for rows that were consumed; gaps that were read through count.
-        num_reads: Reads that took: blocks, or runs of rows.
+        num_reads: Reads that took: blocks, runs of rows, or experts.
         pinned_bytes: Bytes of pinned blocks consumed.
         num_pinned: Pinned blocks consumed.
         hit_rows: Rows that the neuron cache held.
         miss_rows: Rows that it did not.
+        hit_experts: Experts that the expert cache held; one that several tokens need counts once.
+        miss_experts: Experts that it did not.
         wait_s: Time spent waiting for reads to land.
         submit_s: Time spent handing reads to the system.
         manage_s: Time spent on the neuron cache's bookkeeping (the paper's memory management).
@@ -28,6 +30,8 @@ class Counters:
     num_pinned: int = 0
     hit_rows: int = 0
     miss_rows: int = 0
+    hit_experts: int = 0
+    miss_experts: int = 0
     wait_s: float = 0.0
     submit_s: float = 0.0
     manage_s: float = 0.0

@@ -137,6 +137,7 @@ def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens
         "resident_bytes": flash.placement.needs.resident_bytes,
         "pinned_bytes": flash.placement.pinned_bytes,
         "streamed_bytes_per_pass": flash.placement.streamed_bytes,
+        "experts": None if flash.experts is None else flash.experts.describe(),
         "resident_load": asdict(flash.resident_load),
         "prefill": flash.telemetry.prefill().to_dict(),
         "decode": flash.telemetry.decode().to_dict(),

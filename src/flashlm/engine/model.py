@@ -1,4 +1,4 @@
-"""A loaded pack: the placement, the stream and the telemetry of one transformers model, and `load`, which makes one."""
+"""A loaded pack: placement, stream or expert cache, and telemetry of one transformers model; `load` makes one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ from transformers.activations import ACT2FN
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
 from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
+from flashlm.engine.expert_loading import (
+    EXPERT_QUEUE_DEPTH,
+    check_mode,
+    connect_experts,
+    place_model,
+    take_out_experts,
+)
+from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.linear import widen_linears
@@ -54,7 +62,7 @@ class FlashModel:
     Attributes:
         pack: The pack's folder.
         manifest: Its manifest.
-        mode: "hybrid", "naive" or "sparse", as it runs.
+        mode: "hybrid", "naive", "sparse" or "experts", as it runs.
         context: Tokens that the KV cache may hold, over all sequences.
         placement: Where every block lives.
         reader: The reader of the streamed layers.
@@ -63,6 +71,7 @@ class FlashModel:
         resident_load: What reading the resident part took (after loading).
         max_gap: Rows between two missing ones that are read through (mode `sparse`).
         sparse: The neuron cache and its reads (mode `sparse`, after loading).
+        experts: The expert cache and its reads (mode `experts`, after loading).
     """
 
     pack: Path
@@ -76,6 +85,7 @@ class FlashModel:
     resident_load: ResidentLoad | None = None
     max_gap: int = 0
     sparse: SparseRows | None = None
+    experts: ExpertStore | None = None
     _stream: BlockStream | None = None
     _threads: threading.local = field(default_factory=threading.local)  # torch's setting is one of each thread
 
@@ -97,8 +107,11 @@ class FlashModel:
                 f"dtype {dtype} was asked for, but {pack} holds {manifest.dtype}: leave dtype out, or convert again"
                 " with --dtype"
             )
-        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
+        check_mode(manifest, settings)
         context = settings.context or DEFAULT_CONTEXT
+        if manifest.experts:
+            return cls._prepare_experts(model, pack, manifest, settings, context)
+        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
         needs = measure_needs(model.config, layouts, resident_bytes=manifest.resident.num_bytes, context=context)
         dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
         calibration = find_calibration(pack, manifest, settings)
@@ -139,6 +152,22 @@ class FlashModel:
         logger.info("%s", flash.describe())
         return flash
 
+    @classmethod
+    def _prepare_experts(
+        cls, model: PreTrainedModel, pack: Path, manifest: Manifest, settings: Settings, context: int
+    ) -> FlashModel:
+        dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
+        placement = place_model(model, manifest, settings, dram_bytes, context)
+        check_files(pack, manifest)
+        take_out_experts(model, manifest)
+        reader = Reader(
+            queue_depth=settings.queue_depth or EXPERT_QUEUE_DEPTH,
+            piece_bytes=settings.piece_bytes or DEFAULT_PIECE_BYTES,
+        )
+        flash = cls(pack=pack, manifest=manifest, mode="experts", context=context, placement=placement, reader=reader)
+        logger.info("%s", flash.describe())
+        return flash
+
     def bind(self, model: PreTrainedModel) -> None:
         """Read the resident weights and the pinned blocks, and connect the layers to the stream.
 
@@ -147,18 +176,30 @@ class FlashModel:
         """
         manifest = self.manifest
         self.resident_load = load_resident(model, self.pack / RESIDENT_NAME, manifest.resident, self.reader)
-        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
-        files = [
-            self._open_layer(layer_path(self.pack, entry), layout)
-            for entry, layout in zip(manifest.layers, layouts, strict=True)
-        ]
+        files = [self._open_layer(layer_path(self.pack, entry), layout) for entry, layout in manifest.files]
         counters = Counters()
         self.telemetry = Telemetry(counters)
+        gemm = BlockGemm(manifest.dtype)
+        if manifest.experts:
+            self.experts = connect_experts(model, manifest, self.reader, files, self.placement, gemm, counters)
+        else:
+            self._bind_layers(model, files, gemm, counters)
+        model.requires_grad_(False)
+        if gemm.strategy == "widen":
+            widen_linears(model)
+        model.flash = self
+        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+        weakref.finalize(model, self.close)
+
+    def _bind_layers(self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters) -> None:
+        """Connect the feed-forward layers to the stream, and in mode `sparse` to the neuron cache."""
+        manifest = self.manifest
+        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
         self._stream = BlockStream(
             self.reader, files, layouts, self.placement, read_ahead=self.mode != "naive", counters=counters
         )
         predictors = self._bind_sparse(layouts, files, counters)
-        gemm = BlockGemm(manifest.dtype)
         for index, entry in enumerate(manifest.layers):
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
@@ -173,13 +214,6 @@ class FlashModel:
             )
             if self.calibration is not None:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
-        model.requires_grad_(False)
-        if gemm.strategy == "widen":
-            widen_linears(model)
-        model.flash = self
-        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
-        weakref.finalize(model, self.close)
 
     def _open_layer(self, path: Path, layout: LayerLayout) -> File:
         """Open a layer's file; through the page cache where its rows are no multiple of the device's block and are read."""
@@ -219,6 +253,12 @@ class FlashModel:
             streamed = (
                 f"predictors {format_size(placement.needs.predictor_bytes)}, neuron cache"
                 f" {format_size(placement.cache_bytes)} of {format_size(placement.streamed_bytes)}"
+            )
+        elif placement.experts is not None:
+            num_experts = sum(entry.num_experts for entry in self.manifest.experts)
+            streamed = (
+                f"expert cache {format_size(placement.cache_bytes)}: {sum(placement.experts)} of {num_experts}"
+                f" experts of {format_size(placement.slot_bytes)}"
             )
         return (
             f"mode {self.mode} ({self.exactness.split(':')[0]}), dram {format_size(placement.dram_bytes)}:"
@@ -337,7 +377,7 @@ def load(
         dram: Bound on the whole process ("6GiB" or bytes); None takes what the machine or the cgroup has free, less a
             margin. `FLASHLM_DRAM` sets it too.
         mode: "auto" (sparse where a calibration met its error budget and it is expected to be faster, else hybrid),
-            "hybrid", "sparse" or "naive".
+            "hybrid", "sparse" or "naive"; a pack of experts runs in "experts", whatever is left to choose from.
         context: Tokens that the KV cache may hold, over all sequences; None means 2048.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None comes from it.

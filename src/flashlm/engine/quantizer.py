@@ -26,7 +26,7 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
 
     Args:
         dram: Bound on the whole process, like "6GiB" or a number of bytes.
-        mode: "auto", "hybrid" or "naive".
+        mode: "auto", "hybrid", "sparse", "naive" or "experts".
         context: Tokens that the KV cache may hold, over all sequences.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None here comes from it.
@@ -85,6 +85,10 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if not {str(device) for device in devices} <= {"None", "cpu", "auto"}:
             raise ConfigError(f"device_map={device_map!r}: flashlm computes on the CPU; leave device_map out")
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Return none: a pack's weights have the names and forms that the model wants."""
+        return []
 
     def update_device_map(self, device_map: Any) -> None:
         """Load on the CPU whatever was asked; anything else was refused."""

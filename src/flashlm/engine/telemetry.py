@@ -67,9 +67,15 @@ class PhaseSummary(Counters):
         asked = self.hit_rows + self.miss_rows
         return self.hit_rows / asked if asked else None
 
+    @property
+    def expert_hit_share(self) -> float | None:
+        """Share of the experts asked for that the expert cache held, or None where none were asked for."""
+        asked = self.hit_experts + self.miss_experts
+        return self.hit_experts / asked if asked else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return fields and rates as JSON-ready values."""
-        names = ("tokens_per_s", "read_gb_per_s", "wait_share", "hit_share")
+        names = ("tokens_per_s", "read_gb_per_s", "wait_share", "hit_share", "expert_hit_share")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 

@@ -65,7 +65,8 @@ class Placement:
         num_slots: Staging slots of one block each; 0 where nothing is streamed.
         slot_bytes: Bytes of a slot.
         cache: Slots of each layer's neuron cache; None outside mode `sparse`.
-        cache_bytes: Memory of these slots.
+        cache_bytes: Memory of these slots, or of those of experts.
+        experts: Slots of each layer's expert cache; None outside mode `experts`, where the others are spare slots.
     """
 
     dram_bytes: int
@@ -78,6 +79,7 @@ class Placement:
     slot_bytes: int
     cache: tuple[LayerCapacity, ...] | None = None
     cache_bytes: int = 0
+    experts: tuple[int, ...] | None = None
 
     @property
     def staging_bytes(self) -> int:
@@ -115,7 +117,7 @@ def place(
     Raises:
         BudgetError: `dram_bytes` is below the floor; it says what is needed and for what.
     """
-    _check_floor(needs, floor_bytes(layouts, needs), dram_bytes, "staging")
+    check_floor(needs, floor_bytes(layouts, needs), dram_bytes, "staging")
     spare_bytes = dram_bytes - needs.total_bytes
     block_bytes = [[layout.read_bytes(block) for block in range(layout.num_blocks)] for layout in layouts]
     all_bytes = sum(map(sum, block_bytes))
@@ -151,7 +153,7 @@ def place_sparse(layouts: Sequence[LayerLayout], uses: Sequence[LayerUse], needs
     least_bytes = (
         needs.total_bytes + MIN_STAGING_BLOCKS * slot_bytes + sum(least_slots(uses)) * row_bytes + scratch_bytes
     )
-    _check_floor(needs, least_bytes, dram_bytes, "staging and one token's rows")
+    check_floor(needs, least_bytes, dram_bytes, "staging and one token's rows")
     spare_bytes = dram_bytes - least_bytes
     num_slots = MIN_STAGING_BLOCKS + min(MAX_SPARSE_STAGING_BYTES, int(spare_bytes * STAGING_SHARE)) // slot_bytes
     cache_bytes = dram_bytes - needs.total_bytes - num_slots * slot_bytes - scratch_bytes
@@ -173,7 +175,12 @@ def place_sparse(layouts: Sequence[LayerLayout], uses: Sequence[LayerUse], needs
     )
 
 
-def _check_floor(needs: Needs, least_bytes: int, dram_bytes: int, rest: str) -> None:
+def check_floor(needs: Needs, least_bytes: int, dram_bytes: int, rest: str) -> None:
+    """Refuse a budget below `least_bytes`, which are the needs and `rest`.
+
+    Raises:
+        BudgetError: It says what is needed and for what.
+    """
     if dram_bytes >= least_bytes:
         return
     predictors = f" {format_size(needs.predictor_bytes)} predictors," if needs.predictor_bytes else ""

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from flashlm import __version__
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from flashlm.pack.direct_file import DirectReader
+from flashlm.pack.experts import ExpertLayer, find_expert_layers
+from flashlm.pack.experts_source import ExpertSource, read_experts
 from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
-from flashlm.pack.layer_file import LayerPart
+from flashlm.pack.layer_file import LayerPart, LayerPools, RowChunk, read_layer
 from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
-from flashlm.pack.manifest import MAX_DIMENSION, RESIDENT_NAME
-from flashlm.pack.names import map_names, tied_pairs
+from flashlm.pack.manifest import EXPERTS_FORMAT_VERSION, FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
+from flashlm.pack.names import map_with_experts, tied_pairs
 from flashlm.pack.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
 from flashlm.pack.source import files_to_copy, fingerprint, load_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedFile:
+    """A file of rows to be written.
+
+    Attributes:
+        name: Its name in `flash/`.
+        layout: Its geometry.
+        part_names: Checkpoint names of the parts of its rows, for messages.
+        read: Gives its rows in order.
+    """
+
+    name: str
+    layout: LayerLayout
+    part_names: tuple[str, ...]
+    read: Callable[[DirectReader, LayerPools], Iterator[RowChunk]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +55,10 @@ class ConversionPlan:
         model_type: The transformers model type.
         dtype: Element type of the pack.
         block_rows: Rows per block.
-        layers: The feed-forward layers, in forward order.
-        layouts: The geometry of each layer's file.
-        parts: For each layer where the parts of its rows are.
+        layers: The feed-forward layers, in forward order; none where there are experts.
+        experts: The layers of experts, in forward order.
+        streamed: The files of all of these.
+        num_column_parts: The most parts of a layer that lie column by column.
         resident: What goes into `model.safetensors`.
         copied: Small files to copy.
         fingerprint: Identifies the conversion.
@@ -46,27 +71,32 @@ class ConversionPlan:
     dtype: str
     block_rows: int
     layers: tuple[FfnLayer, ...]
-    layouts: tuple[LayerLayout, ...]
-    parts: tuple[tuple[LayerPart, ...], ...]
+    experts: tuple[ExpertLayer, ...]
+    streamed: tuple[StreamedFile, ...]
+    num_column_parts: int
     resident: ResidentPlan
     copied: tuple[Path, ...]
     fingerprint: str
 
     @property
-    def file_bytes(self) -> dict[str, int]:
-        """Sizes of the large files by name, in the order in which they are written."""
-        layers = {layer_file_name(index): layout.file_bytes for index, layout in enumerate(self.layouts)}
-        return {RESIDENT_NAME: self.resident.num_bytes, **layers}
+    def format_version(self) -> Literal[1, 2]:
+        """Version of the pack's format."""
+        return EXPERTS_FORMAT_VERSION if self.experts else FORMAT_VERSION
 
     @property
-    def num_column_parts(self) -> int:
-        """The most parts of a layer that lie column by column."""
-        return max(sum(part.source.neuron_axis == 1 for part in parts) for parts in self.parts)
+    def file_bytes(self) -> dict[str, int]:
+        """Sizes of the large files by name, in the order in which they are written."""
+        return {RESIDENT_NAME: self.resident.num_bytes} | {file.name: file.layout.file_bytes for file in self.streamed}
 
 
 def layer_file_name(index: int) -> str:
     """Return the name of a layer's file in `flash/`."""
     return f"layer-{index:05d}.rows"
+
+
+def experts_file_name(index: int) -> str:
+    """Return the name of the file of a layer's experts in `flash/`."""
+    return f"experts-{index:05d}.rows"
 
 
 def plan_conversion(
@@ -82,13 +112,19 @@ def plan_conversion(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    layers = find_ffn_layers(model)
-    entries = map_names(model, checkpoint)
+    experts = find_expert_layers(model)
+    layers = () if experts else find_ffn_layers(model)
+    entries, sources = map_with_experts(model, checkpoint, experts)
     for duplicate, original in tied_pairs(model, entries):
         with DirectReader() as reader:
             if is_same(reader, entries[duplicate], entries[original]):
                 del entries[duplicate]
-    rows = _block_rows(layers, dtype, block_rows)
+    if experts and block_rows is not None:
+        raise ConfigError(
+            f"block_rows is {block_rows}: leave it out, a block of a mixture-of-experts model is an expert"
+        )
+    rows = experts[0].num_rows if experts else _block_rows(layers, dtype, block_rows)
+    parts = tuple(_layer_parts(layer, entries) for layer in layers)
     copied = files_to_copy(folder, trust_remote_code=trust_remote_code)
     settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__}
     return ConversionPlan(
@@ -99,12 +135,54 @@ def plan_conversion(
         dtype=dtype,
         block_rows=rows,
         layers=layers,
-        layouts=tuple(_layout(layer, dtype, rows) for layer in layers),
-        parts=tuple(_layer_parts(layer, entries) for layer in layers),
-        resident=ResidentPlan(_resident_tensors(layers, entries, dtype)),
+        experts=experts,
+        streamed=(*_layer_files(layers, parts, dtype, rows), *_expert_files(sources, dtype)),
+        num_column_parts=max((sum(part.source.neuron_axis == 1 for part in each) for each in parts), default=0),
+        resident=ResidentPlan(_resident_tensors(model, layers, entries, dtype)),
         copied=tuple(copied),
         fingerprint=fingerprint(checkpoint, copied, settings),
     )
+
+
+def _layer_files(
+    layers: tuple[FfnLayer, ...], parts: tuple[tuple[LayerPart, ...], ...], dtype: str, block_rows: int
+) -> Iterator[StreamedFile]:
+    for index, (layer, found) in enumerate(zip(layers, parts, strict=True)):
+        layout = _layout(layer, dtype, block_rows)
+
+        def read(
+            reader: DirectReader, pools: LayerPools, layout: LayerLayout, found: tuple[LayerPart, ...]
+        ) -> Iterator[RowChunk]:
+            return read_layer(reader, layout, found, pools)
+
+        names = tuple(part.entry.name for part in found)
+        yield StreamedFile(
+            name=layer_file_name(index), layout=layout, part_names=names, read=partial(read, layout=layout, found=found)
+        )
+
+
+def _expert_files(sources: tuple[ExpertSource, ...], dtype: str) -> Iterator[StreamedFile]:
+    for index, source in enumerate(sources):
+        layer = source.layer
+        layout = LayerLayout(
+            hidden_size=layer.hidden_size,
+            num_rows=layer.num_experts * layer.num_rows,
+            has_gate=layer.has_gate,
+            dtype=dtype,
+            block_rows=layer.num_rows,
+        )
+
+        def read(
+            reader: DirectReader, pools: LayerPools, layout: LayerLayout, source: ExpertSource
+        ) -> Iterator[RowChunk]:
+            return read_experts(reader, layout, source, pools)
+
+        yield StreamedFile(
+            name=experts_file_name(index),
+            layout=layout,
+            part_names=source.part_names,
+            read=partial(read, layout=layout, source=source),
+        )
 
 
 def _block_rows(layers: tuple[FfnLayer, ...], dtype: str, wanted: int | None) -> int:
@@ -137,13 +215,21 @@ def _layer_parts(layer: FfnLayer, entries: dict[str, TensorEntry]) -> tuple[Laye
 
 
 def _resident_tensors(
-    layers: tuple[FfnLayer, ...], entries: dict[str, TensorEntry], dtype: str
+    model: PreTrainedModel, layers: tuple[FfnLayer, ...], entries: dict[str, TensorEntry], dtype: str
 ) -> list[ResidentTensor]:
     """Return every tensor that is not streamed, and the biases of the streamed layers under the pack's names."""
     wanted: torch.dtype = getattr(torch, dtype)
+    # transformers keeps some weights in fp32 whatever is asked, the corrections of some routers among them.
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(wanted)
+    keeps = re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
     streamed = {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
     tensors = [
-        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=pack_dtype(entry.dtype, wanted))
+        ResidentTensor(
+            name=name,
+            source=entry,
+            shape=entry.shape,
+            dtype=pack_dtype(entry.dtype, torch.float32 if keeps is not None and keeps.search(name) else wanted),
+        )
         for name, entry in sorted(entries.items())
         if name not in streamed
     ]

@@ -1,4 +1,4 @@
-"""Turn a Hugging Face checkpoint into a pack: the feed-forward layers row by row into `flash/`, the rest as it is.
+"""Turn a Hugging Face checkpoint into a pack: feed-forward layers or experts row by row into `flash/`, the rest as it is.
 
 A conversion that is killed goes on with the next unfinished file when started again and ends with the same bytes; the
 manifest, without which nothing takes the folder for a pack, is written last. Memory does not grow with the model: the
@@ -17,12 +17,13 @@ import xxhash
 
 from flashlm import __version__
 from flashlm.errors import ConfigError, StorageError
-from flashlm.pack.conversion_plan import ConversionPlan, layer_file_name, plan_conversion
+from flashlm.pack.conversion_plan import ConversionPlan, experts_file_name, layer_file_name, plan_conversion
 from flashlm.pack.direct_file import DirectReader, write_small_file
-from flashlm.pack.layer_file import LayerPools, read_layer, write_layer
+from flashlm.pack.layer_file import LayerPools, write_layer
 from flashlm.pack.manifest import (
     FLASH_DIR,
     RESIDENT_NAME,
+    ExpertsEntry,
     LayerEntry,
     Manifest,
     ResidentEntry,
@@ -124,9 +125,10 @@ def _describe(plan: ConversionPlan, record: ProgressRecord) -> str:
     done = sum(sizes[name] for name in record.finished if name in sizes)
     going_on = f", going on after {format_size(done)}" if done else ""
     streamed = sum(sizes.values()) - sizes[RESIDENT_NAME]
+    what = "layers of experts" if plan.experts else "streamed layers"
     return (
-        f"writing {format_size(sum(sizes.values()))} to {plan.pack}: {format_size(streamed)} in {len(plan.layers)}"
-        f" streamed layers, {format_size(sizes[RESIDENT_NAME])} resident, {plan.dtype}{going_on}"
+        f"writing {format_size(sum(sizes.values()))} to {plan.pack}: {format_size(streamed)} in {len(plan.streamed)}"
+        f" {what}, {format_size(sizes[RESIDENT_NAME])} resident, {plan.dtype}{going_on}"
     )
 
 
@@ -181,33 +183,31 @@ def _files(plan: ConversionPlan, record: ProgressRecord, writer: WriteBehind) ->
         ):
             path = plan.pack / RESIDENT_NAME
             yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer)
-    todo = [index for index in range(len(plan.layers)) if layer_file_name(index) not in record.finished]
+    todo = [file for file in plan.streamed if file.name not in record.finished]
     pools = LayerPools(num_column_parts=plan.num_column_parts)
     with DirectReader() as reader:
-        chunks = (
-            chunk for index in todo for chunk in read_layer(reader, plan.layouts[index], plan.parts[index], pools)
-        )
+        chunks = (chunk for file in todo for chunk in file.read(reader, pools))
         with ReadAhead(chunks, depth=2, pools=pools.reading) as ahead:
-            for index in todo:
-                path = plan.pack / FLASH_DIR / layer_file_name(index)
-                yield path.name, write_layer(path, plan.layouts[index], ahead, plan.parts[index], pools, writer)
+            for file in todo:
+                path = plan.pack / FLASH_DIR / file.name
+                yield file.name, write_layer(path, file.layout, ahead, file.part_names, pools, writer)
 
 
 def _finish(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
     """Write the small files, and last of all the manifest."""
     contents = {path.name: path.read_bytes() for path in plan.copied}
-    contents["config.json"] = pack_config(plan.checkpoint.folder, plan.dtype).encode()
+    contents["config.json"] = pack_config(plan.checkpoint.folder, plan.dtype, plan.format_version).encode()
     for name, content in contents.items():
         write_small_file(plan.pack / name, content)
     checksums = {name: xxhash.xxh3_64_hexdigest(content) for name, content in contents.items()}
     manifest = _manifest(plan, record).model_copy(update={"small_files": checksums})
-    write_small_file(manifest_path(plan.pack), (manifest.model_dump_json(indent=1) + "\n").encode())
+    write_small_file(manifest_path(plan.pack), manifest.to_json().encode())
     remove_record(plan.pack)
     return manifest
 
 
 def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
-    layout = plan.layouts[0]
+    layout = plan.streamed[0].layout
     entries = tuple(
         LayerEntry(
             module=layer.module,
@@ -221,17 +221,29 @@ def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
         )
         for index, layer in enumerate(plan.layers)
     )
+    experts = tuple(
+        ExpertsEntry(
+            module=layer.module,
+            file=experts_file_name(index),
+            num_experts=layer.num_experts,
+            num_active=layer.num_active,
+            checksums=record.finished[experts_file_name(index)],
+        )
+        for index, layer in enumerate(plan.experts)
+    )
     return Manifest(
+        format_version=plan.format_version,
         flashlm_version=__version__,
         model_type=plan.model_type,
         dtype=plan.dtype,  # type: ignore[arg-type]  # canonical_dtype returned it
         hidden_size=layout.hidden_size,
         has_gate=layout.has_gate,
-        activation=plan.layers[0].activation,
+        activation=plan.experts[0].activation if plan.experts else plan.layers[0].activation,
         block_rows=plan.block_rows,
         row_stride_bytes=layout.row_stride_bytes,
         block_stride_bytes=layout.block_stride_bytes,
         layers=entries,
+        experts=experts,
         resident=ResidentEntry(
             num_bytes=plan.resident.num_bytes,
             chunk_bytes=CHECKSUM_CHUNK_BYTES,

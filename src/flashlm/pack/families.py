@@ -3,7 +3,7 @@
 An FFN is `down(act(up(x)))` or `down(act(gate(x)) * up(x))`. Its parts are recognised by the names that model authors
 give them (`_SHAPES`); a few models keep the parts in the decoder layer itself (`_IN_LAYER`). Names can lie, so
 `ffn_probe` runs every module found this way on small random weights against the formula. Models whose FFN is anything
-else (mixture of experts, extra scales or norms) are refused by name. Needs the model on the meta device only.
+else (extra scales or norms) are refused by name. Experts are found by `experts`. Needs the model on the meta device only.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def _looks_like_decoder(layer: nn.Module) -> bool:
 def _ffn_of_layer(model: PreTrainedModel, path: str, layer: nn.Module) -> FfnLayer:
     experts = [name for name, module in layer.named_modules() if _EXPERTS.search(type(module).__name__)]
     if experts:
-        raise _unsupported(model, f"{path}.{experts[0]}", "mixture-of-experts layers can't be streamed by row yet")
+        raise _unsupported(
+            model, f"{path}.{experts[0]}", "a mixture-of-experts layer beside transformers' experts interface"
+        )
     if type(layer).__name__ in _IN_LAYER:
         shape, act = _IN_LAYER[type(layer).__name__]
         return _in_layer_ffn(model, path, layer, shape, act)

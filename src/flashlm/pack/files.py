@@ -16,8 +16,8 @@ def check_files(pack: Path, manifest: Manifest) -> None:
         StorageError: A file is missing, can't be looked at, or is of another size.
     """
     check_resident_file(pack, manifest)
-    for layer, entry in enumerate(manifest.layers):
-        _check_size(layer_path(pack, entry), manifest.layout(layer).file_bytes)
+    for entry, layout in manifest.files:
+        _check_size(layer_path(pack, entry), layout.file_bytes)
 
 
 def check_resident_file(pack: Path, manifest: Manifest) -> None:

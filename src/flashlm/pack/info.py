@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flashlm.pack.manifest import read_manifest
+from flashlm.pack.manifest import CUSTOM_GATE, read_manifest
 from flashlm.sizes import format_size
 
 
@@ -18,14 +18,17 @@ class PackInfo:
         pack: Its folder.
         model_type: The transformers model type.
         dtype: Element type of rows and resident floating-point weights.
-        num_layers: Streamed FFNs.
-        hidden_size: d_model.
-        ffn_size: d_ffn of the largest layer.
+        num_layers: Streamed FFNs, or layers of experts.
+        num_experts: Experts of all layers; 0 in a model without.
+        num_active_experts: Experts that a token uses, over all layers.
+        expert_bytes: Bytes of an expert; 0 in a model without.
+        hidden_size: d_model, or what experts take and give.
+        ffn_size: d_ffn of the largest layer, or neurons of an expert.
         has_gate: Whether the FFNs are gated.
         activation: Name in transformers' `ACT2FN`.
         block_rows: Rows per block.
         block_bytes: Bytes from one block to the next.
-        num_blocks: Blocks of all layers.
+        num_blocks: Blocks of all layers; a block of experts is one of them.
         resident_bytes: Bytes of `model.safetensors`.
         streamed_bytes: Bytes of all layer files.
         source: Where the weights came from.
@@ -37,6 +40,9 @@ class PackInfo:
     model_type: str
     dtype: str
     num_layers: int
+    num_experts: int
+    num_active_experts: int
+    expert_bytes: int
     hidden_size: int
     ffn_size: int
     has_gate: bool
@@ -57,13 +63,27 @@ class PackInfo:
     def rows(self) -> list[tuple[str, str]]:
         """Return (label, value) pairs as people read them."""
         formula = "down(act(gate(x)) * up(x))" if self.has_gate else "down(act(up(x)))"
+        if self.activation == CUSTOM_GATE:
+            formula, act = "gate and activation of the family's own", ""
+        else:
+            act = f", act = {self.activation}"
+        shape = [
+            ("streamed layers", f"{self.num_layers} of {self.hidden_size} x {self.ffn_size}"),
+            ("feed-forward", f"{formula}{act}"),
+            ("blocks", f"{self.num_blocks} of {self.block_rows} rows, {format_size(self.block_bytes)}"),
+        ]
+        if self.num_experts:
+            token_bytes = self.num_active_experts * self.expert_bytes
+            shape = [
+                ("experts", f"{self.num_experts} of {self.hidden_size} x {self.ffn_size} in {self.num_layers} layers"),
+                ("each", f"{format_size(self.expert_bytes)}, {formula}{act}"),
+                ("a token uses", f"{self.num_active_experts} experts, {format_size(token_bytes)}"),
+            ]
         return [
             ("model type", self.model_type),
             ("source", self.source),
             ("dtype", self.dtype),
-            ("streamed layers", f"{self.num_layers} of {self.hidden_size} x {self.ffn_size}"),
-            ("feed-forward", f"{formula}, act = {self.activation}"),
-            ("blocks", f"{self.num_blocks} of {self.block_rows} rows, {format_size(self.block_bytes)}"),
+            *shape,
             ("resident", format_size(self.resident_bytes)),
             ("streamed", format_size(self.streamed_bytes)),
             ("written by", f"flashlm {self.flashlm_version}, format {self.format_version}"),
@@ -82,14 +102,17 @@ def describe(pack: str | Path) -> PackInfo:
         pack=folder,
         model_type=manifest.model_type,
         dtype=manifest.dtype,
-        num_layers=len(manifest.layers),
+        num_layers=len(manifest.files),
+        num_experts=sum(entry.num_experts for entry in manifest.experts),
+        num_active_experts=sum(entry.num_active for entry in manifest.experts),
+        expert_bytes=manifest.block_stride_bytes if manifest.experts else 0,
         hidden_size=manifest.hidden_size,
-        ffn_size=max(layer.num_rows for layer in manifest.layers),
+        ffn_size=max((layer.num_rows for layer in manifest.layers), default=manifest.block_rows),
         has_gate=manifest.has_gate,
         activation=manifest.activation,
         block_rows=manifest.block_rows,
         block_bytes=manifest.block_stride_bytes,
-        num_blocks=sum(manifest.layout(index).num_blocks for index in range(len(manifest.layers))),
+        num_blocks=sum(layout.num_blocks for _, layout in manifest.files),
         resident_bytes=manifest.resident.num_bytes,
         streamed_bytes=manifest.streamed_bytes,
         source=manifest.source.name,

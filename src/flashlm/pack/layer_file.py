@@ -159,7 +159,7 @@ def write_layer(
     path: Path,
     layout: LayerLayout,
     chunks: Iterator[RowChunk],
-    parts: tuple[LayerPart, ...],
+    part_names: tuple[str, ...],
     pools: LayerPools,
     writer: WriteBehind,
 ) -> Generator[tuple[int, tuple[str, ...]]]:
@@ -177,7 +177,7 @@ def write_layer(
         try:
             while done_rows < layout.num_rows:
                 chunk = next(chunks)
-                _submit_chunk(file, layout, chunk, parts, pools, writer, checksums)
+                _submit_chunk(file, layout, chunk, part_names, pools, writer, checksums)
                 done_rows = chunk.rows.stop
                 yield layout.offset_of(chunk.rows.start // layout.block_rows), ()
         finally:
@@ -189,7 +189,7 @@ def _submit_chunk(
     file: AtomicFile,
     layout: LayerLayout,
     chunk: RowChunk,
-    parts: tuple[LayerPart, ...],
+    part_names: tuple[str, ...],
     pools: LayerPools,
     writer: WriteBehind,
     checksums: list[str],
@@ -199,7 +199,7 @@ def _submit_chunk(
     start = layout.offset_of(first)
     num_bytes = layout.offset_of(last) + layout.read_bytes(last) - start
     out = pools.out.take(num_bytes)
-    fill_rows(out.bytes[:num_bytes], layout, chunk, parts)
+    fill_rows(out.bytes[:num_bytes], layout, chunk, part_names)
     chunk.release()
 
     def write() -> None:
@@ -214,7 +214,7 @@ def _submit_chunk(
     writer.submit(write)
 
 
-def fill_rows(out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, parts: tuple[LayerPart, ...]) -> None:
+def fill_rows(out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_names: tuple[str, ...]) -> None:
     """Lay the rows of `chunk` into `out` (bytes, from the first block's start), padding with zeros."""
     dtype = getattr(torch, layout.dtype)
     out.zero_()
@@ -226,7 +226,7 @@ def fill_rows(out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, parts: tu
         for index, part in enumerate(chunk.parts):
             target = block[:, index * layout.hidden_size : (index + 1) * layout.hidden_size]
             copy_tiled(target, part[low : low + num_rows])
-            check_overflow(target, part[low : low + num_rows], parts[index].entry.name)
+            check_overflow(target, part[low : low + num_rows], part_names[index])
 
 
 def copy_tiled(target: torch.Tensor, source: torch.Tensor) -> None:

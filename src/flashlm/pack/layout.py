@@ -2,8 +2,8 @@
 
 Row *i* of a layer is `[gate_i | up_i | down_:,i]` (no gate where the FFN has none), each part `hidden_size` elements.
 Rows are padded to `ROW_ALIGN_BYTES`; `block_rows` rows make a block, which starts on `BLOCK_ALIGN_BYTES`. The block is
-the unit of streaming, pinning, computing and checksums, so none of these depends on the memory budget. Pure arithmetic:
-this module knows neither files nor tensors.
+the unit of streaming, pinning, computing and checksums, so none of these depends on the memory budget. In a
+mixture-of-experts layer a block is an expert. Pure arithmetic: this module knows neither files nor tensors.
 """
 
 from __future__ import annotations

@@ -15,7 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from flashlm.errors import PackError
 from flashlm.pack.layout import LayerLayout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
+EXPERTS_FORMAT_VERSION: Literal[2] = (
+    2  # of packs with experts, so that older readers say what is missing: a newer flashlm
+)
+CUSTOM_GATE = "custom"  # the activation of experts that do more than act(gate) * up
 FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
 RESIDENT_NAME = "model.safetensors"
@@ -30,6 +34,7 @@ Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
 SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$", max_length=255)]
 LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}(\.[0-9a-f]{8})?\.rows$")]
+ExpertsFileName = Annotated[str, Field(pattern=r"^experts-\d{5}\.rows$")]
 
 
 class _Strict(BaseModel):
@@ -62,6 +67,24 @@ class LayerEntry(_Strict):
     order_checksum: Checksum | None = None
 
 
+class ExpertsEntry(_Strict):
+    """The routed experts of one layer; a block of its file is an expert.
+
+    Attributes:
+        module: Dotted path of the experts module, whose weights are in the file instead of in `model.safetensors`.
+        file: Name of its file in `flash/`.
+        num_experts: Experts.
+        num_active: Experts that a token uses.
+        checksums: xxh3-64 of each expert as read (padding included), 16 hexadecimal digits.
+    """
+
+    module: str
+    file: ExpertsFileName
+    num_experts: Dimension
+    num_active: Dimension
+    checksums: tuple[Checksum, ...]
+
+
 class ResidentEntry(_Strict):
     """`model.safetensors`: everything that stays in DRAM, checksummed in pieces of `chunk_bytes` (last one shorter)."""
 
@@ -89,22 +112,23 @@ class Manifest(_Strict):
     """Everything that a reader of the pack needs to know.
 
     Attributes:
-        format_version: Version of the format; another one is refused by name.
+        format_version: Version of the format; an unknown one is refused by name. 2 where there are experts.
         flashlm_version: The flashlm that wrote the pack.
         model_type: The transformers model type.
         dtype: Element type of rows and resident floating-point weights.
-        hidden_size: d_model of the streamed FFNs.
+        hidden_size: d_model of the streamed FFNs, or what experts take and give.
         has_gate: Whether rows hold a gate part.
-        activation: Name of the activation in transformers' `ACT2FN`.
-        block_rows: Rows per block.
+        activation: Name of the activation in transformers' `ACT2FN`; "custom" where experts have a way of their own.
+        block_rows: Rows per block: the neurons of an expert where there are experts.
         row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout.
-        layers: The streamed FFNs, in the order in which a forward pass meets them.
+        layers: The streamed FFNs, in the order in which a forward pass meets them; none where there are experts.
+        experts: The layers of experts, in the same order; none in a model without.
         resident: The resident file.
         small_files: xxh3-64 of config.json and of every file that was copied beside it (tokenizer, generation config).
         source: Where the weights came from.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     flashlm_version: str
     model_type: str
     dtype: Literal["bfloat16", "float16", "float32"]
@@ -114,22 +138,28 @@ class Manifest(_Strict):
     block_rows: Dimension
     row_stride_bytes: Annotated[int, Field(gt=0)]
     block_stride_bytes: Annotated[int, Field(gt=0)]
-    layers: Annotated[tuple[LayerEntry, ...], Field(min_length=1, max_length=MAX_LAYERS)]
+    layers: Annotated[tuple[LayerEntry, ...], Field(max_length=MAX_LAYERS)]
+    experts: Annotated[tuple[ExpertsEntry, ...], Field(max_length=MAX_LAYERS)] = ()
     resident: ResidentEntry
     small_files: dict[SmallFileName, Checksum] = {}
     source: SourceEntry
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Manifest:
-        for index, layer in enumerate(self.layers):
-            layout = self.layout(index)
+        if bool(self.layers) == bool(self.experts):
+            raise ValueError("streamed layers or layers of experts expected, and not both")
+        if self.format_version != (EXPERTS_FORMAT_VERSION if self.experts else FORMAT_VERSION):
+            raise ValueError(f"format version {self.format_version} does not go with what is streamed")
+        if any(layer.num_active > layer.num_experts for layer in self.experts):
+            raise ValueError("more active experts than experts")
+        for layer, layout in self.files:
             if (layout.row_stride_bytes, layout.block_stride_bytes) != (self.row_stride_bytes, self.block_stride_bytes):
                 raise ValueError(
                     f"strides {self.row_stride_bytes} and {self.block_stride_bytes} do not follow from the shapes"
                 )
             if len(layer.checksums) != layout.num_blocks:
                 raise ValueError(f"{layer.file} has {layout.num_blocks} blocks but {len(layer.checksums)} checksums")
-        if len({layer.file for layer in self.layers}) != len(self.layers):
+        if len({layer.file for layer, _ in self.files}) != len(self.files):
             raise ValueError("two layers name the same file")
         wanted = -(-self.resident.num_bytes // self.resident.chunk_bytes)
         if len(self.resident.checksums) != wanted:
@@ -146,10 +176,30 @@ class Manifest(_Strict):
             block_rows=self.block_rows,
         )
 
+    def experts_layout(self, layer: int) -> LayerLayout:
+        """Return the geometry of the file of experts `layer`: block e is expert e."""
+        return LayerLayout(
+            hidden_size=self.hidden_size,
+            num_rows=self.experts[layer].num_experts * self.block_rows,
+            has_gate=self.has_gate,
+            dtype=self.dtype,
+            block_rows=self.block_rows,
+        )
+
+    @property
+    def files(self) -> list[tuple[LayerEntry | ExpertsEntry, LayerLayout]]:
+        """Every streamed file's entry and geometry."""
+        layers = [(entry, self.layout(index)) for index, entry in enumerate(self.layers)]
+        return [*layers, *((entry, self.experts_layout(index)) for index, entry in enumerate(self.experts))]
+
     @property
     def streamed_bytes(self) -> int:
         """Bytes of all layer files."""
-        return sum(self.layout(index).file_bytes for index in range(len(self.layers)))
+        return sum(layout.file_bytes for _, layout in self.files)
+
+    def to_json(self) -> str:
+        """Return the text of `flash/manifest.json`; fields that format version 1 does not know only where they are used."""
+        return self.model_dump_json(indent=1, exclude=None if self.experts else {"experts"}) + "\n"
 
 
 def manifest_path(pack: Path) -> Path:
@@ -157,7 +207,7 @@ def manifest_path(pack: Path) -> Path:
     return pack / FLASH_DIR / MANIFEST_NAME
 
 
-def layer_path(pack: Path, entry: LayerEntry) -> Path:
+def layer_path(pack: Path, entry: LayerEntry | ExpertsEntry) -> Path:
     """Return the path of a layer's file."""
     return pack / FLASH_DIR / entry.file
 
@@ -189,9 +239,10 @@ def read_manifest(pack: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise PackError(f"{path} is not JSON ({error}): convert the model again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if type(version) is not int or version != FORMAT_VERSION:  # True == 1
+    if type(version) is not int or version not in (FORMAT_VERSION, EXPERTS_FORMAT_VERSION):  # True == 1
         raise PackError(
-            f"{path} has format version {version!r}, this flashlm reads version {FORMAT_VERSION}:"
+            f"{path} has format version {version!r}, this flashlm reads versions {FORMAT_VERSION} and"
+            f" {EXPERTS_FORMAT_VERSION}:"
             " update flashlm, or convert the model again"
         )
     try:

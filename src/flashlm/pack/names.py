@@ -2,12 +2,13 @@
 
 Hub files may lack the base model's prefix or carry one too many, leave tied weights out or store them twice, and keep
 buffers of older versions. Renamings that transformers applies on load are applied; one that computes (splits, merges,
-permutes) is refused by name, as is every tensor that the model does not know.
+permutes) is refused by name, unless it makes experts (`experts_source`), as is every tensor that the model does not know.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence, Set
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from flashlm.errors import PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import Checkpoint, TensorEntry
+from flashlm.pack.experts import ExpertLayer
+from flashlm.pack.experts_source import ExpertSource, ExpertWeight
 
 # Buffers that older transformers versions saved and newer ones compute.
 _LEGACY_BUFFERS = re.compile(
@@ -32,26 +35,55 @@ def map_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Tenso
         PackError: A parameter is missing, has another shape, or a tensor has no place in the model.
         UnsupportedModelError: A tensor needs a conversion that is more than a new name.
     """
+    return map_with_experts(model, checkpoint, ())[0]
+
+
+def map_with_experts(
+    model: PreTrainedModel, checkpoint: Checkpoint, layers: Sequence[ExpertLayer]
+) -> tuple[dict[str, TensorEntry], tuple[ExpertSource, ...]]:
+    """Return what `map_names` does for all but the weights of `layers`, and where in the checkpoint those are.
+
+    Raises:
+        PackError, UnsupportedModelError: As `map_names`.
+    """
     state = model.state_dict()
-    mapped = _renamed(model, checkpoint, state)
-    _check_missing(model, mapped, checkpoint)
+    experts = {
+        name: ExpertWeight(name=name, shape=tuple(state[name].shape))
+        for layer in layers
+        for name in (layer.in_weight, layer.out_weight)
+    }
+    mapped = _renamed(model, checkpoint, state, experts)
+    _check_missing(model, mapped.keys() | experts.keys(), checkpoint)
     for name, entry in mapped.items():
         if tuple(state[name].shape) != entry.shape:
             raise PackError(
                 f"{entry.path} holds {entry.name} with shape {list(entry.shape)},"
                 f" the model's config wants {list(state[name].shape)}"
             )
-    return mapped
+    for weight in experts.values():
+        weight.check()
+    return mapped, tuple(
+        ExpertSource(layer=layer, in_weight=experts[layer.in_weight], out_weight=experts[layer.out_weight])
+        for layer in layers
+    )
 
 
-def _renamed(model: PreTrainedModel, checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> dict[str, TensorEntry]:
+def _renamed(
+    model: PreTrainedModel, checkpoint: Checkpoint, state: dict[str, torch.Tensor], experts: dict[str, ExpertWeight]
+) -> dict[str, TensorEntry]:
+    """Return the tensors that need no more than a new name; those of experts are added to `experts`."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     mapped: dict[str, TensorEntry] = {}
     unknown: list[str] = []
     for key, entry in checkpoint.tensors.items():
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        converter = None if pattern is None else by_pattern[pattern]
+        if name in experts:
+            experts[name].add(pattern, converter, entry)
+            continue
         if converter is not None:
             raise UnsupportedModelError(
                 f"model type {model.config.model_type!r} is not supported: transformers converts {key} by"
@@ -76,7 +108,7 @@ def _is_ignored(model: PreTrainedModel, key: str, name: str) -> bool:
     return _LEGACY_BUFFERS.search(key) is not None or any(re.search(pattern, name) for pattern in patterns)
 
 
-def _check_missing(model: PreTrainedModel, mapped: dict[str, TensorEntry], checkpoint: Checkpoint) -> None:
+def _check_missing(model: PreTrainedModel, mapped: Set[str], checkpoint: Checkpoint) -> None:
     tied_groups: dict[str, set[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         tied_groups.setdefault(source, {source}).add(target)

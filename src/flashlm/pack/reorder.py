@@ -99,7 +99,7 @@ def _reorder_layer(pack: Path, manifest: Manifest, index: int, order: Order) -> 
     layers = list(manifest.layers)
     layers[index] = target.model_copy(update={"checksums": checksums})
     changed = manifest.model_copy(update={"layers": tuple(layers)})
-    write_small_file(manifest_path(pack), (changed.model_dump_json(indent=1) + "\n").encode())
+    write_small_file(manifest_path(pack), changed.to_json().encode())
     layer_path(pack, entry).unlink(missing_ok=True)
     if entry.order_checksum is not None:
         order_path(pack, entry).unlink(missing_ok=True)

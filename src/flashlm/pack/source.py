@@ -12,7 +12,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack import activations
 from flashlm.pack.checkpoint import Checkpoint
-from flashlm.pack.manifest import FORMAT_VERSION
 
 QUANT_METHOD = "flashlm"
 DTYPE_NAMES = {
@@ -118,11 +117,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def pack_config(folder: Path, dtype: str) -> str:
+def pack_config(folder: Path, dtype: str, format_version: int) -> str:
     """Return the text of the pack's `config.json`: the source's, with the pack's dtype and our quantization entry."""
     content = _with_dtype(read_config(folder), dtype)
     content["dtype"] = dtype
-    content["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    content["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": format_version}
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

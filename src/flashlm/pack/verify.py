@@ -14,11 +14,14 @@ import xxhash
 
 from flashlm.errors import PackError, StorageError
 from flashlm.pack.direct_file import AlignedBuffer, DirectReader, room_bytes
+from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import (
     CALIBRATION_NAMES,
     FLASH_DIR,
     MANIFEST_NAME,
     RESIDENT_NAME,
+    ExpertsEntry,
+    LayerEntry,
     Manifest,
     layer_path,
     order_path,
@@ -113,8 +116,8 @@ def verify(pack: str | Path, *, progress: Callable[[int, int, str], None] | None
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, int, Iterator[_Range]]]:
     yield folder / RESIDENT_NAME, manifest.resident.num_bytes, _resident_ranges(folder, manifest)
-    for index, entry in enumerate(manifest.layers):
-        yield layer_path(folder, entry), manifest.layout(index).file_bytes, _layer_ranges(folder, manifest, index)
+    for entry, layout in manifest.files:
+        yield layer_path(folder, entry), layout.file_bytes, _layer_ranges(folder, entry, layout)
 
 
 def _resident_ranges(folder: Path, manifest: Manifest) -> Iterator[_Range]:
@@ -125,11 +128,11 @@ def _resident_ranges(folder: Path, manifest: Manifest) -> Iterator[_Range]:
         yield _Range(folder / RESIDENT_NAME, f"chunk {chunk}", offset, num_bytes, checksum)
 
 
-def _layer_ranges(folder: Path, manifest: Manifest, index: int) -> Iterator[_Range]:
-    entry, layout = manifest.layers[index], manifest.layout(index)
+def _layer_ranges(folder: Path, entry: LayerEntry | ExpertsEntry, layout: LayerLayout) -> Iterator[_Range]:
     for block, checksum in enumerate(entry.checksums):
         rows = layout.rows_of(block)
-        what = f"block {block} (rows {rows.start} to {rows.stop - 1})"
+        is_expert = isinstance(entry, ExpertsEntry)
+        what = f"expert {block}" if is_expert else f"block {block} (rows {rows.start} to {rows.stop - 1})"
         yield _Range(layer_path(folder, entry), what, layout.offset_of(block), layout.read_bytes(block), checksum)
 
 
@@ -159,7 +162,7 @@ def _check(reader: DirectReader, piece: _Range, buffer: AlignedBuffer) -> list[s
 
 def _foreign(folder: Path, manifest: Manifest) -> list[str]:
     """Return files in `flash/` that the manifest does not know: a mixed-up copy, most likely."""
-    known = {MANIFEST_NAME, *CALIBRATION_NAMES, *(entry.file for entry in manifest.layers)}
+    known = {MANIFEST_NAME, *CALIBRATION_NAMES, *(entry.file for entry, _ in manifest.files)}
     known |= {order_path(folder, entry).name for entry in manifest.layers if entry.order_checksum is not None}
     flash = folder / FLASH_DIR
     return [f"{path} is not part of this pack" for path in sorted(flash.iterdir()) if path.name not in known]

@@ -46,10 +46,21 @@ def read_config(pack: Path, **trust: Any) -> Any:
 def kv_cache_bytes_per_token(config: Any, dtype_bytes: int) -> int:
     """Return the bytes that one token of one sequence adds to the KV cache of a transformers `config`."""
     text = config.get_text_config(decoder=True)
-    num_heads = int(text.num_attention_heads)
-    num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // num_heads)
-    return int(2 * text.num_hidden_layers * num_kv_heads * head_dim * dtype_bytes)
+    is_mixed = getattr(text, "is_heterogeneous", False)  # heads that differ from layer to layer (Gemma 4)
+    layers = list(text.per_layer_config) if is_mixed else [text] * int(text.num_hidden_layers)
+    return sum(map(_kv_elements, layers)) * dtype_bytes
+
+
+def _kv_elements(layer: Any) -> int:
+    """Return the elements that a token adds to the cache of one layer, of its config."""
+    num_heads = int(layer.num_attention_heads)
+    num_kv_heads = int(getattr(layer, "num_key_value_heads", None) or num_heads)
+    head_dim = int(getattr(layer, "head_dim", None) or layer.hidden_size // num_heads)
+    # Latent attention (DeepSeek) is cached unfolded: keys of two parts, values of a width of their own.
+    nope_dim, rope_dim = getattr(layer, "qk_nope_head_dim", None), getattr(layer, "qk_rope_head_dim", None)
+    key_dim = int(nope_dim + rope_dim) if nope_dim and rope_dim else head_dim
+    value_dim = int(getattr(layer, "v_head_dim", None) or head_dim)
+    return num_kv_heads * (key_dim + value_dim)
 
 
 def working_bytes(config: Any, layouts: Sequence[LayerLayout], context: int) -> int:
@@ -118,6 +129,10 @@ def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
     del config.quantization_config
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config)
+    if manifest.experts:
+        from flashlm.planner.expert_needs import smallest_expert_dram_bytes
+
+        return smallest_expert_dram_bytes(config, manifest, context or DEFAULT_CONTEXT) + PROCESS_MARGIN_BYTES
     layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
     needs = measure_needs(
         config, layouts, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack import activations
+from flashlm.pack.experts import find_expert_layers
 from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
@@ -112,6 +113,8 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
     config = _read_config(source, trust_remote_code)
     dtype = canonical_dtype(dtype)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
+    if find_expert_layers(model):
+        raise _unplanned(str(source), "convert it; `flashlm info` then says the smallest --dram")
     layers = find_ffn_layers(model)
     largest = max(layers, key=lambda layer: layer.num_rows)
     block_rows = choose_block_rows(
@@ -143,6 +146,8 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
 
 def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape:
     manifest = read_manifest(pack)
+    if manifest.experts:
+        raise _unplanned(str(pack), "`flashlm info` says the smallest --dram")
     activations.register()
     config = AutoConfig.from_pretrained(pack, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
@@ -223,6 +228,10 @@ def _read_config(source: str | Path, trust_remote_code: bool) -> Any:
         raise ConfigError(f"{source} is neither local nor a model whose config the hub gives: {reason}") from error
     activations.check_parameters(config)
     return config
+
+
+def _unplanned(name: str, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{name} is a mixture of experts, which the planner can't cost yet: {what}")
 
 
 def _streamed_names(layers: tuple[FfnLayer, ...]) -> set[str]:

@@ -1,0 +1,107 @@
+"""Loading a pack of experts: the placement, the modules' weights taken out before loading, the store connected after."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from flashlm.engine.config import Settings
+from flashlm.engine.counters import Counters
+from flashlm.engine.expert_store import ExpertStore
+from flashlm.engine.experts import IMPLEMENTATION, BoundExperts
+from flashlm.engine.gemm import BlockGemm
+from flashlm.errors import ConfigError, PackError
+from flashlm.memory.budget import Placement
+from flashlm.memory.expert_budget import is_close_to_floor, place_experts
+from flashlm.pack.experts import OUT_WEIGHT_NAME, in_weight_name
+from flashlm.pack.manifest import Manifest
+from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
+from flashlm.storage.reader import File, Reader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Pieces of 1 MiB in flight. Experts land one after the other rather than all at once at the end.
+EXPERT_QUEUE_DEPTH = 64
+
+
+def check_mode(manifest: Manifest, settings: Settings) -> None:
+    """Refuse a mode that does not go with what the pack streams.
+
+    Raises:
+        ConfigError: Mode `experts` for a pack without, or another one than it for a pack with experts.
+    """
+    if manifest.experts and settings.mode not in ("auto", "experts"):
+        raise ConfigError(f"mode={settings.mode!r}: this pack streams experts; leave mode out, or choose experts")
+    if not manifest.experts and settings.mode == "experts":
+        raise ConfigError("mode='experts': this pack has no experts; leave mode out")
+
+
+def place_model(
+    model: PreTrainedModel, manifest: Manifest, settings: Settings, dram_bytes: int, context: int
+) -> Placement:
+    """Decide how many experts of each layer are held.
+
+    Raises:
+        BudgetError: Not even one token's experts fit.
+    """
+    uses = expert_uses(manifest)
+    needs = measure_expert_needs(model.config, manifest, context)
+    placement = place_experts(uses, needs, dram_bytes, max_cache_bytes=settings.pin_bytes)
+    if is_close_to_floor(uses, placement):
+        logger.warning(
+            "the expert cache holds %d experts, a token uses %d: next to nothing will be found in it; raise dram",
+            sum(placement.experts or ()),
+            sum(use.num_active for use in uses),
+        )
+    return placement
+
+
+def take_out_experts(model: PreTrainedModel, manifest: Manifest) -> None:
+    """Remove the streamed weights from the experts modules, and lead their calls to flashlm.
+
+    Raises:
+        PackError: The pack does not belong to the model.
+    """
+    for entry in manifest.experts:
+        try:
+            module = model.get_submodule(entry.module)
+            for name in (in_weight_name(has_gate=manifest.has_gate), OUT_WEIGHT_NAME):
+                module.get_parameter(name)
+                module.register_parameter(name, None)
+        except AttributeError as error:
+            raise PackError(
+                f"the pack streams experts of {entry.module}, which {type(model).__name__} does not have ({error}):"
+                " convert the model again with this version of transformers"
+            ) from error
+        # transformers would fill what it takes for missing weights with random numbers.
+        module._is_hf_initialized = True
+        config = module.config
+        config._experts_implementation = IMPLEMENTATION
+
+
+def connect_experts(
+    model: nn.Module,
+    manifest: Manifest,
+    reader: Reader,
+    files: list[File],
+    placement: Placement,
+    gemm: BlockGemm,
+    counters: Counters,
+) -> ExpertStore:
+    """Fill the expert cache and connect every experts module to it.
+
+    Raises:
+        StorageError: An expert can't be read.
+    """
+    layouts = [manifest.experts_layout(index) for index in range(len(manifest.experts))]
+    store = ExpertStore(reader, files, layouts, placement, counters=counters)
+    store.warm()
+    for index, entry in enumerate(manifest.experts):
+        module = model.get_submodule(entry.module)
+        module.flash_experts = BoundExperts(layer=index, layout=layouts[index], store=store, gemm=gemm)  # type: ignore[assignment]
+    return store

@@ -1,0 +1,199 @@
+"""Experts on demand: the expert cache, the slab that its slots are cut from, and the reads of what is missing.
+
+One pass of one layer: the reads of all missing experts are begun together (each in pieces, so that many are in flight), each
+landing in its slot; the caller computes on experts as they come. Where a layer needs more experts at once than it can hold,
+a prompt mostly, the next ones are begun as soon as others are done: every needed expert is read once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashlm.engine.counters import Counters
+from flashlm.errors import StorageError
+from flashlm.memory.budget import Placement
+from flashlm.memory.expert_cache import ExpertCache, ExpertStep, PolicyName
+from flashlm.pack.layout import LayerLayout
+from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
+
+WARM_BYTES = 256 << 20  # of reads begun together when the cache is filled at loading
+
+
+@dataclass(slots=True)
+class LayerTraffic:
+    """Experts of one layer that were found in the cache, and that were read."""
+
+    num_hits: int = 0
+    num_misses: int = 0
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Reads under way for one pass: `begun` by expert, and the experts still `pending` for want of a slot."""
+
+    step: ExpertStep
+    pending: deque[int]
+    begun: dict[int, Ticket] = field(default_factory=dict)
+
+
+class ExpertStore:
+    """Gives experts of any layer, from DRAM where the cache holds them, else from flash.
+
+    Args:
+        reader: The model's reader.
+        files: One open file per layer of experts.
+        layouts: Their geometry: block e is expert e.
+        placement: Slots of each layer, and spare ones.
+        policy: What goes when room is needed.
+        pinned: For each layer the experts that never go once they are there; None: none.
+        counters: Where traffic and time are added up.
+
+    Attributes:
+        traffic: Hits and misses of each layer since loading.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        files: Sequence[File],
+        layouts: Sequence[LayerLayout],
+        placement: Placement,
+        *,
+        policy: PolicyName = "lru",
+        pinned: Sequence[Sequence[int]] | None = None,
+        counters: Counters | None = None,
+    ) -> None:
+        assert placement.experts is not None
+        self.counters = counters or Counters()
+        self.traffic = [LayerTraffic() for _ in layouts]
+        self.policy = policy
+        self.cache = ExpertCache(placement.experts, num_spare=placement.num_slots, policy=policy, pinned=pinned)
+        self._capacities = placement.experts
+        self._reader = reader
+        self._files = files
+        self._layouts = layouts
+        self._slot_bytes = placement.slot_bytes
+        self._slab = AlignedBuffer(self.cache.num_slots * placement.slot_bytes)
+        self._lock = threading.RLock()
+
+    def describe(self) -> dict[str, Any]:
+        """Return policy, slots and traffic of each layer, as JSON-ready values."""
+        return {
+            "policy": self.policy,
+            "slot_bytes": self._slot_bytes,
+            "slots": list(self._capacities),
+            "num_experts": [layout.num_blocks for layout in self._layouts],
+            "hits": [each.num_hits for each in self.traffic],
+            "misses": [each.num_misses for each in self.traffic],
+        }
+
+    @contextmanager
+    def experts(
+        self, layer: int, needed: Sequence[int], by_recency: Sequence[int], *, held_first: bool
+    ) -> Iterator[Iterator[tuple[int, int]]]:
+        """Yield (expert, address of its block) of all `needed` ones; each address is valid until the next is taken.
+
+        Only one forward pass at a time gets a layer; others wait. An error or an interrupt leaves no expert in the cache
+        that did not land.
+
+        Args:
+            layer: Its index.
+            needed: The experts, ascending.
+            by_recency: The same, the one that is most likely to be needed next at the end.
+            held_first: Give those that are held first, while the others land; else in the order of `needed`.
+
+        Raises:
+            StorageError: An expert can't be read.
+        """
+        with self._lock:
+            started_s = time.perf_counter()
+            step = self.cache.begin(layer, needed, by_recency)
+            self.counters.hit_experts += len(step.hits)
+            self.counters.miss_experts += len(step.misses)
+            self.traffic[layer].num_hits += len(step.hits)
+            self.traffic[layer].num_misses += len(step.misses)
+            running = _Pass(step, deque(step.misses))
+            order = [*step.hits, *step.misses] if held_first else needed
+            self.counters.manage_s += time.perf_counter() - started_s
+            is_whole = False
+            try:
+                self._begin(layer, running)
+                yield self._serve(layer, running, order)
+                is_whole = True
+            finally:
+                if not is_whole:
+                    self._abandon(running)
+
+    def _serve(self, layer: int, running: _Pass, order: Sequence[int]) -> Iterator[tuple[int, int]]:
+        for expert in order:
+            ticket = running.begun.get(expert)
+            if ticket is not None:
+                self._wait(layer, ticket)
+                del running.begun[expert]
+            yield expert, self._slab.address + running.step.slot(expert) * self._slot_bytes
+            running.step.done(expert)
+            if running.pending:
+                self._begin(layer, running)
+            elif running.begun:  # asking begins the next pieces where some have landed meanwhile
+                self._reader.is_done(next(reversed(running.begun.values())))
+
+    def _begin(self, layer: int, running: _Pass) -> None:
+        """Begin to read as many pending experts as there are slots for."""
+        started_s = time.perf_counter()
+        while running.pending:
+            slot = running.step.take(running.pending[0])
+            if slot is None:
+                break
+            expert = running.pending.popleft()
+            try:
+                running.begun[expert] = self._reader.submit([self._request(layer, expert, slot)])
+            except BaseException:
+                running.step.forget(expert)
+                raise
+        self.counters.submit_s += time.perf_counter() - started_s
+
+    def _request(self, layer: int, expert: int, slot: int) -> ReadRequest:
+        layout = self._layouts[layer]
+        num_bytes = layout.read_bytes(expert)
+        return ReadRequest(self._files[layer], layout.offset_of(expert), num_bytes, self._slab, slot * self._slot_bytes)
+
+    def _wait(self, layer: int, ticket: Ticket) -> None:
+        started_s = time.perf_counter()
+        self._reader.wait(ticket)
+        self.counters.wait_s += time.perf_counter() - started_s
+        self.counters.bytes_read += self._layouts[layer].read_bytes(0)
+        self.counters.num_reads += 1
+
+    def _abandon(self, running: _Pass) -> None:
+        """Let reads under way land, and forget their experts."""
+        for expert, ticket in running.begun.items():
+            with suppress(StorageError):
+                self._reader.wait(ticket)
+            running.step.forget(expert)
+        running.step.abandon()
+
+    def warm(self) -> None:
+        """Fill every layer's slots with its first experts, sequentially.
+
+        Raises:
+            StorageError: An expert can't be read.
+        """
+        batch: list[ReadRequest] = []
+        for layer, capacity in enumerate(self._capacities):
+            experts = range(min(capacity, self._layouts[layer].num_blocks))
+            step = self.cache.begin(layer, experts, experts)
+            for expert in step.misses:
+                slot = step.take(expert)
+                assert slot is not None
+                batch.append(self._request(layer, expert, slot))
+                step.done(expert)
+                if len(batch) * self._slot_bytes >= WARM_BYTES:
+                    self._reader.read(batch)
+                    batch = []
+        self._reader.read(batch)

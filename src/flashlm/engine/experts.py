@@ -1,0 +1,203 @@
+"""Streamed experts of every mixture-of-experts family, as one function of transformers' experts interface.
+
+The family's own experts module stays in the model, with its activation, gate, biases and norm, but without its two large
+weights; the interface (`config._experts_implementation`) leads its calls here. Rows of an expert come from an `ExpertStore`.
+The order of summation depends on nothing that the cache does:
+
+* within an expert up to `MAX_KERNEL_TOKENS` tokens take the row kernels, more take matrix products (prompts), and how many
+  there are is the router's choice alone;
+* a token's experts are added up in fp32 in ascending order of their numbers, whatever landed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from flashlm import kernels
+from flashlm.engine.expert_store import ExpertStore
+from flashlm.engine.gemm import BlockGemm
+from flashlm.errors import ConfigError
+from flashlm.pack.layout import LayerLayout
+from flashlm.planner.expert_needs import rows_per_product
+
+IMPLEMENTATION = "flashlm"
+MAX_KERNEL_TOKENS = kernels.MAX_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundExperts:
+    """What an experts module runs on; its attribute `flash_experts`.
+
+    Attributes:
+        layer: Index of the layer in the store.
+        layout: Geometry of its experts: block e is expert e.
+        store: Gives experts.
+        gemm: Products for many tokens.
+    """
+
+    layer: int
+    layout: LayerLayout
+    store: ExpertStore
+    gemm: BlockGemm
+
+
+@dataclass(frozen=True, slots=True)
+class _Routing:
+    """Which tokens go to which expert.
+
+    Attributes:
+        experts: Experts that any token needs, ascending.
+        by_recency: The same, by the last token that needs them.
+        tokens: int64, of each expert its tokens, ascending.
+        weights: fp32 (num_tokens of the expert, 1), of each expert.
+    """
+
+    experts: list[int]
+    by_recency: list[int]
+    tokens: dict[int, torch.Tensor]
+    weights: dict[int, torch.Tensor]
+
+
+def flash_experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the weighted sum of every token's experts; the interface's function.
+
+    Args:
+        module: The experts module.
+        hidden_states: (..., hidden_size), any floating dtype.
+        top_k_index: (num_tokens, experts per token), integers; numbers that are no expert's count for nothing.
+        top_k_weights: The same shape.
+
+    Returns:
+        As `hidden_states`.
+
+    Raises:
+        ConfigError: The module is not connected to a pack, or a gradient is asked for.
+        StorageError: An expert can't be read.
+    """
+    bound = getattr(module, "flash_experts", None)
+    if not isinstance(bound, BoundExperts):
+        raise ConfigError("these experts have no weights yet: load the pack with flashlm.load or from_pretrained")
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
+    tokens = hidden_states.detach().reshape(-1, bound.layout.hidden_size).to(torch.float32).contiguous()
+    routing = _route(top_k_index, top_k_weights, len(tokens), bound.layout.num_blocks)
+    output = torch.zeros(tokens.shape)
+    is_small = len(tokens) <= MAX_KERNEL_TOKENS
+    shares: dict[int, torch.Tensor] = {}
+    with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as experts:
+        for expert, address in experts:
+            chosen = routing.tokens[expert]
+            share = _run_expert(module, bound, expert, address, tokens[chosen]).mul_(routing.weights[expert])
+            if is_small:
+                shares[expert] = share
+            else:  # comes in ascending order
+                output.index_add_(0, chosen, share)
+    for expert in sorted(shares):
+        output.index_add_(0, routing.tokens[expert], shares[expert])
+    return output.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def _route(index: torch.Tensor, weights: torch.Tensor, num_tokens: int, num_experts: int) -> _Routing:
+    flat = index.reshape(num_tokens, -1)
+    num_active = flat.shape[1]
+    order = flat.reshape(-1).argsort(stable=True)
+    numbers, counts = flat.reshape(-1)[order].unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
+    sorted_tokens = order // max(num_active, 1)
+    sorted_weights = weights.detach().reshape(-1)[order].to(torch.float32).unsqueeze(1)
+    tokens: dict[int, torch.Tensor] = {}
+    shares: dict[int, torch.Tensor] = {}
+    last: dict[int, int] = {}
+    start = 0
+    for expert, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+        stop = start + count
+        if 0 <= expert < num_experts:
+            tokens[expert], shares[expert] = sorted_tokens[start:stop], sorted_weights[start:stop]
+            last[expert] = int(order[stop - 1])
+        start = stop
+    return _Routing(list(tokens), sorted(last, key=last.__getitem__), tokens, shares)
+
+
+def _run_expert(
+    module: nn.Module, bound: BoundExperts, expert: int, address: int, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Return one expert's output for some tokens: fp32 (num_tokens, hidden_size) in and out."""
+    layout = bound.layout
+    output = torch.zeros(tokens.shape)
+    biases = _biases(module, expert)
+    if len(tokens) <= MAX_KERNEL_TOKENS:
+        rows = _rows(layout, address, layout.block_rows)
+        parts = [torch.empty(len(tokens), layout.block_rows) for _ in range(layout.num_parts - 1)]
+        for number, part in enumerate(parts):
+            kernels.project(tokens, rows, number, part, biases.inner[number] if biases.inner else None)
+        kernels.accumulate(_activate(module, parts), rows, output)
+    else:
+        prepared = bound.gemm.prepare(tokens)
+        step = rows_per_product(layout)
+        for first in range(0, layout.block_rows, step):
+            num_rows = min(step, layout.block_rows - first)
+            span = slice(first, first + num_rows)
+            gate, up, down = bound.gemm.parts(layout, address + first * layout.row_stride_bytes, num_rows)
+            inner = [up] if gate is None else [gate, up]
+            parts = [
+                bound.gemm.project(prepared, part, biases.inner[number][span] if biases.inner else None)
+                for number, part in enumerate(inner)
+            ]
+            bound.gemm.accumulate(_activate(module, parts), down, output)
+    if biases.outer is not None:
+        output += biases.outer
+    if getattr(module, "has_post_expert_norm", False):
+        norm: Callable[[torch.Tensor], torch.Tensor] = module.post_expert_norm  # type: ignore[assignment]
+        output = norm(output).to(torch.float32)
+    return output
+
+
+def _rows(layout: LayerLayout, address: int, num_rows: int) -> kernels.RowBlock:
+    dtype = getattr(torch, layout.dtype)
+    return kernels.RowBlock(address, num_rows, layout.row_stride_bytes, layout.hidden_size, dtype, layout.num_parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Biases:
+    """An expert's biases in fp32: of each part that the input meets (num_rows,), and of the output (hidden_size,)."""
+
+    inner: list[torch.Tensor]
+    outer: torch.Tensor | None
+
+
+def _biases(module: Any, expert: int) -> _Biases:
+    if not module.has_bias:
+        return _Biases([], None)
+    outer = module.down_proj_bias[expert].detach().to(torch.float32)
+    if not module.has_gate:
+        return _Biases([module.up_proj_bias[expert].detach().to(torch.float32).contiguous()], outer)
+    both = module.gate_up_proj_bias[expert].detach().to(torch.float32)
+    gate, up = both.chunk(2) if module.is_concatenated else (both[0::2], both[1::2])
+    return _Biases([gate.contiguous(), up.contiguous()], outer)
+
+
+def _activate(module: Any, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return the hidden activations, fp32 (num_tokens, rows), of gate and up, or of up alone, by the module's own way."""
+    if not module.has_gate:
+        activated: torch.Tensor = module.act_fn(parts[0])
+        return activated
+    gate, up = parts
+    joined = torch.cat([gate, up], dim=1) if module.is_concatenated else torch.stack([gate, up], dim=2).flatten(1)
+    gated: torch.Tensor = module._apply_gate(joined)
+    return gated.contiguous()
+
+
+def register() -> None:
+    """Make the implementation known to transformers; calling it again does nothing."""
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, flash_experts_forward)
+
+
+register()

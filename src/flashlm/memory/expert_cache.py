@@ -1,0 +1,229 @@
+"""The expert cache: which experts of which layer are in DRAM, in which slot, and which go when room is needed.
+
+Memory and reads are the caller's; here are only numbers. A layer's capacity is fixed. Beside it there are a few spare slots
+that all layers share: a prompt that needs more experts than a layer can hold reads the next one into a spare slot while an
+expert that is still needed keeps its own, so nothing is read twice. At the end of a pass the spare slots are free again.
+
+Policies: `lru` evicts what was not used for longest; `lfu` what was used least, where a use counts for half as much after
+`HALF_LIFE_STEPS` steps of its layer, so that what was popular long ago does not stay for ever. Pinned experts never go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, Protocol, get_args
+
+from flashlm.errors import ConfigError
+
+PolicyName = Literal["lru", "lfu"]
+HALF_LIFE_STEPS = 32
+
+
+class EvictionPolicy(Protocol):
+    """Chooses, for one layer, what goes."""
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Note one step's experts, the one needed last at the end."""
+
+    def victim(self, candidates: Iterable[int]) -> int:
+        """Return the one of `candidates` that goes first."""
+
+
+class LeastRecentlyUsed:
+    """Evicts what was not used for longest."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, int] = {}
+        self._clock = 0
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Note one step's experts, the one needed last at the end."""
+        for expert in experts:
+            self._clock += 1
+            self._last[expert] = self._clock
+
+    def victim(self, candidates: Iterable[int]) -> int:
+        """Return the one of `candidates` that goes first."""
+        return min(candidates, key=lambda expert: (self._last.get(expert, 0), expert))
+
+
+class LeastFrequentlyUsed:
+    """Evicts what was used least, older uses counting less; among equals what was not used for longest."""
+
+    def __init__(self, half_life_steps: int = HALF_LIFE_STEPS) -> None:
+        self._growth = 2.0 ** (1.0 / half_life_steps)
+        self._scores: dict[int, float] = {}
+        self._recency = LeastRecentlyUsed()
+        self._weight = 1.0
+
+    def use(self, experts: Sequence[int]) -> None:
+        """Note one step's experts, the one needed last at the end."""
+        # Instead of shrinking every score, each step weighs more than the one before.
+        self._weight *= self._growth
+        if self._weight > 1e100:
+            self._scores = {expert: score / self._weight for expert, score in self._scores.items()}
+            self._weight = 1.0
+        for expert in experts:
+            self._scores[expert] = self._scores.get(expert, 0.0) + self._weight
+        self._recency.use(experts)
+
+    def victim(self, candidates: Iterable[int]) -> int:
+        """Return the one of `candidates` that goes first."""
+        scored = [(self._scores.get(expert, 0.0), expert) for expert in candidates]
+        least = min(score for score, _ in scored)
+        return self._recency.victim(expert for score, expert in scored if score == least)
+
+
+_POLICIES: dict[str, type[LeastRecentlyUsed] | type[LeastFrequentlyUsed]] = {
+    "lru": LeastRecentlyUsed,
+    "lfu": LeastFrequentlyUsed,
+}
+
+
+class _Layer:
+    def __init__(self, slots: Iterable[int], policy: EvictionPolicy, pinned: frozenset[int]) -> None:
+        self.free = list(slots)
+        self.capacity = len(self.free)
+        self.slot_of: dict[int, int] = {}
+        self.policy = policy
+        self.pinned = pinned
+
+
+class ExpertCache:
+    """Slots for experts of several layers. One pass at a time.
+
+    Args:
+        capacities: Slots of each layer.
+        num_spare: Slots that all layers share; at least one where a layer may need more experts at once than it holds.
+        policy: "lru" or "lfu".
+        pinned: For each layer the experts that stay once they are there; fewer than its capacity. None: none.
+
+    Attributes:
+        num_slots: All slots, numbered from 0.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        capacities: Sequence[int],
+        *,
+        num_spare: int = 0,
+        policy: PolicyName = "lru",
+        pinned: Sequence[Iterable[int]] | None = None,
+    ) -> None:
+        if policy not in get_args(PolicyName):
+            raise ConfigError(f"expert policy {policy!r} is unknown: choose one of {', '.join(get_args(PolicyName))}")
+        if any(capacity < 1 for capacity in capacities) or num_spare < 0:
+            raise ConfigError(f"every layer needs a slot, got {list(capacities)} and {num_spare} to spare")
+        kept = [frozenset(experts) for experts in pinned] if pinned is not None else [frozenset()] * len(capacities)
+        if any(len(experts) >= capacity for experts, capacity in zip(kept, capacities, strict=True) if experts):
+            raise ConfigError("fewer experts must be pinned than a layer has slots")
+        self.num_slots = sum(capacities) + num_spare
+        self._layers = []
+        first = 0
+        for capacity, experts in zip(capacities, kept, strict=True):
+            # Taken from the end: low slots first, so that experts read in order lie in order.
+            slots = reversed(range(first, first + capacity))
+            self._layers.append(_Layer(slots, _POLICIES[policy](), experts))
+            first += capacity
+        self._spare = list(range(first, first + num_spare))
+
+    def held(self, layer: int) -> dict[int, int]:
+        """Return the experts of `layer` that have a slot, with their slots."""
+        return dict(self._layers[layer].slot_of)
+
+    def begin(self, layer: int, needed: Sequence[int], by_recency: Sequence[int]) -> ExpertStep:
+        """Begin a pass of `layer`.
+
+        Args:
+            layer: Its index.
+            needed: The experts, in the order in which they will be asked for.
+            by_recency: The same ones, the one that matters most for what follows at the end.
+        """
+        found = self._layers[layer]
+        found.policy.use(by_recency)
+        return ExpertStep(found, self._spare, needed)
+
+
+class ExpertStep:
+    """One pass of one layer: gives slots to missing experts, and takes them from those that are not needed (any more).
+
+    Attributes:
+        hits: Needed experts that were held when the step began.
+        misses: The others, in the order in which they were asked for.
+    """
+
+    def __init__(self, layer: _Layer, spare: list[int], needed: Sequence[int]) -> None:
+        self._layer = layer
+        self._spare = spare
+        self._waiting = set(needed)
+        self.hits = [expert for expert in needed if expert in layer.slot_of]
+        self.misses = [expert for expert in needed if expert not in layer.slot_of]
+
+    def slot(self, expert: int) -> int:
+        """Return the slot of an expert that has one."""
+        return self._layer.slot_of[expert]
+
+    def take(self, expert: int) -> int | None:
+        """Give a missing expert a slot, which must then be filled or `forget`-ed; None: there is none before a `done`."""
+        layer = self._layer
+        if layer.free:
+            slot = layer.free.pop()
+        elif (victim := self._victim()) is not None:
+            slot = layer.slot_of.pop(victim)
+        elif self._spare:
+            slot = self._spare.pop()
+        else:
+            return None
+        layer.slot_of[expert] = slot
+        return slot
+
+    def done(self, expert: int) -> None:
+        """Note that `expert` is not needed any more in this step."""
+        self._waiting.discard(expert)
+        layer = self._layer
+        if len(layer.slot_of) > layer.capacity and (victim := self._victim()) is not None:
+            self._spare.append(layer.slot_of.pop(victim))
+
+    def forget(self, expert: int) -> None:
+        """Take back the slot of an expert whose read failed."""
+        self._waiting.discard(expert)
+        layer = self._layer
+        slot = layer.slot_of.pop(expert)
+        if len(layer.slot_of) + len(layer.free) < layer.capacity:
+            layer.free.append(slot)
+        else:
+            self._spare.append(slot)
+
+    def abandon(self) -> None:
+        """End a step that failed: whatever is over the layer's capacity goes."""
+        self._waiting.clear()
+        layer = self._layer
+        while len(layer.slot_of) > layer.capacity:
+            victim = self._victim()
+            assert victim is not None
+            self._spare.append(layer.slot_of.pop(victim))
+
+    def _victim(self) -> int | None:
+        layer = self._layer
+        candidates = [each for each in layer.slot_of if each not in self._waiting and each not in layer.pinned]
+        return layer.policy.victim(candidates) if candidates else None
+
+
+def replay(
+    trace: Iterable[tuple[int, Sequence[int]]],
+    capacities: Sequence[int],
+    policy: PolicyName,
+    pinned: Sequence[Iterable[int]] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Yield hits and misses of each (layer, experts) of a routing trace: to choose a policy without running a model."""
+    cache = ExpertCache(capacities, num_spare=1, policy=policy, pinned=pinned)
+    for layer, experts in trace:
+        step = cache.begin(layer, experts, experts)
+        for expert in experts:
+            if expert in step.misses:
+                step.take(expert)
+            step.done(expert)
+        yield len(step.hits), len(step.misses)

@@ -1,0 +1,53 @@
+"""What a mixture-of-experts model needs in DRAM before a single expert is held."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from flashlm.kernels import WIDEN_PIECE_BYTES
+from flashlm.memory.budget import Needs
+from flashlm.memory.expert_budget import ExpertUse, expert_floor_bytes
+from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout
+from flashlm.pack.manifest import Manifest
+from flashlm.planner.needs import measure_needs
+
+# Live fp32 vectors of a prompt's tokens in a layer of experts: input, sum, one expert's tokens, its output, and a copy.
+LIVE_EXPERT_VECTORS = 5
+LIVE_ROW_VECTORS = 5  # of one product's rows: gate, up, both joined, the activation, their product
+
+
+def rows_per_product(layout: LayerLayout) -> int:
+    """Return the rows of an expert that one matrix product takes, so that their fp32 copy stays small."""
+    row_bytes = layout.num_parts * layout.hidden_size * 4
+    return min(max(WIDEN_PIECE_BYTES // row_bytes // ROWS_PER_STEP, 1) * ROWS_PER_STEP, layout.block_rows)
+
+
+def expert_uses(manifest: Manifest) -> list[ExpertUse]:
+    """Return the layers of experts of a pack."""
+    return [
+        ExpertUse(layout=manifest.experts_layout(index), num_active=entry.num_active)
+        for index, entry in enumerate(manifest.experts)
+    ]
+
+
+def measure_expert_needs(config: Any, manifest: Manifest, context: int) -> Needs:
+    """Return what loading a pack of experts into this process takes.
+
+    Args:
+        config: The transformers config of the model.
+        manifest: The pack's.
+        context: Tokens of the KV cache, over all sequences; a prompt may be as long.
+    """
+    layout = manifest.experts_layout(0)
+    pieces = replace(layout, block_rows=rows_per_product(layout))
+    needs = measure_needs(config, [pieces], resident_bytes=manifest.resident.num_bytes, context=context)
+    vectors_bytes = (LIVE_EXPERT_VECTORS * layout.hidden_size + LIVE_ROW_VECTORS * pieces.block_rows) * 4
+    most = max(manifest.experts, key=lambda entry: entry.num_experts)
+    routing_bytes = 8 * 4 * most.num_experts + 64 * most.num_active  # scores, their copies, sorted indices
+    return replace(needs, working_bytes=needs.working_bytes + context * (vectors_bytes + routing_bytes))
+
+
+def smallest_expert_dram_bytes(config: Any, manifest: Manifest, context: int) -> int:
+    """Return the smallest `dram` with which a process like this one runs a pack of experts."""
+    return expert_floor_bytes(expert_uses(manifest), measure_expert_needs(config, manifest, context))
