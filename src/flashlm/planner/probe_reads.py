@@ -19,6 +19,7 @@ DEPTHS = (1, 8, 32, 128)
 ROW_BYTES = (4096, 8192, 16384, 32768, 65536)
 ROW_BATCHES = (100, 600, 3000)
 NUM_ROUNDS = 3
+BATCHES_OF_DEPTH = 32  # reads of a round, in depths: its beginning and end are then hardly felt
 ROUND_BYTES = 96 << 20  # at most, of one round
 BUFFER_BYTES = 256 << 20
 BLOCK_ROWS = 256
@@ -73,7 +74,9 @@ class ReadProbe:
     def _measure(self, reader: Reader, pattern: Pattern, read_bytes: int, depth: int) -> ReadPoint:
         num_places = self._file.num_bytes // read_bytes
         room = min(ROUND_BYTES, self._buffer.num_bytes) // read_bytes
-        count = max(min(room, depth * 16, num_places), 1)
+        count = max(min(room, max(depth, 2) * BATCHES_OF_DEPTH, num_places), 1)
+        # Landing in few places, as in other tools: what the processor's cache does for them is the same.
+        num_slots = min(2 * depth, room) if pattern == "random" else room
         rates: list[float] = []
         cpus: list[float] = []
         latencies: list[float] = []
@@ -87,21 +90,18 @@ class ReadProbe:
                     places = [(next_place + index) % num_places for index in range(count)]
                     next_place = places[-1] + 1
                 requests = [
-                    ReadRequest(file, place * read_bytes, read_bytes, self._buffer, index * read_bytes)
+                    ReadRequest(file, place * read_bytes, read_bytes, self._buffer, index % num_slots * read_bytes)
                     for index, place in enumerate(places)
                 ]
                 cpu_s, started_s = time.process_time(), time.perf_counter()
                 if pattern == "sequential":
                     _stream(reader, requests, depth)
-                elif depth == 1:
-                    for request in requests:
-                        single_s = time.perf_counter()
-                        reader.read([request])
-                        latencies.append(time.perf_counter() - single_s)
                 else:
                     reader.read(requests)
                 rates.append(count / (time.perf_counter() - started_s))
                 cpus.append((time.process_time() - cpu_s) / count)
+                if pattern == "random" and depth == 1:
+                    latencies += _latencies(reader, requests)
         rate = statistics.median(rates)
         ordered = sorted(latencies)
         return ReadPoint(
@@ -139,6 +139,16 @@ class ReadProbe:
                         times.append(time.perf_counter() - started_s)
                     found.append(RowReadPoint(row_bytes=row_bytes, num_rows=batch, seconds=statistics.median(times)))
         return found
+
+
+def _latencies(reader: Reader, requests: list[ReadRequest]) -> list[float]:
+    """Return what single reads take, one after the other, our calls included."""
+    latencies = []
+    for request in requests:
+        started_s = time.perf_counter()
+        reader.read([request])
+        latencies.append(time.perf_counter() - started_s)
+    return latencies
 
 
 def _stream(reader: Reader, requests: list[ReadRequest], depth: int) -> None:
