@@ -19,7 +19,7 @@ from random_weights import RandomPool, as_bytes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-STAND_INS = {"opt": "gpt2", "llama": "llama"}
+STAND_INS = {"opt": "gpt2", "llama": "llama", "olmoe": "olmoe"}
 GGUF_TYPES = {torch.float16: gguf.GGMLQuantizationType.F16, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
 FILE_TYPES = {torch.float16: gguf.LlamaFileType.MOSTLY_F16, torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}
 
@@ -56,6 +56,25 @@ def _llama_shapes(config: PretrainedConfig) -> Shapes:
     return shapes
 
 
+def _olmoe_shapes(config: PretrainedConfig) -> Shapes:
+    d, d_ffn, experts = config.hidden_size, config.intermediate_size, config.num_experts
+    shapes: Shapes = {
+        "token_embd.weight": (config.vocab_size, d),
+        "output_norm.weight": (d,),
+        "output.weight": (config.vocab_size, d),
+    }
+    layer: Shapes = {"attn_norm": (d,), "attn_q_norm": (d,), "attn_k_norm": (d,), "ffn_norm": (d,)}
+    layer |= dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (d, d))
+    layer |= {"ffn_gate_inp": (experts, d), "ffn_down_exps": (experts, d, d_ffn)}
+    layer |= {"ffn_gate_exps": (experts, d_ffn, d), "ffn_up_exps": (experts, d_ffn, d)}
+    for number in range(config.num_hidden_layers):
+        shapes |= {f"blk.{number}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+SHAPES_OF = {"gpt2": _gpt2_shapes, "llama": _llama_shapes, "olmoe": _olmoe_shapes}
+
+
 def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig, dtype: torch.dtype) -> None:
     writer.add_name("random weights")
     writer.add_file_type(FILE_TYPES[dtype])
@@ -63,7 +82,10 @@ def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig, dtype: torc
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    if config.model_type == "llama":
+    if config.model_type == "olmoe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if config.model_type in ("llama", "olmoe"):
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -96,7 +118,7 @@ def write_gguf(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = tor
     if path.exists():
         return path.stat().st_size
     architecture = STAND_INS[config.model_type]
-    shapes = _gpt2_shapes(config) if architecture == "gpt2" else _llama_shapes(config)
+    shapes = SHAPES_OF[architecture](config)
     pool = RandomPool(dtype)
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, architecture)

@@ -105,6 +105,26 @@ def _relu_llama() -> PretrainedConfig:
     return config
 
 
+def _olmoe(
+    *, layers: int, d_model: int, heads: int, d_ffn: int, experts: int, active: int, vocab: int = 50304
+) -> PretrainedConfig:
+    from transformers import OlmoeConfig
+
+    return OlmoeConfig(
+        num_hidden_layers=layers,
+        hidden_size=d_model,
+        intermediate_size=d_ffn,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        num_experts=experts,
+        num_experts_per_tok=active,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        dtype="bfloat16",
+        architectures=["OlmoeForCausalLM"],
+    )
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-6.7b": lambda: _opt(layers=32, d_model=4096, heads=32),
     "llama-2-7b": lambda: _llama(layers=32, d_model=4096, heads=32, d_ffn=11008),
@@ -112,9 +132,12 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "falcon-7b": _falcon_7b,
     "persimmon-8b": _persimmon_8b,
     "phi-2": _phi_2,
+    "olmoe-1b-7b": lambda: _olmoe(layers=16, d_model=2048, heads=16, d_ffn=1024, experts=64, active=8),
     # the rest try the harness, not the machine
     "opt-1.3b": lambda: _opt(layers=24, d_model=2048, heads=32),
     "opt-tiny": lambda: _opt(layers=4, d_model=256, heads=4, vocab=1024, positions=512),
+    "olmoe-small": lambda: _olmoe(layers=8, d_model=1024, heads=8, d_ffn=512, experts=64, active=8, vocab=8192),
+    "olmoe-tiny": lambda: _olmoe(layers=4, d_model=256, heads=4, d_ffn=128, experts=16, active=2, vocab=1024),
     "llama-tiny": lambda: _llama(layers=4, d_model=256, heads=4, d_ffn=704, vocab=1024),
 }
 
