@@ -43,7 +43,7 @@ class Score:
 
     @property
     def published_perplexity(self) -> float:
-        """What the papers' code reports: it divides by a column's length, its first token included, which nothing predicts."""
+        """What the papers' code reports: the sum over a column's whole length, though nothing predicts its first token."""
         return exp(self.loss_sum / (self.num_tokens + self.num_columns))
 
 

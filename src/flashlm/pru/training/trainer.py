@@ -1,4 +1,4 @@
-"""The training loop: windows, steps, validation, checkpoints. Killed at any time it goes on from the last one, to the bit."""
+"""The training loop: windows, steps, validation, checkpoints. Killed at any time it goes on from the last, to the bit."""
 
 from __future__ import annotations
 
