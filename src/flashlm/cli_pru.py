@@ -30,14 +30,23 @@ def train(
         Path | None, typer.Option(help="TOML file with name, preset, [model] and [training].", show_default=False)
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="standard (dropout; the default) or awd.", show_default=False)
+        str | None, typer.Option(help="standard (the default), awd or awd-finetune.", show_default=False)
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="NAME=VALUE of the model or the training, repeatable.", show_default=False),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the text.", show_default=False)] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Run, or saved model, to start from (for awd-finetune).", show_default=False),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Hugging Face tokenizer (folder or hub id) instead of words.", show_default=False),
+    ] = None,
     device: DeviceOption = "auto",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Metrics for TensorBoard too.")] = False,
     checkpoint_every_s: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
     log_every: Annotated[int, typer.Option(help="Steps between rows of metrics.jsonl.")] = 50,
     as_json: JsonOption = False,
@@ -47,24 +56,28 @@ def train(
     Several processes: torchrun --nproc-per-node N -m flashlm pru train ...
     """
     from flashlm.pru.training.corpus import read_corpus, recognise
+    from flashlm.pru.training.encoding import TokenizerEncoding
     from flashlm.pru.training.evaluate import exp
+    from flashlm.pru.training.saved import BEST
     from flashlm.pru.training.settings import assigned, make_recipe
-    from flashlm.pru.training.trainer import BEST, Trainer
+    from flashlm.pru.training.trainer import Trainer
 
     model, training = assigned(set_ or [])
     if epochs is not None:
         training["epochs"] = epochs
     made = make_recipe(recipe, preset, model, training)
-    corpus = read_corpus(data)
+    corpus = read_corpus(data) if tokenizer is None else read_corpus(data, lambda _: TokenizerEncoding(tokenizer))
     name, warning = recognise(corpus)
     with console.progress_bar(unit="tokens") as progress:
         trainer = Trainer(
             corpus,
             made,
             out,
+            start=start,
             device=device,
             checkpoint_every_s=checkpoint_every_s,
             log_every=log_every,
+            has_tensorboard=tensorboard,
             on_progress=progress,
             note=console.note,
         )
@@ -94,13 +107,50 @@ def evaluate(
     data: DataOption,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     batch_size: Annotated[int, typer.Option(help="Columns that the text is cut into; 1 loses no token.")] = 1,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Only so many tokens from the text's start.", show_default=False)
+    ] = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Dynamic evaluation too: learn from the text while scoring it.")
+    ] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Find --lr and --lamb on the validation text (24 passes over it).")
+    ] = False,
+    grid_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the validation text for --grid.", show_default="all")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of --dynamic.")] = 5e-5,
+    lamb: Annotated[float, typer.Option(help="Decay of --dynamic towards the trained weights.")] = 2e-3,
+    segment: Annotated[int, typer.Option(help="Tokens between updates of --dynamic.")] = 5,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity: token-exact, and as the papers' code counts it."""
+    from flashlm.errors import ConfigError
+    from flashlm.pru.training.dynamic import DynamicSettings
     from flashlm.pru.training.reports import evaluate_folder
 
-    _print(evaluate_folder(model, data, split=split, batch_size=batch_size, device=device), as_json, title=str(model))
+    if grid and not dynamic:
+        raise ConfigError("--grid belongs to --dynamic")
+    with console.progress_bar(unit="tokens") as progress:
+        report = evaluate_folder(
+            model,
+            data,
+            split=split,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            dynamic=DynamicSettings(lr=lr, lamb=lamb, segment=segment) if dynamic else None,
+            has_grid=grid,
+            grid_tokens=grid_tokens,
+            device=device,
+            on_progress=progress,
+            note=console.note,
+        )
+    if as_json:
+        console.print_json(report)
+        return
+    learnt = {f"dynamic_{name}": value for name, value in report.pop("dynamic", {}).items() if name != "grid"}
+    _print(report | learnt, False, title=str(model))
 
 
 def _print(result: dict[str, Any], as_json: bool, title: str) -> None:
@@ -113,5 +163,5 @@ def _print(result: dict[str, Any], as_json: bool, title: str) -> None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.2e}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flashlm.errors import ConfigError, PackError
+from flashlm.errors import ConfigError, PackError, StorageError
 from flashlm.pru.training.processes import Processes
 
 VERSION = 1
@@ -90,11 +90,27 @@ class CheckpointFolder:
             progress: Goes into JSON.
             weights: The same in all processes.
             own: This process's state and RNG.
+
+        Raises:
+            StorageError: It can't be written.
         """
         # Two checkpoints of one step differ where the epoch has ended in between.
         place = self.folder / f"step-{progress.step:09d}-{progress.epoch:05d}-{progress.row:09d}"
+        try:
+            self._write(place, progress, weights, own)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"checkpoint {place} can't be written: {error}; the one before it is whole", path=str(place)
+            ) from error
+        self._processes.wait()
+        return place
+
+    def _write(
+        self, place: Path, progress: Progress, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]
+    ) -> None:
         draft = place.with_name(place.name + ".tmp")
-        if self._processes.is_main:
+        is_main = self._processes.is_main
+        if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob("*.tmp"):
                 shutil.rmtree(left)
@@ -102,17 +118,18 @@ class CheckpointFolder:
         self._processes.wait()
         _save_tensors(own, draft / f"rank-{self._processes.rank}.safetensors")
         self._processes.wait()
-        if self._processes.is_main and not place.exists():
+        if is_main and place.exists():  # the same point of the run, saved before
+            shutil.rmtree(draft)
+        elif is_main:
             _save_tensors(weights, draft / _WEIGHTS)
             _write_synced(draft / _PROGRESS, progress.model_dump_json().encode())
             _sync(draft)
             draft.rename(place)
             _sync(self.folder)
+        if is_main:
             for older in self.folder.glob("step-*"):
                 if older != place:
                     shutil.rmtree(older)
-        self._processes.wait()
-        return place
 
     def load(self, place: Path) -> tuple[Progress, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Read a checkpoint: progress, weights, this process's state.
@@ -164,6 +181,13 @@ def match_run(out: Path, run: dict[str, Any], may_differ: set[str]) -> None:
             )
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(run, indent=2).encode() + b"\n")
+
+
+def check_same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ConfigError, naming what differs, unless two tables are equal."""
+    wrong = [line for _, line in _differences("setting", before, now)]
+    if wrong:
+        raise ConfigError(f"{what} is another one: {'; '.join(wrong)}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

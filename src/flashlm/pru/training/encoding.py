@@ -1,4 +1,4 @@
-"""Text to token ids. Words split on whitespace with one `<eos>` per line, the convention of both papers' corpora."""
+"""Text to token ids: words split on whitespace with one `<eos>` per line (the corpora's convention), or any tokenizer."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ class Encoding(Protocol):
 
     def encode(self, lines: Iterable[str], source: str) -> Ids:
         """Return the ids of all lines, `eos_id` after each; `source` is named in errors."""
+
+    def count_unknown(self, lines: Iterable[str]) -> int:
+        """Return how many words a text has that can only be encoded as unknown."""
 
     def save(self, folder: Path) -> None:
         """Write what `AutoTokenizer.from_pretrained` needs."""
@@ -107,22 +110,73 @@ class WordEncoding:
         )
         wrapped.save_pretrained(str(folder))
 
-    @classmethod
-    def load(cls, folder: Path) -> WordEncoding:
-        """Read what `save` wrote.
 
-        Raises:
-            PackError: The file is missing or is not a word vocabulary.
-        """
-        path = folder / TOKENIZER_FILE
+class TokenizerEncoding:
+    """A Hugging Face tokenizer: each line by itself, without special tokens but the end-of-text one after it.
+
+    Args:
+        source: Folder or hub id.
+
+    Raises:
+        ConfigError: It can't be loaded, or has no token that ends a text.
+    """
+
+    def __init__(self, source: str) -> None:
+        from transformers import AutoTokenizer
+
         try:
-            model = json.loads(path.read_text("utf-8"))["model"]
-            if model["type"] != "WordLevel":
-                raise KeyError("WordLevel")
-            id_of: dict[str, int] = model["vocab"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise PackError(f"{path} is not a word vocabulary: {error}") from error
-        return cls(sorted(id_of, key=id_of.__getitem__))
+            self._tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"tokenizer {source!r} can't be loaded: {error}") from error
+        if self._tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer {source!r} has no eos_token, which must end each line")
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included."""
+        return len(self._tokenizer)
+
+    @property
+    def eos_id(self) -> int:
+        """The id of the tokenizer's end-of-text token."""
+        return int(self._tokenizer.eos_token_id)
+
+    def encode(self, lines: Iterable[str], source: str) -> Ids:
+        """Return int64 ids."""
+        encoded = self._tokenizer(list(lines), add_special_tokens=False, verbose=False).input_ids
+        return np.array([token for line in encoded for token in [*line, self.eos_id]], dtype=np.int64)
+
+    def count_unknown(self, lines: Iterable[str]) -> int:
+        """Return how many tokens of a text are the tokenizer's unknown token."""
+        unknown = self._tokenizer.unk_token_id
+        return 0 if unknown is None or unknown == self.eos_id else int((self.encode(lines, "") == unknown).sum())
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self._tokenizer.save_pretrained(str(folder))
+
+
+def load_encoding(folder: Path) -> Encoding:
+    """Read what either encoding's `save` wrote.
+
+    Raises:
+        PackError: The file is missing or damaged.
+    """
+    path = folder / TOKENIZER_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        is_words = content["model"]["type"] == "WordLevel" and content["pre_tokenizer"]["type"] == "WhitespaceSplit"
+    except FileNotFoundError as error:
+        raise PackError(f"{folder} has no {TOKENIZER_FILE}, so its text can't be encoded") from error
+    except (OSError, ValueError, KeyError, TypeError):
+        is_words = False  # of some other tokenizer, or damaged: transformers will say
+    if is_words:
+        id_of: dict[str, int] = content["model"]["vocab"]
+        return WordEncoding(sorted(id_of, key=id_of.__getitem__))
+    try:
+        return TokenizerEncoding(str(folder))
+    except Exception as error:  # transformers raises whatever its parser hit
+        raise PackError(f"{path} can't be read: {error}") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from flashlm.pru.training.encoding import Ids
 from flashlm.pru.training.regularisers import run_window
 from flashlm.pru.training.settings import TrainingSettings
 
-_PLAIN = TrainingSettings(dropout=0, dropouth=0, dropouti=0, alpha=0, beta=0)
+PLAIN = TrainingSettings(dropout=0, dropouth=0, dropouti=0, alpha=0, beta=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def score(model: PRUForCausalLM, ids: Ids, *, batch_size: int = 1, window: int =
     loss_sum, num_tokens = 0.0, 0
     try:
         for inputs, targets in windows(rows, window):
-            result = run_window(model, _PLAIN, inputs, targets, state)
+            result = run_window(model, PLAIN, inputs, targets, state)
             state = result.state
             loss_sum += result.cross_entropy.item() * targets.numel()
             num_tokens += targets.numel()

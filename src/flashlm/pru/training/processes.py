@@ -48,7 +48,7 @@ class Processes:
         if self.count == 1 or not tensors:
             return
         flat: torch.Tensor = reduce(torch.cat([tensor.flatten() for tensor in tensors]), "mean")
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def any(self, flag: bool) -> bool:

@@ -7,6 +7,7 @@ equals the model's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,16 +94,15 @@ def _run_layer(
 ) -> tuple[torch.Tensor, State]:
     if isinstance(layer, PRU):
         layer.weight_dropout = weight_dropout
-        return layer(x, state)
-    assert isinstance(layer, nn.LSTM)
-    if not layer.training or not weight_dropout:
+    if isinstance(layer, PRU) or not layer.training or not weight_dropout:
         result: tuple[torch.Tensor, State] = layer(x, state)
         return result
+    assert isinstance(layer, nn.LSTM)
     if state is None:
         zeros = x.new_zeros(1, x.shape[1], layer.hidden_size)
         state = zeros, zeros
-    # Not through a module's attribute: nn.LSTM caches its list of weights, and a replaced one would go unnoticed.
-    context = F.dropout(layer.weight_hh_l0, weight_dropout)
-    weights = [layer.weight_ih_l0, context, layer.bias_ih_l0, layer.bias_hh_l0]
+    # Not through the module: nn.LSTM caches its list of weights, and a replaced one would go unnoticed.
+    weight_ih, weight_hh, *biases = cast(list[torch.Tensor], layer.all_weights[0])
+    weights = [weight_ih, F.dropout(weight_hh, weight_dropout), *biases]
     y, h, c = torch.lstm(x, state, weights, True, 1, 0.0, True, False, False)
     return y, (h, c)

@@ -85,17 +85,12 @@ class TrainingSettings:
             raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
+# Merity et al.'s values for Penn Treebank; the paper says no more than that it took theirs.
+_AWD = {"dropouth": 0.25, "dropoute": 0.1, "weight_dropout": 0.5, "is_locked": True, "epochs": 500, "seed": 141}
 PRESETS: dict[str, dict[str, Any]] = {
     "standard": {},
-    # Merity et al.'s values for Penn Treebank; the paper says no more than that it took theirs.
-    "awd": {
-        "dropouth": 0.25,
-        "dropoute": 0.1,
-        "weight_dropout": 0.5,
-        "is_locked": True,
-        "epochs": 500,
-        "seed": 141,
-    },
+    "awd": _AWD,
+    "awd-finetune": _AWD | {"starts_averaging": True, "max_extra_bptt": 10},
 }
 
 
@@ -105,7 +100,7 @@ class Recipe:
 
     Attributes:
         name: For tables and plots.
-        preset: `standard` or `awd`.
+        preset: `standard`, `awd` or `awd-finetune`.
         model: Fields of `PRUConfig` that differ from its defaults; the corpus gives vocab_size.
         training: All settings, the preset's included.
     """

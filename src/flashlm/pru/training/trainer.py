@@ -11,39 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from flashlm.errors import PackError, TrainingError
+from flashlm.errors import ConfigError, PackError, TrainingError
 from flashlm.pru.cell import State
 from flashlm.pru.config import PRUConfig
 from flashlm.pru.language_model import PRUForCausalLM
 from flashlm.pru.training.batches import columns, draw_length, window
-from flashlm.pru.training.checkpoint import CheckpointFolder, Progress, match_run
+from flashlm.pru.training.checkpoint import CheckpointFolder, Progress, check_same, match_run
 from flashlm.pru.training.corpus import Corpus
-from flashlm.pru.training.evaluate import exp, score
+from flashlm.pru.training.evaluate import Score, exp, score
 from flashlm.pru.training.interruption import Interruption
 from flashlm.pru.training.metrics import METRICS_FILE, Metrics
 from flashlm.pru.training.optimiser import AveragingSGD
 from flashlm.pru.training.processes import Processes
 from flashlm.pru.training.regularisers import run_window
+from flashlm.pru.training.saved import fingerprint, load_model, save_best
 from flashlm.pru.training.settings import Recipe, check_known
 
-BEST = "best"
 _MAY_DIFFER = {"training.epochs", "recipe.name", "corpus.folder"}
 _CONFIG_FIELDS = ["embedding_size", "hidden_size", "num_layers", "groups", "levels", "arch", "split", "subsampling"]
 _CONFIG_FIELDS += ["residual", "init"]
 
 
 class Trainer:
-    """A run in a folder: made anew, or taken up where it was.
+    """A run in a folder: made anew, or taken up where it was. It seeds torch's global generator, and draws from it.
 
     Args:
         corpus: What to train on.
         recipe: The model and how to train it.
         out: The run's folder.
+        start: Run, or saved model, whose weights to start from (the fine-tuning stage); it is the best until beaten.
         device: `auto`, `cpu` or `cuda`.
         checkpoint_every_s: Seconds between checkpoints; there is one after each epoch too.
         log_every: Steps between rows of the metrics.
+        has_tensorboard: Write metrics for TensorBoard too.
         on_progress: Called with tokens done, tokens of the epoch, and what is going on.
         note: Called with lines for people.
 
@@ -58,18 +59,27 @@ class Trainer:
         recipe: Recipe,
         out: Path,
         *,
+        start: Path | None = None,
         device: str = "auto",
         checkpoint_every_s: float = 120.0,
         log_every: int = 50,
+        has_tensorboard: bool = False,
         on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.corpus, self.recipe, self.out = corpus, recipe, out
         self.settings = recipe.training
         self.checkpoint_every_s, self.log_every = checkpoint_every_s, log_every
-        self._report, self._note = on_progress, note
         self.processes = Processes(device)
+        is_main = self.processes.is_main
+        self._report = on_progress if is_main else lambda done, total, what: None
+        self._note = note if is_main else lambda line: None
         self._rows = self.processes.columns_of(columns(corpus.ids["train"], self.settings.batch_size))
+        if self._rows.shape[0] < 3:
+            raise ConfigError(
+                f"the training text has {len(corpus.ids['train'])} tokens, too few for"
+                f" batch_size={self.settings.batch_size}: each column needs at least 3"
+            )
         self._lengths = torch.Generator().manual_seed(self.settings.seed)  # the same in all processes
         torch.manual_seed(self.settings.seed)
         self.model = PRUForCausalLM(model_config(corpus, recipe)).to(self.processes.device)
@@ -80,11 +90,13 @@ class Trainer:
         self.progress = Progress()
         self._state: tuple[State, ...] | None = None
         self._checkpoints = CheckpointFolder(out, self.processes)
-        self._metrics = Metrics(out / METRICS_FILE)
+        self._metrics = Metrics(out / METRICS_FILE, has_tensorboard and self.processes.is_main)
+        started = None if start is None else load_model(start)
         if self.processes.is_main:
-            match_run(out, self._run_description(), _MAY_DIFFER)
+            match_run(out, self._run_description(started), _MAY_DIFFER)
         self.processes.wait()
-        self._resume()
+        if not self._resume() and started is not None:
+            self._start_from(started)
         self._saved_at = time.monotonic()
 
     def run(self, until_epoch: int | None = None) -> Progress:
@@ -106,6 +118,7 @@ class Trainer:
                 self._train_epoch(interruption)
                 self._finish_epoch()
                 self.save()
+                self._heed(interruption)
         return self.progress
 
     def save(self) -> Path:
@@ -127,13 +140,17 @@ class Trainer:
                 total * self.settings.batch_size,
                 f"epoch {progress.epoch}, perplexity {exp(progress.loss_sum / progress.num_tokens):.1f}",
             )
-            if self.processes.any(interruption.received is not None):
-                place = self.save()
-                self._note(f"interrupted at step {progress.step}; {place} is good, the same command goes on from it")
-                interruption.deliver()
-                raise KeyboardInterrupt  # the signal came to another process
+            self._heed(interruption)
             if self.processes.any(time.monotonic() - self._saved_at >= self.checkpoint_every_s):
                 self.save()
+
+    def _heed(self, interruption: Interruption) -> None:
+        if not self.processes.any(interruption.received is not None):
+            return
+        place = self.save()
+        self._note(f"interrupted at step {self.progress.step}; {place} is good, the same command goes on from it")
+        interruption.deliver()
+        raise KeyboardInterrupt  # the signal came to another process
 
     def _step(self) -> None:
         progress, settings = self.progress, self.settings
@@ -176,13 +193,11 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         """Validate, keep the best model, decide about averaging, and turn to the next epoch."""
-        progress, settings = self.progress, self.settings
+        progress = self.progress
         self.save()  # so that a kill during the validation costs no training
         self._report(0, 1, f"epoch {progress.epoch}, validation")
         with self.optimiser.averaged():
-            result = score(
-                self.model, self.corpus.ids["valid"], batch_size=settings.eval_batch_size, window=settings.bptt
-            )
+            result = self._validate()
             loss = result.loss
             if not math.isfinite(loss):
                 self._stop(f"the validation loss is {loss}")
@@ -203,6 +218,8 @@ class Trainer:
                 )
                 if progress.best_loss is None or loss < progress.best_loss:
                     self._save_best(loss)
+                if not self._metrics.draw() and progress.epoch == 1:
+                    self._note("no loss curve: matplotlib is not installed (pip install matplotlib)")
         self._note(
             f"epoch {progress.epoch}: train {exp(progress.loss_sum / progress.num_tokens):.2f},"
             f" valid {result.perplexity:.2f}, {sum(progress.step_s):.0f} s"
@@ -214,6 +231,18 @@ class Trainer:
         progress.row, progress.loss_sum, progress.num_tokens = 0, 0.0, 0
         progress.step_s, progress.cpu_s = [], 0.0
         self._state = None
+
+    def _validate(self) -> Score:
+        settings = self.settings
+        return score(self.model, self.corpus.ids["valid"], batch_size=settings.eval_batch_size, window=settings.bptt)
+
+    def _start_from(self, started: PRUForCausalLM) -> None:
+        self.model.load_state_dict(started.state_dict())
+        loss = self._validate().loss
+        self.progress.best_loss = loss
+        if self.processes.is_main:
+            self._save_best(loss)
+        self._note(f"starting from a model of validation perplexity {exp(loss):.2f}")
 
     def _decide(self, loss: float) -> None:
         """NT-ASGD: average from now on, or end where the run averaged from its start (Merity et al. 2018, algorithm 1)."""
@@ -228,23 +257,16 @@ class Trainer:
             self._note(f"no better for {nonmono} epochs: averaging from here")
 
     def _save_best(self, loss: float) -> None:
-        folder = self.out / BEST
-        if not (folder / "config.json").exists():
-            folder.mkdir(exist_ok=True)
-            self.model.config.save_pretrained(folder)
-            self.corpus.encoding.save(folder)
-        weights = {name: value for name, value in self.model.state_dict().items() if name != "decoder.weight"}
-        draft = folder / "model.safetensors.tmp"
-        metadata = {"format": "pt", "epoch": str(self.progress.epoch), "valid_perplexity": f"{exp(loss):.4f}"}
-        save_file({name: value.contiguous() for name, value in weights.items()}, draft, metadata)
-        draft.replace(folder / "model.safetensors")
+        metadata = {"epoch": str(self.progress.epoch), "valid_perplexity": f"{exp(loss):.4f}"}
+        save_best(self.model, self.corpus.encoding, self.out, metadata)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Take up the newest checkpoint; return whether there is one."""
         place = self._checkpoints.latest()
         if place is None:
             if self.processes.is_main:
                 self._metrics.rewind(0, 0)
-            return
+            return False
         progress, weights, own = self._checkpoints.load(place)
         try:
             self._restore(progress, weights, own)
@@ -253,6 +275,7 @@ class Trainer:
         if self.processes.is_main:
             self._metrics.rewind(progress.step, progress.epoch)
         self._note(f"going on from {place}: epoch {progress.epoch}, step {progress.step}")
+        return True
 
     def _restore(self, progress: Progress, weights: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> None:
         self.progress = progress
@@ -277,12 +300,12 @@ class Trainer:
             )
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        named = dict(self.model.named_parameters())
+        named: dict[str, torch.Tensor] = dict(self.model.named_parameters())
         if self.optimiser.averages is not None:
-            named |= {  # type: ignore[assignment]
+            named |= {
                 "average." + name: average for name, average in zip(list(named), self.optimiser.averages, strict=True)
             }
-        return dict(named)
+        return named
 
     def _own_state(self) -> dict[str, torch.Tensor]:
         own = {"rng.lengths": self._lengths.get_state(), "rng.cpu": torch.get_rng_state()}
@@ -301,13 +324,15 @@ class Trainer:
             f" or clip (now {self.settings.clip})"
         )
 
-    def _run_description(self) -> dict[str, Any]:
+    def _run_description(self, started: PRUForCausalLM | None) -> dict[str, Any]:
         config = self.model.config
+        model = {name: getattr(config, name) for name in ["vocab_size", *_CONFIG_FIELDS]}
+        if started is not None:
+            check_same("the model to start from", {name: getattr(started.config, name) for name in model}, model)
         return {
             "recipe": {"name": self.recipe.name, "preset": self.recipe.preset},
-            "model": {name: getattr(config, name) for name in ["vocab_size", *_CONFIG_FIELDS]}
-            | {"num_parameters": sum(parameter.numel() for parameter in self.optimiser.parameters)},
-            "training": asdict(self.settings),
+            "model": model | {"num_parameters": sum(parameter.numel() for parameter in self.optimiser.parameters)},
+            "training": asdict(self.settings) | {"start": None if started is None else fingerprint(started)},
             "corpus": {"folder": str(self.corpus.folder), "fingerprint": self.corpus.fingerprint},
         }
 
