@@ -20,6 +20,7 @@ from flashlm.cli_calibrate import calibrate
 from flashlm.cli_eval import evaluate
 from flashlm.cli_plan import plan as plan_command
 from flashlm.cli_probe import doctor, probe
+from flashlm.cli_pru import app as pru_app
 from flashlm.errors import ConfigError, FlashError
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ app.command()(calibrate)
 app.command("plan")(plan_command)
 app.command()(probe)
 app.command()(doctor)
+app.add_typer(pru_app, name="pru")
 
 
 def _write_text(text: str) -> None:

@@ -5,6 +5,7 @@
     ├── UnsupportedModelError  the model has no FFN that can be placed
     ├── PackError              a pack or a checkpoint on disk is wrong
     ├── BudgetError            what was asked does not fit the memory budget
+    ├── TrainingError          a training run can't go on
     └── StorageError           the device or the file system failed
 
 A message says what happened, the value seen, the value expected, and what to do. The CLI catches `FlashError` once,
@@ -52,6 +53,10 @@ class BudgetError(FlashError):
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
+
+
+class TrainingError(FlashError):
+    """A training run can't go on; the message says at which step, and which checkpoint is good."""
 
 
 class StorageError(FlashError):

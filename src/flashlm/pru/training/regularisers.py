@@ -1,0 +1,108 @@
+"""The training pass: `PRUForCausalLM` with the regularisers of AWD-LSTM (Merity et al. 2018, §3-4) and its loss.
+
+Weight drop is drawn once per window, on the recurrent matrices only. Without regularisers, or in eval mode, the pass
+equals the model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flashlm.pru.cell import State
+from flashlm.pru.language_model import PRUForCausalLM
+from flashlm.pru.module import PRU
+from flashlm.pru.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a window gave.
+
+    Attributes:
+        loss: What to minimise: cross-entropy, AR and TAR.
+        cross_entropy: Mean over the window's tokens, in nats.
+        state: (h, c) by layer, each (1, B, layer's size), detached.
+    """
+
+    loss: torch.Tensor
+    cross_entropy: torch.Tensor
+    state: tuple[State, ...]
+
+
+def run_window(
+    model: PRUForCausalLM,
+    settings: TrainingSettings,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    state: tuple[State, ...] | None,
+) -> Pass:
+    """Run the model over a window and compute its loss.
+
+    Args:
+        model: In train mode for dropout.
+        settings: The regularisers.
+        inputs: int64 (T, B).
+        targets: int64 (T, B).
+        state: Of the window before; None: zeros.
+    """
+    is_training = model.training
+    x = embed(model.embedding, inputs, settings.dropoute if is_training else 0.0)
+    x = drop(x, settings.dropouti, is_training, settings.is_locked)
+    after: list[State] = []
+    raw = x
+    for position, layer in enumerate(model.layers):
+        raw, last = _run_layer(layer, x, None if state is None else state[position], settings.weight_dropout)
+        is_last = position == len(model.layers) - 1
+        x = drop(raw, settings.dropout if is_last else settings.dropouth, is_training, settings.is_locked)
+        after.append((last[0].detach(), last[1].detach()))
+    logits = model.decoder(x).flatten(0, 1).float()
+    cross_entropy = F.cross_entropy(logits, targets.flatten())
+    loss = cross_entropy
+    if settings.alpha:
+        loss = loss + settings.alpha * x.float().pow(2).mean()
+    if settings.beta and raw.shape[0] > 1:  # a window of one token has no difference, and the mean of none is NaN
+        loss = loss + settings.beta * (raw[1:] - raw[:-1]).float().pow(2).mean()
+    return Pass(loss, cross_entropy.detach(), tuple(after))
+
+
+def drop(x: torch.Tensor, share: float, is_training: bool, is_locked: bool) -> torch.Tensor:
+    """Drop features of x (T, B, F), scaled by 1 / (1 - share); locked: one mask (1, B, F) for all steps."""
+    if not is_training or not share:
+        return x
+    if not is_locked:
+        return F.dropout(x, share)
+    mask = torch.empty_like(x[:1]).bernoulli_(1 - share).div_(1 - share)
+    return x * mask
+
+
+def embed(embedding: nn.Embedding, tokens: torch.Tensor, share: float) -> torch.Tensor:
+    """Look words up, with a share of the vocabulary's vectors dropped whole and the others scaled (embedding dropout)."""
+    weight = embedding.weight
+    if share:
+        mask = torch.empty(weight.shape[0], 1, device=weight.device, dtype=weight.dtype)
+        weight = weight * mask.bernoulli_(1 - share).div_(1 - share)
+    return F.embedding(tokens, weight)
+
+
+def _run_layer(
+    layer: nn.Module, x: torch.Tensor, state: State | None, weight_dropout: float
+) -> tuple[torch.Tensor, State]:
+    if isinstance(layer, PRU):
+        layer.weight_dropout = weight_dropout
+    if isinstance(layer, PRU) or not layer.training or not weight_dropout:
+        result: tuple[torch.Tensor, State] = layer(x, state)
+        return result
+    assert isinstance(layer, nn.LSTM)
+    if state is None:
+        zeros = x.new_zeros(1, x.shape[1], layer.hidden_size)
+        state = zeros, zeros
+    # Not through the module: nn.LSTM caches its list of weights, and a replaced one would go unnoticed.
+    weight_ih, weight_hh, *biases = cast(list[torch.Tensor], layer.all_weights[0])
+    weights = [weight_ih, F.dropout(weight_hh, weight_dropout), *biases]
+    y, h, c = torch.lstm(x, state, weights, True, 1, 0.0, True, False, False)
+    return y, (h, c)
