@@ -75,7 +75,7 @@ class GroupedLinear(nn.Module):
         y = torch.bmm(rows, self.weight)  # (groups, rows, num_gates * d)
         if self.bias is not None:
             y = y + self.bias.unsqueeze(1)
-        by_gate = y.unflatten(2, (self.num_gates, -1)).permute(1, 2, 0, 3)
+        by_gate = y.view(self.groups, y.shape[1], self.num_gates, self.output_size // self.groups).permute(1, 2, 0, 3)
         return by_gate.reshape(*x.shape[:-1], self.num_gates * self.output_size)
 
     def folded_weight(self) -> torch.Tensor:
