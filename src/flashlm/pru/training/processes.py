@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
@@ -33,6 +35,8 @@ class Processes:
         self.device: torch.device = self._state.device
         self.rank: int = self._state.process_index
         self.count: int = self._state.num_processes
+        if self.count > 1:  # gloo's threads, still running at exit, now and then abort the process
+            atexit.register(self._state.destroy_process_group)
 
     @property
     def is_main(self) -> bool:
