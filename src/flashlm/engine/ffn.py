@@ -16,7 +16,7 @@ The weights themselves are not parameters of this module: only the biases are, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 from flashlm import kernels
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.sparse import SparseRows
-from flashlm.engine.stream import BlockStream
+from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout, round_up
 
@@ -182,11 +182,11 @@ class FlashFFN(nn.Module):
         """Add every row's share for a few tokens: fp32 `(num_tokens, hidden_size)` in and out."""
         layout = self.layout
         allowed = None if self.selection is None else self.selection(tokens)
-        with bound.stream.layer(self.layer) as blocks:
-            for block, address in enumerate(blocks):
-                span = layout.rows_of(block)
+        with bound.stream.layer(self.layer) as runs:
+            for run in runs if self.observer is None else _single_blocks(runs, layout):
+                span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
                 rows = kernels.RowBlock(
-                    address, len(span), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts
+                    run.address, len(span), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts
                 )
                 hidden = torch.empty(len(tokens), len(span))
                 kernels.project(tokens, rows, layout.num_parts - 2, hidden, _part(bound.up_bias, span))
@@ -271,10 +271,10 @@ class FlashFFN(nn.Module):
         is_watched = self.observer is not None or self.selection is not None
         plain = tokens.to(torch.float32).contiguous() if is_watched else tokens
         allowed = None if self.selection is None else self.selection(plain)
-        with bound.stream.layer(self.layer) as blocks:
-            for block, address in enumerate(blocks):
-                span = layout.rows_of(block)
-                gate_part, up_part, down_part = bound.gemm.parts(layout, address, len(span))
+        with bound.stream.layer(self.layer) as runs:
+            for run in _single_blocks(runs, layout):  # the cut of a matrix product changes its bits
+                span = layout.rows_of(run.blocks[0])
+                gate_part, up_part, down_part = bound.gemm.parts(layout, run.address, len(span))
                 hidden = bound.gemm.project(prepared, up_part, _part(bound.up_bias, span))
                 gate = None
                 if gate_part is not None:
@@ -304,6 +304,13 @@ class FlashFFN(nn.Module):
         """Show shapes in `print(model)`."""
         layout = self.layout
         return f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.dtype}"
+
+
+def _single_blocks(runs: Iterator[BlockRun], layout: LayerLayout) -> Iterator[BlockRun]:
+    """Yield the blocks of runs one by one."""
+    for run in runs:
+        for index, block in enumerate(run.blocks):
+            yield BlockRun(range(block, block + 1), run.address + index * layout.block_stride_bytes)
 
 
 def union(predicted: torch.Tensor) -> torch.Tensor:

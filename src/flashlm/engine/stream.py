@@ -5,6 +5,9 @@ last layer into the next token's first. Whenever a block has been consumed its s
 the device stays busy while anything else (attention, sampling, Python) runs; no thread of ours is needed for that. A caller
 that jumps (an aborted forward pass) is noticed and the ring restarts at the layer that is asked for.
 
+Blocks that lie one behind the other in memory are given together, as a run: small blocks would cost more in calls than in
+bytes.
+
 `read_ahead=False` is mode `naive`: a layer's reads are begun only when the layer is reached, and stop at its end.
 """
 
@@ -22,6 +25,19 @@ from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.pack.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRun:
+    """Blocks of a layer, in file order and one behind the other in memory.
+
+    Attributes:
+        blocks: Their numbers.
+        address: Where the first one's rows begin.
+    """
+
+    blocks: range
+    address: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +94,14 @@ class BlockStream:
             [layout.read_bytes(block) for block in range(count)]
             for layout, count in zip(layouts, placement.num_pinned, strict=True)
         ]
+        self._strides = [layout.block_stride_bytes for layout in layouts]
+        self._run_blocks = [layout.run_blocks for layout in layouts]
         self._pinned, self._pinned_addresses = self._read_pinned(files, layouts, placement)
         self._steps, self._first = _schedule(files, layouts, placement)
         self._slot_bytes = placement.slot_bytes
         self._ring = AlignedBuffer(placement.staging_bytes) if placement.num_slots else None
-        self._free_slots = list(range(placement.num_slots))
+        self._num_slots = placement.num_slots
+        self._free_slots = deque(range(placement.num_slots))  # taken and given back in turn: neighbours hold neighbours
         self._landings: deque[_Landing] = deque()
         self._next_step = 0
 
@@ -106,8 +125,8 @@ class BlockStream:
         return pool, addresses
 
     @contextmanager
-    def layer(self, layer: int) -> Iterator[Iterator[int]]:
-        """Yield the addresses of the blocks of `layer`, in file order; each is valid until the next one is taken.
+    def layer(self, layer: int) -> Iterator[Iterator[BlockRun]]:
+        """Yield the blocks of `layer`, in file order; each run is valid until the next one is taken.
 
         Only one forward pass at a time gets a layer; others wait.
 
@@ -118,33 +137,59 @@ class BlockStream:
             try:
                 if self._steps:
                     self._aim(layer)
-                yield self._blocks(layer)
+                yield self._runs(layer)
             except BaseException:
                 self._restart_at(None)
                 raise
 
-    def _blocks(self, layer: int) -> Iterator[int]:
+    def _runs(self, layer: int) -> Iterator[BlockRun]:
         counters = self.counters
-        for address, num_bytes in zip(self._pinned_addresses[layer], self._pinned_bytes[layer], strict=True):
-            counters.pinned_bytes += num_bytes
-            counters.num_pinned += 1
-            yield address
+        sizes, addresses = self._pinned_bytes[layer], self._pinned_addresses[layer]
+        for start in range(0, len(sizes), self._run_blocks[layer]):
+            blocks = range(start, min(start + self._run_blocks[layer], len(sizes)))
+            counters.pinned_bytes += sum(sizes[start : blocks.stop])
+            counters.num_pinned += len(blocks)
+            yield BlockRun(blocks, addresses[start])
             if self._landings:  # asking begins the next pieces where some have landed meanwhile
                 self._reader.is_done(self._landings[-1].ticket)
+        next_block = len(sizes)
         while self._landings and self._steps[self._landings[0].position].layer == layer:
-            landing = self._landings[0]
-            started_s = time.perf_counter()
-            self._reader.wait(landing.ticket)
-            counters.wait_s += time.perf_counter() - started_s
-            counters.bytes_read += self._steps[landing.position].num_bytes
-            counters.num_reads += 1
             assert self._ring is not None
-            yield self._ring.address + landing.slot * self._slot_bytes
-            self._landings.popleft()
-            self._free_slots.append(landing.slot)
+            last = self._landings[0].position
+            run = range(next_block, next_block + self._land(layer))
+            yield BlockRun(run, self._ring.address + self._landings[0].slot * self._slot_bytes)
+            for _ in run:
+                landing = self._landings.popleft()
+                last = landing.position
+                self._free_slots.append(landing.slot)
+            next_block = run.stop
             self._submit(layer)
-            if landing.position + 1 == len(self._steps) or self._steps[landing.position + 1].layer != layer:
+            if last + 1 == len(self._steps) or self._steps[last + 1].layer != layer:
                 return
+
+    def _land(self, layer: int) -> int:
+        """Wait for the next block of `layer`; return how many there are by then, in neighbouring slots."""
+        counters = self.counters
+        joins = self._slot_bytes == self._strides[layer]
+        most = min(self._run_blocks[layer], self._num_slots // 4) if joins else 1
+        count = 0
+        before: _Landing | None = None
+        for landing in self._landings:
+            step = self._steps[landing.position]
+            if before is None:
+                started_s = time.perf_counter()
+                self._reader.wait(landing.ticket)
+                counters.wait_s += time.perf_counter() - started_s
+            else:
+                follows = landing.position == before.position + 1 and landing.slot == before.slot + 1
+                if count >= most or not follows or step.layer != layer or not self._reader.is_done(landing.ticket):
+                    break
+                self._reader.wait(landing.ticket)
+            counters.bytes_read += step.num_bytes
+            counters.num_reads += 1
+            count += 1
+            before = landing
+        return count
 
     def _aim(self, layer: int) -> None:
         """Make the ring's next landing the first streamed block of `layer`, and fill it."""
@@ -171,7 +216,7 @@ class BlockStream:
             step = self._steps[self._next_step]
             if not self._read_ahead and step.layer != layer:
                 return
-            slot = self._free_slots.pop()
+            slot = self._free_slots.popleft()
             request = ReadRequest(step.file, step.offset, step.num_bytes, self._ring, slot * self._slot_bytes)
             self._landings.append(_Landing(self._next_step, slot, self._reader.submit([request])))
             self._next_step = (self._next_step + 1) % len(self._steps)

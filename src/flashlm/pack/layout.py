@@ -14,6 +14,7 @@ ROW_ALIGN_BYTES = 512  # the smallest logical block of common devices
 BLOCK_ALIGN_BYTES = 4096  # the largest one, so that any device can read a block directly
 ROWS_PER_STEP = 16  # blocks hold a multiple of this, so that vector loops have no ragged ends
 MAX_BLOCK_BYTES = 4 << 20  # a large sequential read; larger ones gained nothing
+RUN_BYTES = 1 << 20  # of blocks in one call at most: by then calls cost next to nothing
 MIN_BLOCK_BYTES = 64 << 10
 BLOCKS_PER_LAYER = 16  # small layers are cut at least this finely, so that a budget can split them
 
@@ -80,6 +81,13 @@ class LayerLayout:
     def read_bytes(self, block: int) -> int:
         """Return the bytes to read for `block`: its rows, padded to `BLOCK_ALIGN_BYTES`."""
         return round_up(len(self.rows_of(block)) * self.row_stride_bytes, BLOCK_ALIGN_BYTES)
+
+    @property
+    def run_blocks(self) -> int:
+        """How many blocks one behind the other are worth one call: their rows must join, without padding between blocks."""
+        if self.block_stride_bytes != self.block_rows * self.row_stride_bytes:
+            return 1
+        return max(RUN_BYTES // self.block_stride_bytes, 1)
 
     @property
     def file_bytes(self) -> int:

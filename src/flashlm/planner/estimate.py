@@ -83,17 +83,19 @@ def exact_token(
     """
     rows = [(layout, dense_row_bytes(layout, use.firing_share)) for layout in shape.layouts]
     num_blocks = sum(placement.num_pinned) + sum(placement.num_streamed)
+    streamed_cpu_s = sum(placement.num_streamed) * rates.block_cpu_s(_block_bytes(shape))
     ffn_s = (
         multiply_s(sum(layout.num_rows * row.up for layout, row in rows), rates.block_up_gb_per_s)
         + multiply_s(sum(layout.num_rows * row.down for layout, row in rows), rates.block_down_gb_per_s)
-        + num_blocks * rates.block_overhead_s
+        + _num_runs(shape, placement) * rates.block_overhead_s
+        + streamed_cpu_s
     )
     rest_s = multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + len(shape.layouts) * rates.layer_overhead_s
     gb_per_s = rates.block_read_gb_per_s(_block_bytes(shape))
     read_s = stream_s(placement.streamed_bytes, gb_per_s)
     compute_s = ffn_s + rest_s
     if reads_ahead:
-        pinned_s = ffn_s * sum(placement.num_pinned) / num_blocks
+        pinned_s = (ffn_s - streamed_cpu_s) * sum(placement.num_pinned) / num_blocks
         output_s = multiply_s(shape.output_bytes, rates.matrix_gb_per_s)
         idle_s = _idle_s(shape, placement, gb_per_s, rest_s + pinned_s - output_s, output_s)
         total_s = max(overlapped_s(read_s + idle_s, compute_s, rates.overlap), idle_s)
@@ -109,6 +111,16 @@ def exact_token(
         touched_bytes=touched,
         flash_bound_s=read_s,
         memory_bound_s=multiply_s(touched, rates.memory_gb_per_s),
+    )
+
+
+def _num_runs(shape: ModelShape, placement: Placement) -> int:
+    """Return the calls for blocks in a token: pinned and streamed ones join apart (`LayerLayout.run_blocks`)."""
+    return sum(
+        -(-num_pinned // layout.run_blocks) - (-num_streamed // layout.run_blocks)
+        for layout, num_pinned, num_streamed in zip(
+            shape.layouts, placement.num_pinned, placement.num_streamed, strict=True
+        )
     )
 
 
@@ -134,8 +146,10 @@ def sparse_token(
 ) -> TokenCost:
     """Return the cost of a token in mode `sparse`, layer by layer: predict, look up, read, compute hits, compute misses.
 
-    The dot products of hits are computed while misses land; everything else is in sequence.
+    The dot products of hits are computed while misses land; everything else is in sequence. A layer that needs more rows
+    than it has slots for goes through them in several passes.
     """
+    num_passes = 0
     io_s = manage_s = read_bytes = num_reads = up_bytes = down_bytes = flash_s = 0.0
     for layout, use, share, capacity in zip(shape.layouts, sparse.uses, sparse.active_shares, capacities, strict=True):
         used = (use.use_curve[0] if use.use_curve else 1.0) * layout.num_rows
@@ -145,8 +159,10 @@ def sparse_token(
         hits_s = multiply_s((used - missing) * row.up, rates.row_up_gb_per_s)
         layer_read_s = scattered_read_s(reads, layout.row_stride_bytes, rates.random_read_gb_per_s)
         flash_s += layer_read_s
+        passes = max(math.ceil(used / capacity.num_slots), 1) if capacity.num_slots else 1
+        num_passes += passes
         if missing:
-            layer_read_s += rates.batch_latency_s
+            layer_read_s += passes * rates.batch_latency_s
         io_s += overlapped_s(layer_read_s, hits_s, rates.overlap) - hits_s
         manage_s += used * rates.manage_row_s
         bytes_, reads_ = read_totals(reads, layout.row_stride_bytes)
@@ -159,7 +175,8 @@ def sparse_token(
         + multiply_s(sparse.predictor_bytes, rates.predictor_gb_per_s)
         + multiply_s(up_bytes, rates.row_up_gb_per_s)
         + multiply_s(down_bytes, rates.row_down_gb_per_s)
-        + len(shape.layouts) * (rates.layer_overhead_s + rates.sparse_layer_overhead_s)
+        + len(shape.layouts) * rates.layer_overhead_s
+        + num_passes * rates.sparse_layer_overhead_s
     )
     touched = shape.matrix_bytes + sparse.predictor_bytes + up_bytes + down_bytes
     return TokenCost(

@@ -48,6 +48,7 @@ def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
         layer_overhead_s=profile.layer_overhead_s,
         sparse_layer_overhead_s=profile.sparse_layer_overhead_s,
         manage_row_s=profile.manage_row_s,
+        read_cpu_s=profile.stream_cpu_s,
         overlap=Overlap(read_share=profile.read_share, compute_share=profile.compute_share),
         stream_settings=_settings(profile, "sequential"),
         random_settings=_settings(profile, "random"),
@@ -63,18 +64,18 @@ def _settings(profile: DeviceProfile, pattern: Pattern) -> tuple[ReadSetting, ..
 
 
 def _line(batches: list[tuple[int, float]]) -> tuple[float, float]:
-    """Return (seconds of a batch, seconds per row) from a batch of some hundred rows and the smallest one.
+    """Return (seconds of a batch, seconds per row) from batches of (rows, seconds): a single row's, and some hundred rows'.
 
     The largest batches are left to those that have no smaller: an engine's batch is one layer's misses.
     """
-    (few, few_s), *rest = batches
-    if not rest:
-        return 0.0, few_s / few
-    many, many_s = rest[0]
-    row_s = (many_s - few_s) / (many - few)
-    if row_s <= 0.0 or row_s * many > many_s:
-        return 0.0, many_s / many
-    return many_s - row_s * many, row_s
+    (few, few_s), *more = batches
+    if few > 1 or not more:
+        few, few_s = 0, 0.0
+        more = batches
+    row_s = statistics.median((seconds - few_s) / (count - few) for count, seconds in more[:2])
+    if row_s <= 0.0:
+        return 0.0, more[0][1] / more[0][0]
+    return max(few_s - row_s, 0.0), row_s
 
 
 def stored_rates(folder: Path, dtype: str) -> Rates | None:

@@ -8,11 +8,11 @@ import time
 from collections import deque
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 from flashlm import kernels
 from flashlm.planner.probe_file import ProbeFile
-from flashlm.planner.probe_timing import median_s, one_torch_thread
+from flashlm.planner.probe_timing import Cold, median_s, one_torch_thread
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest, Ticket
 
 HIDDEN = 4096
@@ -21,6 +21,8 @@ STREAM_BYTES = 4 << 20
 STREAM_DEPTH = 24
 OVERLAP_S = 1.0
 NUM_ROUNDS = 3
+RUN_ROWS, RUN_WIDTH = 64, 64
+NUM_LAYERS, NUM_TOKENS = (2, 12), 12
 
 
 def memory_rates() -> tuple[float, float]:
@@ -79,24 +81,28 @@ def overlap_shares(file: ProbeFile) -> tuple[float, float]:
     return min(statistics.median(reading), 1.0), min(statistics.median(computing), 1.0)
 
 
+@torch.no_grad()
 def block_overhead_s() -> float:
-    """Return the time that a block costs beside its bytes: two kernel calls and an activation on next to nothing."""
-    weights = torch.zeros(16, 2 * 64)
-    rows = kernels.RowBlock(weights.data_ptr(), 16, 2 * 64 * 4, 64, torch.float32, 2)
-    x, y = torch.zeros(1, 64), torch.zeros(1, 64)
+    """Return the time of a call for a run of blocks beside its bytes: the engine's steps on next to nothing."""
+    weights = torch.zeros(RUN_ROWS, 2 * RUN_WIDTH)
+    relu = nn.ReLU()
+    tokens, output, bias = torch.zeros(1, RUN_WIDTH), torch.zeros(1, RUN_WIDTH), torch.zeros(2 * RUN_ROWS)
 
-    def blocks() -> None:
-        for _ in range(100):
-            hidden = torch.empty(1, 16)
-            kernels.project(x, rows, 0, hidden)
-            kernels.accumulate(F.relu(hidden), rows, y)
+    def run() -> None:
+        rows = kernels.RowBlock(weights.data_ptr(), RUN_ROWS, 8 * RUN_WIDTH, RUN_WIDTH, torch.float32, 2)
+        hidden = torch.empty(1, RUN_ROWS)
+        kernels.project(tokens, rows, 0, hidden, bias[RUN_ROWS:])
+        kernels.accumulate(relu(hidden), rows, output)
 
-    return median_s(blocks) / 100
+    with one_torch_thread():
+        return Cold().median_s(run, 100)
 
 
 def layer_overhead_s() -> float:
     """Return the time of a decoder layer of transformers for one token, from the difference of two tiny models."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    cold = Cold()
 
     def token_s(num_layers: int) -> float:
         config = LlamaConfig(
@@ -105,7 +111,18 @@ def layer_overhead_s() -> float:
         model = LlamaForCausalLM(config).eval()
         past = model(torch.zeros(1, 8, dtype=torch.long), use_cache=True).past_key_values
         one = torch.zeros(1, 1, dtype=torch.long)
-        return median_s(lambda: model(one, past_key_values=past, use_cache=True), 10)
+        passing_s: list[float] = []
+        for layer in model.model.layers:
+            for module in (layer, layer.mlp):
+                module.register_forward_pre_hook(lambda *_: passing_s.append(cold.pass_weights()))
+        times = []
+        for _ in range(NUM_TOKENS):
+            passing_s.clear()
+            started_s = time.perf_counter()
+            model(one, past_key_values=past, use_cache=True)
+            times.append(time.perf_counter() - started_s - sum(passing_s))
+        return statistics.median(times[1:])
 
     with one_torch_thread(), torch.no_grad():
-        return max(token_s(12) - token_s(2), 0.0) / 10
+        few, many = NUM_LAYERS
+        return max(token_s(many) - token_s(few), 0.0) / (many - few)

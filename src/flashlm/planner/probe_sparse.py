@@ -9,7 +9,7 @@ import torch
 
 from flashlm import kernels
 from flashlm.memory.neuron_cache import LayerCapacity, NeuronCache
-from flashlm.planner.probe_timing import median_s, one_torch_thread
+from flashlm.planner.probe_timing import Cold, one_torch_thread
 
 NUM_ROWS, NUM_USED, NUM_SLOTS, WIDTH = 16384, 1700, 6000, 16
 
@@ -68,4 +68,4 @@ def sparse_layer_overhead_s() -> float:
         output.to(torch.bfloat16)
 
     with one_torch_thread():
-        return median_s(layer, 50)
+        return Cold().median_s(layer, 50)

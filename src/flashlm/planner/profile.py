@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
 
-PROFILE_VERSION: Literal[2] = 2
+PROFILE_VERSION: Literal[3] = 3
 MAX_PROFILE_BYTES = 4 << 20
 ENV_CACHE = "FLASHLM_CACHE"
 
@@ -98,13 +99,13 @@ class DeviceProfile(_Strict):
         first_touch_gb_per_s: Filling fresh anonymous memory.
         products: By dtype.
         read_share, compute_share: What of each is left while both run.
-        block_overhead_s: Multiplying with a block of next to no weights: calls from Python.
+        block_overhead_s: Multiplying with a run of blocks of next to no weights: calls from Python.
         layer_overhead_s: A decoder layer's time for one token in transformers, without weights worth the name.
         sparse_layer_overhead_s: A layer's time in mode `sparse` beside weights, predictor, lookup and reads.
         manage_row_s: Looking up one row in the neuron cache.
     """
 
-    profile_version: Literal[2] = PROFILE_VERSION
+    profile_version: Literal[3] = PROFILE_VERSION
     flashlm_version: str
     date: str
     device: str
@@ -132,11 +133,19 @@ class DeviceProfile(_Strict):
     @property
     def stream_rates(self) -> dict[int, float]:
         """The sequential rate by block size, GB/s: the median over depths."""
-        rates: dict[int, list[float]] = {}
+        return self._of_streams(lambda point: point.gb_per_s)
+
+    @property
+    def stream_cpu_s(self) -> dict[int, float]:
+        """The processor's time of a sequential read by block size: the median over depths."""
+        return self._of_streams(lambda point: point.cpu_s_per_read)
+
+    def _of_streams(self, value: Callable[[ReadPoint], float]) -> dict[int, float]:
+        found: dict[int, list[float]] = {}
         for point in self.reads:
             if point.pattern == "sequential" and point.backend == self.backend:
-                rates.setdefault(point.read_bytes, []).append(point.gb_per_s)
-        return {size: median(found) for size, found in sorted(rates.items())}
+                found.setdefault(point.read_bytes, []).append(value(point))
+        return {size: median(values) for size, values in sorted(found.items())}
 
     @property
     def reads_per_s_at_saturation(self) -> float:

@@ -33,7 +33,8 @@ class Rates:
         row_up_gb_per_s, row_down_gb_per_s: With those of scattered rows of the neuron cache.
         predictor_gb_per_s: With row predictors.
         gemm_gflop_per_s: Products of many tokens, as the engine makes them.
-        block_overhead_s: Of one block in an exact mode, beside its bytes.
+        block_overhead_s: Of a call for a run of blocks in an exact mode, beside its bytes.
+        read_cpu_s: By block size in bytes: what the processor takes to begin and end the read of a block.
         layer_overhead_s: Of one decoder layer in transformers and in ours, for one token, without weights.
         sparse_layer_overhead_s: Of one layer in mode `sparse`, beside weights, predictor, lookup and reads.
         manage_row_s: Looking one row up in the neuron cache.
@@ -54,6 +55,7 @@ class Rates:
     predictor_gb_per_s: float = math.inf
     gemm_gflop_per_s: float = math.inf
     block_overhead_s: float = 0.0
+    read_cpu_s: Mapping[int, float] = field(default_factory=dict)
     layer_overhead_s: float = 0.0
     sparse_layer_overhead_s: float = 0.0
     manage_row_s: float = 0.0
@@ -64,6 +66,12 @@ class Rates:
     def random_read_gb_per_s(self, num_bytes: float) -> float:
         """Return the rate of random reads of a size."""
         return _between(self.random_gb_per_s, num_bytes)
+
+    def block_cpu_s(self, num_bytes: float) -> float:
+        """Return what the processor takes to begin and end the read of a block of a size: the nearest one measured."""
+        if not self.read_cpu_s:
+            return 0.0
+        return self.read_cpu_s[min(self.read_cpu_s, key=lambda size: abs(math.log(size / num_bytes)))]
 
     def block_read_gb_per_s(self, num_bytes: float) -> float:
         """Return the rate of a stream of blocks of a size."""
