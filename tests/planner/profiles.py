@@ -35,6 +35,7 @@ def make_profile() -> DeviceProfile:
             for size in (4096, 16384)
             for count in (100, 600)
         ),
+        segment_s=1e-6,
         memory_read_gb_per_s=25.0,
         first_touch_gb_per_s=1.0,
         products=tuple(
@@ -53,6 +54,7 @@ def make_profile() -> DeviceProfile:
         read_share=0.9,
         compute_share=0.9,
         block_overhead_s=3e-5,
+        token_overhead_s=1e-3,
         layer_overhead_s=3e-4,
         sparse_layer_overhead_s=5e-4,
         manage_row_s=2e-8,

@@ -142,17 +142,24 @@ def new_rows(use: LayerUse, num_slots: int) -> float:
 
 
 def scattered_read_s(
-    reads: Sequence[tuple[float, float]], row_bytes: int, read_gb_per_s: Callable[[float], float]
+    reads: Sequence[tuple[float, float]],
+    row_bytes: int,
+    read_gb_per_s: Callable[[float], float],
+    *,
+    segment_s: float = 0.0,
 ) -> float:
     """Return the time of reads of different sizes at saturation: each takes its bytes / the rate at its size.
 
     Args:
         reads: As `merged_reads` returns them.
         row_bytes: Bytes of a row.
-        read_gb_per_s: Rate of random reads of a size in bytes, GB/s.
+        read_gb_per_s: Rate of random reads of a size in bytes that land in one place, GB/s.
+        segment_s: What each further row adds, which lands in a place of its own.
     """
     return math.fsum(
-        count * rows * row_bytes / (read_gb_per_s(rows * row_bytes) * 1e9) for rows, count in reads if count > 0
+        count * (rows * row_bytes / (read_gb_per_s(rows * row_bytes) * 1e9) + max(rows - 1.0, 0.0) * segment_s)
+        for rows, count in reads
+        if count > 0
     )
 
 

@@ -90,7 +90,8 @@ def exact_token(
         + _num_runs(shape, placement) * rates.block_overhead_s
         + streamed_cpu_s
     )
-    rest_s = multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + len(shape.layouts) * rates.layer_overhead_s
+    overhead_s = rates.token_overhead_s + len(shape.layouts) * rates.layer_overhead_s
+    rest_s = multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + overhead_s
     gb_per_s = rates.block_read_gb_per_s(_block_bytes(shape))
     read_s = stream_s(placement.streamed_bytes, gb_per_s)
     compute_s = ffn_s + rest_s
@@ -157,7 +158,9 @@ def sparse_token(
         row = sparse_row_bytes(layout, min(share / (used / layout.num_rows), 1.0) if used else 0.0)
         reads = merged_reads(missing, layout.num_rows, max_gap)
         hits_s = multiply_s((used - missing) * row.up, rates.row_up_gb_per_s)
-        layer_read_s = scattered_read_s(reads, layout.row_stride_bytes, rates.random_read_gb_per_s)
+        layer_read_s = scattered_read_s(
+            reads, layout.row_stride_bytes, rates.random_read_gb_per_s, segment_s=rates.segment_s
+        )
         flash_s += layer_read_s
         passes = max(math.ceil(used / capacity.num_slots), 1) if capacity.num_slots else 1
         num_passes += passes
@@ -175,6 +178,7 @@ def sparse_token(
         + multiply_s(sparse.predictor_bytes, rates.predictor_gb_per_s)
         + multiply_s(up_bytes, rates.row_up_gb_per_s)
         + multiply_s(down_bytes, rates.row_down_gb_per_s)
+        + rates.token_overhead_s
         + len(shape.layouts) * rates.layer_overhead_s
         + num_passes * rates.sparse_layer_overhead_s
     )

@@ -12,8 +12,8 @@ from flashlm import __version__
 from flashlm.errors import ConfigError
 from flashlm.planner.probe_compute import (
     block_overhead_s,
-    layer_overhead_s,
     memory_rates,
+    model_overheads_s,
     overlap_shares,
 )
 from flashlm.planner.probe_file import choose_bytes, probe_file
@@ -65,12 +65,13 @@ def probe(
                 " models will be read through it"
             )
         reads = ReadProbe(file, seconds, progress)
-        points, row_points = reads.reads(), reads.row_reads()
+        points, row_points, segment_s = reads.reads(), reads.row_reads(), reads.segment_s()
         total = reads.num_points
         progress(total, total, "reading and computing at once")
         read_share, compute_share = overlap_shares(file)
     progress(total, total, "memory and products")
     memory, touch = memory_rates()
+    token_s, layer_s = model_overheads_s()
     profile = DeviceProfile(
         flashlm_version=__version__,
         date=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -81,13 +82,15 @@ def probe(
         write_gb_per_s=file.write_gb_per_s,
         reads=tuple(points),
         row_reads=tuple(row_points),
+        segment_s=segment_s,
         memory_read_gb_per_s=memory,
         first_touch_gb_per_s=touch,
         products=tuple(product_rates(dtype) for dtype in DTYPES),
         read_share=read_share,
         compute_share=compute_share,
         block_overhead_s=block_overhead_s(),
-        layer_overhead_s=layer_overhead_s(),
+        token_overhead_s=token_s,
+        layer_overhead_s=layer_s,
         sparse_layer_overhead_s=sparse_layer_overhead_s(),
         manage_row_s=manage_row_s(),
     )

@@ -22,7 +22,7 @@ STREAM_DEPTH = 24
 OVERLAP_S = 1.0
 NUM_ROUNDS = 3
 RUN_ROWS, RUN_WIDTH = 64, 64
-NUM_LAYERS, NUM_TOKENS = (2, 12), 12
+NUM_LAYERS, NUM_TOKENS = (2, 12), 30
 
 
 def memory_rates() -> tuple[float, float]:
@@ -98,8 +98,11 @@ def block_overhead_s() -> float:
         return Cold().median_s(run, 100)
 
 
-def layer_overhead_s() -> float:
-    """Return the time of a decoder layer of transformers for one token, from the difference of two tiny models."""
+def model_overheads_s() -> tuple[float, float]:
+    """Return what one token takes in transformers beside weights: (of the model, of each decoder layer).
+
+    From two tiny models with few and with more layers.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     cold = Cold()
@@ -125,4 +128,6 @@ def layer_overhead_s() -> float:
 
     with one_torch_thread(), torch.no_grad():
         few, many = NUM_LAYERS
-        return max(token_s(many) - token_s(few), 0.0) / (many - few)
+        few_s, many_s = token_s(few), token_s(many)
+    layer_s = max(many_s - few_s, 0.0) / (many - few)
+    return max(few_s - few * layer_s, 0.0), layer_s

@@ -17,6 +17,7 @@ RANDOM_BYTES = (*(4096 << step for step in range(9)), 4 << 20)  # 4 KiB to 1 MiB
 SEQUENTIAL_BYTES = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
 DEPTHS = (1, 8, 32, 128)
 ROW_BYTES = (4096, 8192, 16384, 32768, 65536)
+SEGMENTS, SEGMENT_BYTES, SEGMENT_READS = 16, 1024, 32
 ROW_BATCHES = (1, 100, 600, 3000)
 NUM_ROUNDS = 3
 BATCHES_OF_DEPTH = 32  # reads of a round, in depths: its beginning and end are then hardly felt
@@ -44,13 +45,13 @@ class ReadProbe:
         self._generator = torch.Generator().manual_seed(0)
         self._progress = progress
         self._points = list(_points())
-        self._point_s = seconds / (len(self._points) + len(ROW_BYTES) * len(ROW_BATCHES))
+        self._point_s = seconds / (len(self._points) + len(ROW_BYTES) * len(ROW_BATCHES) + 1)
         self._num_done = 0
 
     @property
     def num_points(self) -> int:
         """Of both kinds."""
-        return len(self._points) + len(ROW_BYTES) * len(ROW_BATCHES)
+        return len(self._points) + len(ROW_BYTES) * len(ROW_BATCHES) + 1
 
     def _step(self, what: str) -> None:
         self._progress(self._num_done, self.num_points, what)
@@ -140,6 +141,29 @@ class ReadProbe:
                         times.append(time.perf_counter() - started_s)
                     found.append(RowReadPoint(row_bytes=row_bytes, num_rows=batch, seconds=statistics.median(times)))
         return found
+
+    def segment_s(self) -> float:
+        """Return what each further place in memory adds to a read: the same bytes landing in one place and in many."""
+        self._step(f"{SEGMENTS} places for one read")
+        with Reader() as reader, reader.open(self._file.path) as file:
+            row_bytes = SEGMENT_BYTES if file.alignment_bytes <= SEGMENT_BYTES else file.alignment_bytes
+            read_bytes = row_bytes * SEGMENTS
+            num_places = self._file.num_bytes // read_bytes
+            times: dict[int, list[float]] = {1: [], SEGMENTS: []}
+            ends_s = time.perf_counter() + self._point_s
+            while len(times[1]) < NUM_ROUNDS or time.perf_counter() < ends_s:
+                places = torch.randperm(num_places, generator=self._generator)[:SEGMENT_READS].sort().values
+                for parts, found in times.items():
+                    geometry = RowGeometry(
+                        row_stride_bytes=read_bytes // parts, block_rows=1 << 40, block_stride_bytes=read_bytes // parts
+                    )
+                    rows = (places[:, None] * parts + torch.arange(parts)).flatten().int()
+                    slots = torch.randperm(len(rows), generator=self._generator).int()
+                    started_s = time.perf_counter()
+                    reader.wait(reader.submit_rows(file, geometry, rows, slots, self._buffer))
+                    found.append(time.perf_counter() - started_s)
+        one, many = (statistics.median(found) for found in times.values())
+        return max(many - one, 0.0) / SEGMENT_READS / (SEGMENTS - 1)
 
 
 def _latencies(reader: Reader, requests: list[ReadRequest]) -> list[float]:

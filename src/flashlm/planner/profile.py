@@ -95,11 +95,13 @@ class DeviceProfile(_Strict):
         is_direct: Whether reads go past the page cache; if not, rates are those of memory in part.
         write_gb_per_s: Writing and syncing the test file.
         reads, row_reads: What reading reaches.
+        segment_s: What each further place in memory that one read lands in adds to it.
         memory_read_gb_per_s: A sum over memory, all threads.
         first_touch_gb_per_s: Filling fresh anonymous memory.
         products: By dtype.
         read_share, compute_share: What of each is left while both run.
         block_overhead_s: Multiplying with a run of blocks of next to no weights: calls from Python.
+        token_overhead_s: A token's time in transformers outside the layers, without weights worth the name.
         layer_overhead_s: A decoder layer's time for one token in transformers, without weights worth the name.
         sparse_layer_overhead_s: A layer's time in mode `sparse` beside weights, predictor, lookup and reads.
         manage_row_s: Looking up one row in the neuron cache.
@@ -115,12 +117,14 @@ class DeviceProfile(_Strict):
     write_gb_per_s: Positive
     reads: tuple[ReadPoint, ...]
     row_reads: tuple[RowReadPoint, ...]
+    segment_s: Annotated[float, Field(ge=0)]
     memory_read_gb_per_s: Positive
     first_touch_gb_per_s: Positive
     products: tuple[ProductRates, ...]
     read_share: Share
     compute_share: Share
     block_overhead_s: Annotated[float, Field(ge=0)]
+    token_overhead_s: Annotated[float, Field(ge=0)]
     layer_overhead_s: Annotated[float, Field(ge=0)]
     sparse_layer_overhead_s: Annotated[float, Field(ge=0)]
     manage_row_s: Annotated[float, Field(ge=0)]

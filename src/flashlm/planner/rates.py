@@ -27,6 +27,7 @@ class Rates:
         stream_gb_per_s: By block size in bytes: sequential reads, as the engine makes them.
         random_gb_per_s: By read size in bytes: random reads at saturation.
         batch_latency_s: From submitting a batch of random reads to the first landing: what a batch costs beside its bytes.
+        segment_s: What a read takes longer for each further row, since each lands in a place of its own.
         memory_gb_per_s: A plain read of memory.
         matrix_gb_per_s: Products of one token with whole resident matrices.
         block_up_gb_per_s, block_down_gb_per_s: With the up (or gate) and the down parts of the rows of blocks.
@@ -35,6 +36,7 @@ class Rates:
         gemm_gflop_per_s: Products of many tokens, as the engine makes them.
         block_overhead_s: Of a call for a run of blocks in an exact mode, beside its bytes.
         read_cpu_s: By block size in bytes: what the processor takes to begin and end the read of a block.
+        token_overhead_s: Of transformers for one token, outside the layers and without weights.
         layer_overhead_s: Of one decoder layer in transformers and in ours, for one token, without weights.
         sparse_layer_overhead_s: Of one layer in mode `sparse`, beside weights, predictor, lookup and reads.
         manage_row_s: Looking one row up in the neuron cache.
@@ -46,6 +48,7 @@ class Rates:
     stream_gb_per_s: Mapping[int, float]
     random_gb_per_s: Mapping[int, float]
     batch_latency_s: float = 0.0
+    segment_s: float = 0.0
     memory_gb_per_s: float = math.inf
     matrix_gb_per_s: float = math.inf
     block_up_gb_per_s: float = math.inf
@@ -56,6 +59,7 @@ class Rates:
     gemm_gflop_per_s: float = math.inf
     block_overhead_s: float = 0.0
     read_cpu_s: Mapping[int, float] = field(default_factory=dict)
+    token_overhead_s: float = 0.0
     layer_overhead_s: float = 0.0
     sparse_layer_overhead_s: float = 0.0
     manage_row_s: float = 0.0
