@@ -55,6 +55,7 @@ def make_profile() -> DeviceProfile:
         compute_share=0.9,
         block_overhead_s=3e-5,
         token_overhead_s=1e-3,
+        matrix_overhead_s=5e-5,
         layer_overhead_s=3e-4,
         sparse_layer_overhead_s=5e-4,
         manage_row_s=2e-8,

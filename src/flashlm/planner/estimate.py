@@ -90,8 +90,7 @@ def exact_token(
         + _num_runs(shape, placement) * rates.block_overhead_s
         + streamed_cpu_s
     )
-    overhead_s = rates.token_overhead_s + len(shape.layouts) * rates.layer_overhead_s
-    rest_s = multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + overhead_s
+    rest_s = _matrices_s(shape, rates) + _transformers_s(shape, rates)
     gb_per_s = rates.block_read_gb_per_s(_block_bytes(shape))
     read_s = stream_s(placement.streamed_bytes, gb_per_s)
     compute_s = ffn_s + rest_s
@@ -113,6 +112,14 @@ def exact_token(
         flash_bound_s=read_s,
         memory_bound_s=multiply_s(touched, rates.memory_gb_per_s),
     )
+
+
+def _matrices_s(shape: ModelShape, rates: Rates) -> float:
+    return multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + shape.num_matrices * rates.matrix_overhead_s
+
+
+def _transformers_s(shape: ModelShape, rates: Rates) -> float:
+    return rates.token_overhead_s + len(shape.layouts) * rates.layer_overhead_s
 
 
 def _num_runs(shape: ModelShape, placement: Placement) -> int:
@@ -174,12 +181,11 @@ def sparse_token(
         up_bytes += used * row.up
         down_bytes += used * row.down
     compute_s = (
-        multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s)
+        _matrices_s(shape, rates)
+        + _transformers_s(shape, rates)
         + multiply_s(sparse.predictor_bytes, rates.predictor_gb_per_s)
         + multiply_s(up_bytes, rates.row_up_gb_per_s)
         + multiply_s(down_bytes, rates.row_down_gb_per_s)
-        + rates.token_overhead_s
-        + len(shape.layouts) * rates.layer_overhead_s
         + num_passes * rates.sparse_layer_overhead_s
     )
     touched = shape.matrix_bytes + sparse.predictor_bytes + up_bytes + down_bytes

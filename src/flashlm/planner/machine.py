@@ -47,6 +47,7 @@ def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
         gemm_gflop_per_s=products.gemm_gflop_per_s,
         block_overhead_s=profile.block_overhead_s,
         token_overhead_s=profile.token_overhead_s,
+        matrix_overhead_s=profile.matrix_overhead_s,
         layer_overhead_s=profile.layer_overhead_s,
         sparse_layer_overhead_s=profile.sparse_layer_overhead_s,
         manage_row_s=profile.manage_row_s,

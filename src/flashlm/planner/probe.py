@@ -12,6 +12,7 @@ from flashlm import __version__
 from flashlm.errors import ConfigError
 from flashlm.planner.probe_compute import (
     block_overhead_s,
+    matrix_overhead_s,
     memory_rates,
     model_overheads_s,
     overlap_shares,
@@ -90,6 +91,7 @@ def probe(
         compute_share=compute_share,
         block_overhead_s=block_overhead_s(),
         token_overhead_s=token_s,
+        matrix_overhead_s=matrix_overhead_s(),
         layer_overhead_s=layer_s,
         sparse_layer_overhead_s=sparse_layer_overhead_s(),
         manage_row_s=manage_row_s(),

@@ -98,6 +98,26 @@ def block_overhead_s() -> float:
         return Cold().median_s(run, 100)
 
 
+@torch.no_grad()
+def matrix_overhead_s() -> float:
+    """Return what the steps of our product with a resident 16-bit matrix take, less those of torch's."""
+    layer = nn.Linear(RUN_WIDTH, RUN_WIDTH, dtype=torch.bfloat16)
+    narrow = torch.randn(1, 1, RUN_WIDTH, dtype=torch.bfloat16)
+    stride_bytes = 2 * RUN_WIDTH
+
+    def multiply() -> torch.Tensor:
+        tokens = narrow.detach().reshape(-1, RUN_WIDTH).to(torch.float32).contiguous()
+        output = torch.empty(1, RUN_WIDTH)
+        rows = kernels.RowBlock(layer.weight.data_ptr(), RUN_WIDTH, stride_bytes, RUN_WIDTH, torch.bfloat16, 1)
+        kernels.project(tokens, rows, 0, output)
+        output += layer.bias
+        return output.to(torch.bfloat16).view(1, 1, RUN_WIDTH)
+
+    cold = Cold()
+    with one_torch_thread():
+        return max(cold.median_s(multiply, 100) - cold.median_s(lambda: layer(narrow), 100), 0.0)
+
+
 def model_overheads_s() -> tuple[float, float]:
     """Return what one token takes in transformers beside weights: (of the model, of each decoder layer).
 

@@ -102,6 +102,7 @@ class DeviceProfile(_Strict):
         read_share, compute_share: What of each is left while both run.
         block_overhead_s: Multiplying with a run of blocks of next to no weights: calls from Python.
         token_overhead_s: A token's time in transformers outside the layers, without weights worth the name.
+        matrix_overhead_s: A product's time with a resident matrix of next to no weights, less that of torch.
         layer_overhead_s: A decoder layer's time for one token in transformers, without weights worth the name.
         sparse_layer_overhead_s: A layer's time in mode `sparse` beside weights, predictor, lookup and reads.
         manage_row_s: Looking up one row in the neuron cache.
@@ -125,6 +126,7 @@ class DeviceProfile(_Strict):
     compute_share: Share
     block_overhead_s: Annotated[float, Field(ge=0)]
     token_overhead_s: Annotated[float, Field(ge=0)]
+    matrix_overhead_s: Annotated[float, Field(ge=0)]
     layer_overhead_s: Annotated[float, Field(ge=0)]
     sparse_layer_overhead_s: Annotated[float, Field(ge=0)]
     manage_row_s: Annotated[float, Field(ge=0)]

@@ -37,6 +37,7 @@ class Rates:
         block_overhead_s: Of a call for a run of blocks in an exact mode, beside its bytes.
         read_cpu_s: By block size in bytes: what the processor takes to begin and end the read of a block.
         token_overhead_s: Of transformers for one token, outside the layers and without weights.
+        matrix_overhead_s: Of one product with a resident matrix, beside its bytes and what such a product takes in torch.
         layer_overhead_s: Of one decoder layer in transformers and in ours, for one token, without weights.
         sparse_layer_overhead_s: Of one layer in mode `sparse`, beside weights, predictor, lookup and reads.
         manage_row_s: Looking one row up in the neuron cache.
@@ -60,6 +61,7 @@ class Rates:
     block_overhead_s: float = 0.0
     read_cpu_s: Mapping[int, float] = field(default_factory=dict)
     token_overhead_s: float = 0.0
+    matrix_overhead_s: float = 0.0
     layer_overhead_s: float = 0.0
     sparse_layer_overhead_s: float = 0.0
     manage_row_s: float = 0.0

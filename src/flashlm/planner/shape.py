@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -58,6 +59,7 @@ class ModelShape:
         layouts: The streamed layers.
         resident_bytes: Weights that stay in DRAM.
         matrix_bytes: Of these, what every token multiplies with; an embedding table that is only looked up is not.
+        num_matrices: Linear layers that these make.
         is_pack: Whether it is converted already.
         sparse: What is known of its sparsity; None where nothing is.
     """
@@ -70,6 +72,7 @@ class ModelShape:
     resident_bytes: int
     matrix_bytes: int
     is_pack: bool
+    num_matrices: int = 0
     sparse: SparseShape | None = None
 
     @property
@@ -131,6 +134,7 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
         for layer in layers
     )
     streamed = _streamed_names(layers)
+    matrices = _matrices(model, streamed)
     resident = sum(p.numel() for name, p in model.named_parameters() if name not in streamed)
     return ModelShape(
         name=str(source),
@@ -139,7 +143,8 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
         config=config,
         layouts=layouts,
         resident_bytes=resident * DTYPE_BYTES[dtype],
-        matrix_bytes=_num_multiplied(model, streamed) * DTYPE_BYTES[dtype],
+        matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[dtype],
+        num_matrices=len(matrices),
         is_pack=False,
     )
 
@@ -161,6 +166,7 @@ def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, spars
     # By the manifest, not by looking for FFNs again: that needs weights, and here they may be on the meta device.
     replaced = tuple(f"{name}." for entry in manifest.layers for name in (entry.module, *entry.identities))
     streamed = {name for name, _ in model.named_parameters() if name.startswith(replaced)}
+    matrices = _matrices(model, streamed)
     return ModelShape(
         name=str(pack),
         model_type=manifest.model_type,
@@ -168,7 +174,8 @@ def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, spars
         config=model.config,
         layouts=tuple(manifest.layout(layer) for layer in range(len(manifest.layers))),
         resident_bytes=manifest.resident.num_bytes,
-        matrix_bytes=_num_multiplied(model, streamed) * DTYPE_BYTES[manifest.dtype],
+        matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[manifest.dtype],
+        num_matrices=len(matrices),
         is_pack=True,
         sparse=sparse,
     )
@@ -238,11 +245,11 @@ def _streamed_names(layers: tuple[FfnLayer, ...]) -> set[str]:
     return {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
 
 
-def _num_multiplied(model: PreTrainedModel, streamed: set[str]) -> int:
+def _matrices(model: PreTrainedModel, streamed: set[str]) -> list[torch.Tensor]:
     """Return the weights of resident linear layers: a tied output layer counts, a table of embeddings does not."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return sum(
-        module.weight.numel()
+    return [
+        module.weight
         for module in model.modules()
         if isinstance(module, (nn.Linear, Conv1D)) and names.get(id(module.weight)) not in streamed
-    )
+    ]
