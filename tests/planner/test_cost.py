@@ -127,3 +127,9 @@ def test_a_larger_cache_never_misses_more(slots: int, more: int) -> None:
     assert new_rows(use, 0) == pytest.approx(400)
     assert new_rows(use, 4000) == 0.0
     assert math.isfinite(new_rows(use, slots))
+
+
+def test_a_read_pays_for_every_further_place_that_it_lands_in() -> None:
+    reads = [(1.0, 10.0), (5.0, 2.0)]
+    apart_s = scattered_read_s(reads, 1024, lambda size: 1.0, segment_s=5e-6)
+    assert apart_s - scattered_read_s(reads, 1024, lambda size: 1.0) == pytest.approx(2 * 4 * 5e-6)

@@ -17,8 +17,10 @@ from flashlm.cli import main
 from flashlm.engine.config import make_settings
 from flashlm.errors import BudgetError, ConfigError, PackError, UnsupportedModelError
 from flashlm.memory.cache_plan import LayerUse
+from flashlm.memory.neuron_cache import LayerCapacity
 from flashlm.planner.cost import Overlap
 from flashlm.planner.document import load_plan, save_plan
+from flashlm.planner.estimate import sparse_token
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan, row_reads
 from flashlm.planner.profile import save_profile
@@ -114,6 +116,16 @@ def test_more_dram_is_never_slower(opt_6_7b: ModelShape, dram_bytes: int, more_b
     assert richer.token_s <= plan.token_s * 1.001
     assert plan.roofline_s <= plan.token_s * 1.001
     assert plan.token_s == pytest.approx(plan.io_s + plan.manage_s + plan.compute_s)
+
+
+def test_a_layer_without_room_for_its_rows_is_gone_through_in_passes(opt_6_7b: ModelShape) -> None:
+    shape = sparse_of(opt_6_7b, has_passed=True)  # 1638 rows of a layer used
+    assert shape.sparse is not None
+    plain, dear = RATES, replace(RATES, sparse_layer_overhead_s=1e-3)
+    for num_slots, passes in ((4000, 1), (1000, 2), (400, 5)):
+        capacities = (LayerCapacity(num_rows=16384, num_slots=num_slots),) * 32
+        cost, more = (sparse_token(shape, shape.sparse, capacities, rates) for rates in (plain, dear))
+        assert more.compute_s - cost.compute_s == pytest.approx(32 * passes * 1e-3)
 
 
 def test_auto_is_sparse_only_after_a_passed_calibration(opt_6_7b: ModelShape) -> None:

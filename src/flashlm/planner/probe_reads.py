@@ -23,7 +23,6 @@ NUM_ROUNDS = 3
 BATCHES_OF_DEPTH = 32  # reads of a round, in depths: its beginning and end are then hardly felt
 ROUND_BYTES = 96 << 20  # at most, of one round
 BUFFER_BYTES = 256 << 20
-MIN_BATCH, BATCHES_AHEAD = 16, 3  # random reads of one submission, and submissions at once
 BLOCK_ROWS = 256
 
 Progress = Callable[[int, int, str], None]
@@ -99,7 +98,7 @@ class ReadProbe:
                 if pattern == "sequential":
                     _stream(reader, requests, depth)
                 else:
-                    _scatter(reader, requests, depth)
+                    reader.read(requests)
                 rates.append(count / (time.perf_counter() - started_s))
                 cpus.append((time.process_time() - cpu_s) / count)
                 if pattern == "random" and depth == 1:
@@ -183,18 +182,6 @@ def _stream(reader: Reader, requests: list[ReadRequest], depth: int) -> None:
         if len(tickets) == depth:
             reader.wait(tickets.popleft())
         tickets.append(reader.submit([request]))
-    for ticket in tickets:
-        reader.wait(ticket)
-
-
-def _scatter(reader: Reader, requests: list[ReadRequest], depth: int) -> None:
-    """Read in batches, of which the next ones are prepared while one is on its way; the reader keeps `depth` in flight."""
-    batch = max(depth, MIN_BATCH)
-    tickets: deque[Ticket] = deque()
-    for start in range(0, len(requests), batch):
-        if len(tickets) == BATCHES_AHEAD:
-            reader.wait(tickets.popleft())
-        tickets.append(reader.submit(requests[start : start + batch]))
     for ticket in tickets:
         reader.wait(ticket)
 

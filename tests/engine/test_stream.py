@@ -1,0 +1,72 @@
+"""The block stream: runs of blocks hold the file's bytes in file order, whatever is pinned and however few slots there are."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from flashlm.engine.stream import BlockStream
+from flashlm.memory.budget import Needs, Placement
+from flashlm.pack.layout import RUN_BYTES, LayerLayout
+from flashlm.storage.reader import Reader
+
+NEEDS = Needs(process_bytes=0, resident_bytes=0, kv_cache_bytes=0, working_bytes=0)
+LAYERS = (
+    LayerLayout(
+        hidden_size=256, num_rows=4000, has_gate=False, dtype="float32", block_rows=64
+    ),  # 128 KiB; a part at the end
+    LayerLayout(hidden_size=256, num_rows=1024, has_gate=False, dtype="float32", block_rows=64),
+    LayerLayout(
+        hidden_size=60, num_rows=300, has_gate=False, dtype="float32", block_rows=17
+    ),  # rows don't join: padding
+)
+
+
+def placement(num_pinned: tuple[int, ...], num_slots: int) -> Placement:
+    return Placement(
+        dram_bytes=1 << 30,
+        needs=NEEDS,
+        num_pinned=num_pinned,
+        num_streamed=tuple(layout.num_blocks - count for layout, count in zip(LAYERS, num_pinned, strict=True)),
+        pinned_bytes=sum(
+            layout.read_bytes(block) for layout, count in zip(LAYERS, num_pinned, strict=True) for block in range(count)
+        ),
+        streamed_bytes=1,
+        num_slots=num_slots,
+        slot_bytes=max(layout.block_stride_bytes for layout in LAYERS),
+    )
+
+
+@pytest.mark.parametrize("num_slots", [2, 16, 70])
+@pytest.mark.parametrize("num_pinned", [(0, 0, 0), (20, 16, 3)])
+@pytest.mark.parametrize("read_ahead", [True, False])
+def test_runs_hold_the_files_bytes_in_order(
+    tmp_path: Path, num_pinned: tuple[int, ...], num_slots: int, read_ahead: bool
+) -> None:
+    contents = []
+    for index, layout in enumerate(LAYERS):
+        words = bytes((index * 89 + position * 7 + position // 4096) % 251 for position in range(layout.file_bytes))
+        (tmp_path / f"{index}").write_bytes(words)
+        contents.append(words)
+    with Reader() as reader:
+        files = [reader.open(tmp_path / f"{index}") for index in range(len(LAYERS))]
+        stream = BlockStream(reader, files, LAYERS, placement(num_pinned, num_slots), read_ahead=read_ahead)
+        longest = 0
+        for layer in (0, 1, 2, 0, 2, 1):  # the last three out of order: a caller that jumps
+            layout, next_block = LAYERS[layer], 0
+            with stream.layer(layer) as runs:
+                for run in runs:
+                    assert run.blocks.start == next_block
+                    start, last = layout.offset_of(next_block), run.blocks[-1]
+                    num_bytes = layout.offset_of(last) + layout.read_bytes(last) - start
+                    assert num_bytes <= max(RUN_BYTES, layout.block_stride_bytes)
+                    assert ctypes.string_at(run.address, num_bytes) == contents[layer][start : start + num_bytes]
+                    longest = max(longest, len(run.blocks))
+                    next_block = run.blocks.stop
+            assert next_block == layout.num_blocks
+        stream.close()
+    if num_pinned[0]:
+        assert longest == LAYERS[0].run_blocks == 8
+    assert LAYERS[2].run_blocks == 1
