@@ -1,4 +1,4 @@
-"""The block stream: runs of blocks hold the file's bytes in file order, whatever is pinned and however few slots there are."""
+"""The block stream: runs of blocks hold the bytes of the file, in order, whatever is pinned and however few the slots."""
 
 from __future__ import annotations
 
