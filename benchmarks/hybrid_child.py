@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,6 +191,7 @@ def measure(spec: Spec, recorder: Recorder) -> None:
     start_s = time.perf_counter()
     runner = LOADERS[spec["system"]](spec)
     recorder.note(load_s=time.perf_counter() - start_s, facts=runner.facts())
+    watch = watch_device(spec)
     num_prompt = spec["prompt_tokens"]
     prompt, logits = timed_forward(runner, ids[:num_prompt])
     recorder.note(prompt=prompt)
@@ -197,7 +199,7 @@ def measure(spec: Spec, recorder: Recorder) -> None:
     kept = [logits]
     for token in ids[num_prompt : num_prompt + spec["decode_tokens"] + 1]:
         record, logits = timed_forward(runner, [token])
-        decode.append(record)
+        decode.append(record | watch())
         kept.append(logits)
         recorder.note(decode=decode)
     np.save(recorder.path.with_suffix(".npy"), np.stack(kept))
@@ -205,9 +207,19 @@ def measure(spec: Spec, recorder: Recorder) -> None:
     for _ in range(spec["num_prefills"]):
         runner.reset()
         record, _ = timed_forward(runner, ids[: spec["prefill_tokens"]])
-        prefill.append(record)
+        prefill.append(record | watch())
         recorder.note(prefill=prefill)
     recorder.note(facts=runner.facts(), finished=True)
+
+
+def watch_device(spec: Spec) -> Callable[[], dict[str, Any]]:
+    """Return what measures device and memory after a forward, where the spec asks for it."""
+    if not spec.get("watch_device"):
+        return dict
+    from expert_state import ExpertState
+
+    state = ExpertState(Path(spec["pack"]))
+    return lambda: {"device": state.measure()}
 
 
 def convert(spec: Spec, recorder: Recorder) -> None:
