@@ -81,9 +81,15 @@ def systems(run: Run) -> dict[str, tuple[Record, int]]:
     found = {"watched": flashlm_system(run, run.cap_bytes, watch=True)}
     for budget in sorted({*args.budgets, run.cap_bytes}):
         found[f"experts-{format_size(budget).replace(' ', '')}"] = flashlm_system(run, budget, watch=False)
+    for skew in args.skews:
+        spec, cap_bytes = flashlm_system(run, run.cap_bytes, watch=True)
+        found[f"skew-{skew:g}"] = (spec | {"routing_skew": skew}, cap_bytes)
     if "llama.cpp" in args.peers:
-        spec = {"system": "llama.cpp", "gguf": str(run.path(f"{args.gguf_dtype}.gguf")), "dtype": args.gguf_dtype}
-        found["llama.cpp"] = (base_spec(run) | spec | {"decode_tokens": args.peer_tokens}, run.cap_bytes)
+        gguf = {"system": "llama.cpp", "gguf": str(run.path(f"{args.gguf_dtype}.gguf")), "dtype": args.gguf_dtype}
+        spec = base_spec(run) | gguf | {"decode_tokens": args.peer_tokens}
+        # Its OpenMP threads spin where they wait for each other; asleep they leave the core to whoever reads.
+        found["llama.cpp"] = (spec, run.cap_bytes)
+        found["llama.cpp-asleep"] = (spec | {"omp_wait_policy": "passive"}, run.cap_bytes)
     return found
 
 
@@ -187,7 +193,7 @@ def active_bytes(run: Run) -> int:
     from shapes import config_of, stored_shapes
 
     config = config_of(run.args.shape)
-    share = config.num_experts_per_tok / config.num_experts
+    share = config.num_experts_per_tok / getattr(config, "num_local_experts", getattr(config, "num_experts", 1))
     return sum(
         int(2 * math.prod(shape) * (share if ".experts." in name else "embed_tokens" not in name))
         for name, shape in stored_shapes(config).items()
@@ -253,9 +259,8 @@ def draw(run: Run, rows: list[Record]) -> None:
         [row["cap_bytes"] / 2**30 for row in budgets], [row["s_per_token"] for row in budgets], "C0-o", label="flashlm"
     )
     for row in rows:
-        if row["system"] in PEERS and not row.get("failed"):
-            color = f"C{1 + PEERS.index(row['system'])}"
-            axes.plot(row["cap_bytes"] / 2**30, row["s_per_token"], "s", color=color, label=row["system"])
+        if row["system"] in ("llama.cpp", "llama.cpp-asleep", "accelerate") and not row.get("failed"):
+            axes.plot(row["cap_bytes"] / 2**30, row["s_per_token"], "s", label=row["system"])
     axes.set(yscale="log", xlabel="memory of the process, GiB (kernel's cap)", ylabel="seconds per token")
     axes.set_title(f"{run.args.shape}, random weights in 16 bits, {run.weight_bytes / 1e9:.1f} GB", fontsize=10)
     axes.grid(which="both", alpha=0.3)
@@ -268,7 +273,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    shapes = [name for name in SHAPES if name.startswith("olmoe")]
+    shapes = [name for name in SHAPES if name.startswith(("olmoe", "qwen3-30b", "gpt-oss"))]
     add("--shape", choices=shapes, default="olmoe-1b-7b", help="model shape (default: %(default)s)")
     add("--cap", default="4GiB", help="memory of every measured process (default: %(default)s)")
     add("--budgets", type=lambda text: [parse_size_bytes(each) for each in text.split(",") if each], default=[],
@@ -285,7 +290,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefills", type=int, default=1, help="timed prompts of flashlm")
     add("--context", type=int, default=576)
     add("--accelerate-share", type=float, default=0.7, help="part of the cap that accelerate may fill with weights")
-    add("--gguf-dtype", choices=("float16", "bfloat16"), default="bfloat16")
+    add("--gguf-dtype", choices=("float16", "bfloat16"), default="float16")
+    add("--skews", type=lambda text: [float(each) for each in text.split(",") if each], default=[],
+        help="runs at the cap with SIMULATED routing: Zipf exponents of the experts' popularity")  # fmt: skip
     add("--minutes", type=float, help="begin no further cell after so many; the same command goes on there")
     add("--steps", type=lambda text: text.split(","), default=list(STEPS), help=f"which of {','.join(STEPS)}")
     add("--tight-disk", action="store_true", help="remove the checkpoint before the GGUF is written")

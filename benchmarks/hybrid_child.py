@@ -10,6 +10,7 @@ same fixed random token ids, so that logits can be compared between systems.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -105,6 +106,8 @@ class LlamaCppRunner:
     """llama.cpp through llama-cpp-python, weights memory-mapped."""
 
     def __init__(self, spec: Spec) -> None:
+        if "omp_wait_policy" in spec:
+            os.environ["OMP_WAIT_POLICY"] = spec["omp_wait_policy"]  # read when the library is loaded
         import llama_cpp
 
         self.api = llama_cpp
@@ -144,7 +147,12 @@ class LlamaCppRunner:
 def load_flashlm(spec: Spec) -> Runner:
     from flashlm_face import load
 
-    return load(spec)
+    runner = load(spec)
+    if spec.get("routing_skew") is not None:
+        from expert_routing import SkewedRouting
+
+        SkewedRouting(runner.model, spec["routing_skew"])
+    return runner
 
 
 LOADERS = {"flashlm": load_flashlm, "accelerate": load_accelerate, "llama.cpp": LlamaCppRunner}
