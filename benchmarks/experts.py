@@ -4,8 +4,8 @@
 
 Writes a random checkpoint of the shape, its pack and its GGUF into DIR, then runs every system in turn in a process of its
 own whose memory, page cache included, the kernel caps. flashlm runs at the cap and at the budgets of `--budgets` (each
-capped at its own). Routing is what random weights make of random tokens, which is close to uniform: the worst case for a
-cache. Steps leave records in DIR, as in `hybrid.py`, whose steps these are.
+capped at its own). Routing is what random weights make of random tokens (see `random_weights.py`), or drawn (`--skews`).
+Steps leave records in DIR, as in `hybrid.py`, whose steps these are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shapes import SHAPES
 from flashlm.sizes import format_size, parse_size_bytes
 
 PEERS = ("llama.cpp", "accelerate")
-STEPS = ("checkpoint", "convert", "accelerate", "gguf", "measure")
+STEPS = ("checkpoint", "convert", "accelerate", "gguf", "measure", "publish")
 
 
 class Clock:
@@ -79,17 +79,18 @@ def systems(run: Run) -> dict[str, tuple[Record, int]]:
     """Return spec and cap of every system of a round by name."""
     args = run.args
     found = {"watched": flashlm_system(run, run.cap_bytes, watch=True)}
-    for budget in sorted({*args.budgets, run.cap_bytes}):
-        found[f"experts-{format_size(budget).replace(' ', '')}"] = flashlm_system(run, budget, watch=False)
-    for skew in args.skews:
-        spec, cap_bytes = flashlm_system(run, run.cap_bytes, watch=True)
-        found[f"skew-{skew:g}"] = (spec | {"routing_skew": skew}, cap_bytes)
+    found[f"experts-{format_size(run.cap_bytes).replace(' ', '')}"] = flashlm_system(run, run.cap_bytes, watch=False)
     if "llama.cpp" in args.peers:
         gguf = {"system": "llama.cpp", "gguf": str(run.path(f"{args.gguf_dtype}.gguf")), "dtype": args.gguf_dtype}
         spec = base_spec(run) | gguf | {"decode_tokens": args.peer_tokens}
         # Its OpenMP threads spin where they wait for each other; asleep they leave the core to whoever reads.
         found["llama.cpp"] = (spec, run.cap_bytes)
         found["llama.cpp-asleep"] = (spec | {"omp_wait_policy": "passive"}, run.cap_bytes)
+    for budget in sorted({*args.budgets} - {run.cap_bytes}):
+        found[f"experts-{format_size(budget).replace(' ', '')}"] = flashlm_system(run, budget, watch=False)
+    for skew in args.skews:
+        spec, cap_bytes = flashlm_system(run, run.cap_bytes, watch=True)
+        found[f"skew-{skew:g}"] = (spec | {"routing_skew": skew}, cap_bytes)
     return found
 
 
@@ -116,7 +117,10 @@ def measure(run: Run, clock: Clock) -> None:
     for number in range(1, run.args.rounds + 1):
         every = list(systems(run).items())
         for name, system in every if number % 2 else every[::-1]:
-            run_cell(run, clock, f"round-{number}-{name}", system)
+            spec, cap_bytes = system
+            if number > 1:  # one round of prompts is enough to see
+                spec = spec | {"num_prefills": 0}
+            run_cell(run, clock, f"round-{number}-{name}", (spec, cap_bytes))
 
 
 def summarise(run: Run) -> list[Record]:
@@ -145,7 +149,9 @@ def summarise(run: Run) -> list[Record]:
             "num_oom_kills": sum(record["run"]["num_oom_kills"] for record in done),
         }
         if "hit_experts" in samples[0]:
-            row |= summarise_flashlm(run, samples, [each for record in done for each in record["result"]["prefill"]])
+            row |= summarise_flashlm(
+                run, samples, [each for record in done for each in record["result"].get("prefill", [])]
+            )
         rows.append(row)
     return rows
 
@@ -208,7 +214,7 @@ def publish(run: Run, rows: list[Record]) -> None:
         "date": today(),
         **describe_commit(HERE.parent),
         "machine": describe_machine() | {"block_device": describe_block_device(run.folder)},
-        "simulated": "random weights; random token ids; routing as these make it, close to uniform",
+        "simulated": "random weights, embeddings 64 times as large; random token ids; skew-*: drawn routing",
         "cap_bytes": run.cap_bytes,
         "weight_bytes": run.weight_bytes,
         "settings": {name: value for name, value in vars(run.args).items() if name not in ("work", "results")},
@@ -252,15 +258,17 @@ def draw(run: Run, rows: list[Record]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.8))
     budgets = [row for row in rows if row["system"].startswith("experts-") and not row.get("failed")]
+    budgets.sort(key=lambda row: row["cap_bytes"])
     for row in budgets:
         runs = row["s_per_token_of_runs"]
         axes.plot([row["cap_bytes"] / 2**30] * len(runs), runs, ".", color="C0", alpha=0.5)
     axes.plot(
         [row["cap_bytes"] / 2**30 for row in budgets], [row["s_per_token"] for row in budgets], "C0-o", label="flashlm"
     )
+    peers = {"llama.cpp": "C1s", "llama.cpp-asleep": "C3^", "accelerate": "C2D"}
     for row in rows:
-        if row["system"] in ("llama.cpp", "llama.cpp-asleep", "accelerate") and not row.get("failed"):
-            axes.plot(row["cap_bytes"] / 2**30, row["s_per_token"], "s", label=row["system"])
+        if row["system"] in peers and not row.get("failed"):
+            axes.plot(row["cap_bytes"] / 2**30, row["s_per_token"], peers[row["system"]], label=row["system"])
     axes.set(yscale="log", xlabel="memory of the process, GiB (kernel's cap)", ylabel="seconds per token")
     axes.set_title(f"{run.args.shape}, random weights in 16 bits, {run.weight_bytes / 1e9:.1f} GB", fontsize=10)
     axes.grid(which="both", alpha=0.3)
@@ -283,9 +291,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep", action="store_true", help="leave everything in the work folder at the end")
     add("--redo", type=lambda text: text.split(","), default=[], help="steps (or prefixes of them) to do again")
     add("--rounds", type=int, default=2)
-    add("--tokens", type=int, default=24, help="decode tokens timed for flashlm, after one warm-up")
-    add("--peer-tokens", type=int, default=6, help="decode tokens timed for the peers, after one warm-up")
-    add("--prompt-tokens", type=int, default=16)
+    add("--tokens", type=int, default=10, help="decode tokens timed for flashlm, after one warm-up")
+    add("--peer-tokens", type=int, default=4, help="decode tokens timed for the peers, after one warm-up")
+    add("--prompt-tokens", type=int, default=4, help="before the decode tokens")
     add("--prefill-tokens", type=int, default=512)
     add("--prefills", type=int, default=1, help="timed prompts of flashlm")
     add("--context", type=int, default=576)
@@ -344,7 +352,7 @@ def main() -> None:
         if name in run.args.steps:
             clock.check()
             step()
-    if "measure" in run.args.steps:
+    if "publish" in run.args.steps:
         publish(run, summarise(run))
         if not run.args.keep:
             clean(run.folder)
