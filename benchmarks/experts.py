@@ -4,8 +4,8 @@
 
 Writes a random checkpoint of the shape, its pack and its GGUF into DIR, then runs every system in turn in a process of its
 own whose memory, page cache included, the kernel caps. flashlm runs at the cap and at the budgets of `--budgets` (each
-capped at its own). Routing is what random weights make of random tokens, which is close to uniform: the worst case for a
-cache. Steps leave records in DIR, as in `hybrid.py`, whose steps these are.
+capped at its own). Routing is what random weights make of random tokens (see `random_weights.py`), or drawn (`--skews`).
+Steps leave records in DIR, as in `hybrid.py`, whose steps these are.
 """
 
 from __future__ import annotations
@@ -14,17 +14,34 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from hybrid import HERE, Record, Run, child, clean, convert, forget, log, make_checkpoint, make_gguf, measure_rates
+from expert_state import state_bytes
+from hybrid import HERE, Record, Run, child, clean, convert, forget, is_same, log, make_checkpoint, make_gguf
 from machine import describe_block_device, describe_commit, describe_machine, today
 from shapes import SHAPES
 
 from flashlm.sizes import format_size, parse_size_bytes
 
-STEPS = {"checkpoint": make_checkpoint, "gguf": make_gguf, "convert": convert}
 PEERS = ("llama.cpp", "accelerate")
+STEPS = ("checkpoint", "convert", "accelerate", "gguf", "measure", "publish")
+
+
+class Clock:
+    """Lets cells begin until the minutes are up; the next run goes on there."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._ends_s = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def check(self) -> None:
+        """Stop the program where the time is up."""
+        if self._ends_s is not None and time.monotonic() > self._ends_s:
+            log("the minutes are up; the same command goes on here")
+            raise SystemExit(3)
 
 
 def base_spec(run: Run) -> Record:
@@ -42,47 +59,80 @@ def base_spec(run: Run) -> Record:
     }
 
 
+def flashlm_system(run: Run, budget: int, *, watch: bool) -> tuple[Record, int]:
+    """Return spec and cap of flashlm at a budget; with `watch` the device is measured between tokens, beside the budget."""
+    pack = run.path("pack")
+    spec = {"system": "flashlm", "mode": "experts", "pack": str(pack), "dram_bytes": budget}
+    spec |= {"num_prefills": run.args.prefills, "watch_device": watch}
+    return base_spec(run) | spec, budget + (state_bytes(pack) if watch else 0)
+
+
+def accelerate_system(run: Run) -> tuple[Record, int]:
+    """Return spec and cap of accelerate."""
+    spec = {"system": "accelerate", "checkpoint": str(run.path("checkpoint")), "dtype": "bfloat16"}
+    spec |= {"offload_folder": str(run.path("offload")), "copy_resident": True}
+    spec |= {"cpu_bytes": int(run.cap_bytes * run.args.accelerate_share), "decode_tokens": run.args.peer_tokens}
+    return base_spec(run) | spec, run.cap_bytes
+
+
 def systems(run: Run) -> dict[str, tuple[Record, int]]:
-    """Return spec and cap of every system by name."""
+    """Return spec and cap of every system of a round by name."""
     args = run.args
-    found: dict[str, tuple[Record, int]] = {}
-    for budget in (*args.budgets, run.cap_bytes):
-        spec = {"system": "flashlm", "mode": "experts", "pack": str(run.path("pack")), "dram_bytes": budget}
-        found[f"experts-{format_size(budget).replace(' ', '')}"] = (
-            base_spec(run) | spec | {"num_prefills": args.prefills},
-            budget,
-        )
+    found = {"watched": flashlm_system(run, run.cap_bytes, watch=True)}
+    found[f"experts-{format_size(run.cap_bytes).replace(' ', '')}"] = flashlm_system(run, run.cap_bytes, watch=False)
     if "llama.cpp" in args.peers:
-        spec = {"system": "llama.cpp", "gguf": str(run.path(f"{args.gguf_dtype}.gguf")), "dtype": args.gguf_dtype}
-        found["llama.cpp"] = (base_spec(run) | spec | {"decode_tokens": args.peer_tokens}, run.cap_bytes)
-    if "accelerate" in args.peers:
-        spec = {"system": "accelerate", "checkpoint": str(run.path("checkpoint")), "dtype": "bfloat16"}
-        spec |= {"offload_folder": str(run.path("offload")), "copy_resident": True}
-        spec |= {"cpu_bytes": int(run.cap_bytes * args.accelerate_share), "decode_tokens": args.peer_tokens}
-        found["accelerate"] = (base_spec(run) | spec, run.cap_bytes)
+        gguf = {"system": "llama.cpp", "gguf": str(run.path(f"{args.gguf_dtype}.gguf")), "dtype": args.gguf_dtype}
+        spec = base_spec(run) | gguf | {"decode_tokens": args.peer_tokens}
+        # Its OpenMP threads spin where they wait for each other; asleep they leave the core to whoever reads.
+        found["llama.cpp"] = (spec, run.cap_bytes)
+        found["llama.cpp-asleep"] = (spec | {"omp_wait_policy": "passive"}, run.cap_bytes)
+    for budget in sorted({*args.budgets} - {run.cap_bytes}):
+        found[f"experts-{format_size(budget).replace(' ', '')}"] = flashlm_system(run, budget, watch=False)
+    for skew in args.skews:
+        spec, cap_bytes = flashlm_system(run, run.cap_bytes, watch=True)
+        found[f"skew-{skew:g}"] = (spec | {"routing_skew": skew}, cap_bytes)
     return found
 
 
-def measure(run: Run) -> None:
+def run_cell(run: Run, clock: Clock, name: str, system: tuple[Record, int]) -> None:
+    """Run one system in a process of its own, unless it was done before."""
+    spec, cap_bytes = system
+    done = run.record(name)
+    if done is None or not is_same(done, spec, cap_bytes):
+        clock.check()
+    record = child(run, name, spec, cap_bytes=cap_bytes, drop=True)
+    tokens = [sample["wall_s"] for sample in record["result"].get("decode", [])]
+    log(f"    s/token: {' '.join(f'{wall_s:.3f}' for wall_s in tokens) or 'none'}")
+
+
+def measure_accelerate(run: Run, clock: Clock) -> None:
+    """Run accelerate, and flashlm right before it: accelerate needs the checkpoint, whose place the GGUF may take."""
+    if "accelerate" in run.args.peers:
+        run_cell(run, clock, "accelerate-flashlm", flashlm_system(run, run.cap_bytes, watch=False))
+        run_cell(run, clock, "accelerate-peer", accelerate_system(run))
+
+
+def measure(run: Run, clock: Clock) -> None:
     """Run every system once per round, in turn; even rounds backwards, so that a drifting machine favours none."""
     for number in range(1, run.args.rounds + 1):
-        measure_rates(run, f"round-{number}-before")
         every = list(systems(run).items())
-        for name, (spec, cap_bytes) in every if number % 2 else every[::-1]:
-            record = child(run, f"round-{number}-{name}", spec, cap_bytes=cap_bytes, drop=True)
-            tokens = [sample["wall_s"] for sample in record["result"].get("decode", [])]
-            log(f"    s/token: {' '.join(f'{wall_s:.3f}' for wall_s in tokens) or 'none'}")
+        for name, system in every if number % 2 else every[::-1]:
+            spec, cap_bytes = system
+            if number > 1:  # one round of prompts is enough to see
+                spec = spec | {"num_prefills": 0}
+            run_cell(run, clock, f"round-{number}-{name}", (spec, cap_bytes))
 
 
 def summarise(run: Run) -> list[Record]:
     """Return a row for every system: medians over all tokens of all rounds but the first of each, which warms up."""
-    rates = [run.record(f"rates-round-{number}-before") for number in range(1, run.args.rounds + 1)]
-    device = [gbs for rate in rates if rate for gbs in rate["result"]["sequential_gb_per_s"]["plain"]]
-    memory = [rate["result"]["memory_read_gb_per_s"] for rate in rates if rate is not None]
     rows = []
-    for name, (_, cap_bytes) in systems(run).items():
-        records = [run.record(f"round-{number}-{name}") for number in range(1, run.args.rounds + 1)]
-        done = [record for record in records if record is not None]
+    every = {name: (cap, f"round-*-{name}") for name, (_, cap) in systems(run).items()}
+    if "accelerate" in run.args.peers:
+        every["accelerate-flashlm"] = (run.cap_bytes, "accelerate-flashlm")
+        every["accelerate"] = (run.cap_bytes, "accelerate-peer")
+    for name, (cap_bytes, pattern) in every.items():
+        steps = [path.stem for path in sorted(run.path("steps").glob(f"{pattern}.json"))]
+        done = [record for record in map(run.record, steps) if record is not None]
         samples = [sample for record in done for sample in record["result"]["decode"][1:]]
         if not samples:
             rows.append({"system": name, "cap_bytes": cap_bytes, "failed": True})
@@ -90,34 +140,58 @@ def summarise(run: Run) -> list[Record]:
         row: Record = {
             "system": name,
             "cap_bytes": cap_bytes,
+            "num_runs": len(done),
             "s_per_token": statistics.median(sample["wall_s"] for sample in samples),
+            "s_per_token_of_runs": [
+                statistics.median(sample["wall_s"] for sample in record["result"]["decode"][1:]) for record in done
+            ],
             "peak_bytes": max(record["run"]["peak_bytes"] or 0 for record in done),
             "num_oom_kills": sum(record["run"]["num_oom_kills"] for record in done),
         }
         if "hit_experts" in samples[0]:
-            total = {
-                key: sum(sample[key] for sample in samples) for key in ("hit_experts", "miss_experts", "bytes_read")
-            }
-            waited_s, wall_s = (sum(sample[key] for sample in samples) for key in ("wait_s", "wall_s"))
-            read_bytes = total["bytes_read"] / len(samples)
-            row |= {
-                "hit_share": total["hit_experts"] / (total["hit_experts"] + total["miss_experts"]),
-                "read_bytes_per_token": read_bytes,
-                "wait_share": waited_s / wall_s,
-                "read_gb_per_s_while_waiting": total["bytes_read"] / waited_s / 1e9 if waited_s else None,
-                "device_gb_per_s": statistics.median(device) if device else None,
-                "memory_gb_per_s": statistics.median(memory) if memory else None,
-            }
-            if device and memory:
-                touched_bytes = active_bytes(run)
-                roofline_s = (
-                    max(read_bytes / statistics.median(device), touched_bytes / statistics.median(memory)) / 1e9
-                )
-                row |= {"roofline_s": roofline_s, "share_of_roofline": roofline_s / row["s_per_token"]}
-            prefills = [sample["wall_s"] for record in done for sample in record["result"].get("prefill", [])]
-            row["prompt_s"] = statistics.median(prefills) if prefills else None
+            row |= summarise_flashlm(
+                run, samples, [each for record in done for each in record["result"].get("prefill", [])]
+            )
         rows.append(row)
     return rows
+
+
+def summarise_flashlm(run: Run, samples: list[Record], prompts: list[Record]) -> Record:
+    """Return what the telemetry says of decode tokens and prompts, and how it compares with the device's rate then."""
+    total = {key: sum(sample[key] for sample in samples) for key in ("hit_experts", "miss_experts", "bytes_read")}
+    parts = {key: statistics.median(sample[key] for sample in samples) for key in ("wait_s", "submit_s", "manage_s")}
+    waited_s = sum(sample["wait_s"] for sample in samples)
+    read_bytes = total["bytes_read"] / len(samples)
+    row: Record = {
+        "hit_share": total["hit_experts"] / max(total["hit_experts"] + total["miss_experts"], 1),
+        "read_bytes_per_token": read_bytes,
+        **parts,
+        "read_gb_per_s_while_waiting": total["bytes_read"] / waited_s / 1e9 if waited_s else None,
+        "prompt_s": [sample["wall_s"] for sample in prompts],
+        "prompt_read_bytes": [sample["bytes_read"] for sample in prompts],
+    }
+    if "device" in samples[0]:
+        both = [(sample["wall_s"], floor_s(run, sample), sample["device"]["read_gb_per_s"]) for sample in samples]
+        device = statistics.median(rate for _, _, rate in both)
+        row |= {
+            "device_gb_per_s": device,
+            "memory_gb_per_s": statistics.median(sample["device"]["memory_gb_per_s"] for sample in samples),
+            "waiting_of_device": row["read_gb_per_s_while_waiting"] / device if waited_s else None,
+            "floor_s": statistics.median(floor for _, floor, _ in both),
+            "share_of_roofline": statistics.median(floor / wall_s for wall_s, floor, _ in both),
+            "prompt_of_reading": [
+                sample["wall_s"] * sample["device"]["read_gb_per_s"] * 1e9 / sample["bytes_read"]
+                for sample in prompts
+                if sample["bytes_read"]
+            ],
+        }
+    return row
+
+
+def floor_s(run: Run, sample: Record) -> float:
+    """Return what a token takes at least: its reads, or all weights that it touches, at the rates measured beside it."""
+    device = sample["device"]
+    return max(sample["bytes_read"] / device["read_gb_per_s"], active_bytes(run) / device["memory_gb_per_s"]) / 1e9
 
 
 def active_bytes(run: Run) -> int:
@@ -125,7 +199,7 @@ def active_bytes(run: Run) -> int:
     from shapes import config_of, stored_shapes
 
     config = config_of(run.args.shape)
-    share = config.num_experts_per_tok / config.num_experts
+    share = config.num_experts_per_tok / getattr(config, "num_local_experts", getattr(config, "num_experts", 1))
     return sum(
         int(2 * math.prod(shape) * (share if ".experts." in name else "embed_tokens" not in name))
         for name, shape in stored_shapes(config).items()
@@ -140,7 +214,7 @@ def publish(run: Run, rows: list[Record]) -> None:
         "date": today(),
         **describe_commit(HERE.parent),
         "machine": describe_machine() | {"block_device": describe_block_device(run.folder)},
-        "simulated": "random weights; random token ids; routing as these make it, close to uniform",
+        "simulated": "random weights, embeddings 64 times as large; random token ids; skew-*: drawn routing",
         "cap_bytes": run.cap_bytes,
         "weight_bytes": run.weight_bytes,
         "settings": {name: value for name, value in vars(run.args).items() if name not in ("work", "results")},
@@ -150,30 +224,64 @@ def publish(run: Run, rows: list[Record]) -> None:
     text = json.dumps(whole, indent=1).replace(str(run.folder), "WORK").replace(str(run.args.work), "WORK")
     run.args.results.mkdir(parents=True, exist_ok=True)
     (run.args.results / f"experts-{run.args.shape}.json").write_text(text + "\n")
-    print("| system | cap | s/token | experts held | GB/token | GB/s waiting | share of roofline |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    draw(run, rows)
+    print(
+        "| system | cap | s/token | experts held | GB/token | GB/s waiting | of the device | share of roofline | killed |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
+        cap = format_size(row["cap_bytes"])
         if row.get("failed"):
-            print(f"| {row['system']} | {format_size(row['cap_bytes'])} | failed | | | | |")
+            print(f"| {row['system']} | {cap} | failed | | | | | | |")
             continue
-        cells = [""] * 4
+        cells = [""] * 5
         if "hit_share" in row:
-            rate, share = row["read_gb_per_s_while_waiting"], row.get("share_of_roofline")
+            rate, share, of_device = (
+                row.get(name) for name in ("read_gb_per_s_while_waiting", "share_of_roofline", "waiting_of_device")
+            )
             cells = [
                 f"{row['hit_share']:.0%}",
                 f"{row['read_bytes_per_token'] / 1e9:.3f}",
                 "" if rate is None else f"{rate:.2f}",
+                "" if of_device is None else f"{of_device:.0%}",
                 "" if share is None else f"{share:.0%}",
             ]
-        cap = format_size(row["cap_bytes"])
-        print(f"| {row['system']} | {cap} | {row['s_per_token']:.3f} | {' | '.join(cells)} |")
+        print(f"| {row['system']} | {cap} | {row['s_per_token']:.3f} | {' | '.join(cells)} | {row['num_oom_kills']} |")
+
+
+def draw(run: Run, rows: list[Record]) -> None:
+    """Plot seconds per token over the budget, every run a point, beside the peers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.8))
+    budgets = [row for row in rows if row["system"].startswith("experts-") and not row.get("failed")]
+    budgets.sort(key=lambda row: row["cap_bytes"])
+    for row in budgets:
+        runs = row["s_per_token_of_runs"]
+        axes.plot([row["cap_bytes"] / 2**30] * len(runs), runs, ".", color="C0", alpha=0.5)
+    axes.plot(
+        [row["cap_bytes"] / 2**30 for row in budgets], [row["s_per_token"] for row in budgets], "C0-o", label="flashlm"
+    )
+    peers = {"llama.cpp": "C1s", "llama.cpp-asleep": "C3^", "accelerate": "C2D"}
+    for row in rows:
+        if row["system"] in peers and not row.get("failed"):
+            axes.plot(row["cap_bytes"] / 2**30, row["s_per_token"], peers[row["system"]], label=row["system"])
+    axes.set(yscale="log", xlabel="memory of the process, GiB (kernel's cap)", ylabel="seconds per token")
+    axes.set_title(f"{run.args.shape}, random weights in 16 bits, {run.weight_bytes / 1e9:.1f} GB", fontsize=10)
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(run.args.results / f"experts-{run.args.shape}.png", dpi=110)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    shapes = [name for name in SHAPES if name.startswith("olmoe")]
+    shapes = [name for name in SHAPES if name.startswith(("olmoe", "qwen3-30b", "gpt-oss"))]
     add("--shape", choices=shapes, default="olmoe-1b-7b", help="model shape (default: %(default)s)")
     add("--cap", default="4GiB", help="memory of every measured process (default: %(default)s)")
     add("--budgets", type=lambda text: [parse_size_bytes(each) for each in text.split(",") if each], default=[],
@@ -182,17 +290,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, required=True, help="folder for everything it writes (42 GB for OLMoE-1B-7B)")
     add("--keep", action="store_true", help="leave everything in the work folder at the end")
     add("--redo", type=lambda text: text.split(","), default=[], help="steps (or prefixes of them) to do again")
-    add("--rounds", type=int, default=1)
-    add("--tokens", type=int, default=24, help="decode tokens timed for flashlm, after one warm-up")
-    add("--peer-tokens", type=int, default=6, help="decode tokens timed for the peers, after one warm-up")
-    add("--prompt-tokens", type=int, default=16)
+    add("--rounds", type=int, default=2)
+    add("--tokens", type=int, default=10, help="decode tokens timed for flashlm, after one warm-up")
+    add("--peer-tokens", type=int, default=4, help="decode tokens timed for the peers, after one warm-up")
+    add("--prompt-tokens", type=int, default=4, help="before the decode tokens")
     add("--prefill-tokens", type=int, default=512)
     add("--prefills", type=int, default=1, help="timed prompts of flashlm")
     add("--context", type=int, default=576)
     add("--accelerate-share", type=float, default=0.7, help="part of the cap that accelerate may fill with weights")
-    add("--gguf-dtype", choices=("float16", "bfloat16"), default="bfloat16")
-    add("--rate-bytes", type=parse_size_bytes, default=4 << 30)
-    add("--rate-passes", type=int, default=3)
+    add("--gguf-dtype", choices=("float16", "bfloat16"), default="float16")
+    add("--skews", type=lambda text: [float(each) for each in text.split(",") if each], default=[],
+        help="runs at the cap with SIMULATED routing: Zipf exponents of the experts' popularity")  # fmt: skip
+    add("--minutes", type=float, help="begin no further cell after so many; the same command goes on there")
+    add("--steps", type=lambda text: text.split(","), default=list(STEPS), help=f"which of {','.join(STEPS)}")
+    add("--tight-disk", action="store_true", help="remove the checkpoint before the GGUF is written")
     add("--timeout", type=float, default=3600)
     add("--results", type=Path, default=HERE / "results")
     return parser.parse_args(argv)
@@ -215,17 +326,36 @@ def start(args: argparse.Namespace) -> Run:
     )
 
 
+def write_gguf(run: Run, clock: Clock) -> None:
+    """Write the GGUF twin, in the place of the checkpoint where the disk is tight."""
+    if "llama.cpp" not in run.args.peers:
+        return
+    if run.args.tight_disk:
+        for name in ("checkpoint", "offload"):
+            shutil.rmtree(run.path(name), ignore_errors=True)
+    make_gguf(run)
+
+
 def main() -> None:
     """Do the steps, print the table, write the results."""
     run = start(parse())
     forget(run, run.args.redo)
-    for name, step in STEPS.items():
-        if name != "gguf" or "llama.cpp" in run.args.peers:
-            step(run)
-    measure(run)
-    publish(run, summarise(run))
-    if not run.args.keep:
-        clean(run.folder)
+    clock = Clock(run.args.minutes)
+    steps: dict[str, Callable[[], None]] = {
+        "checkpoint": lambda: make_checkpoint(run) if run.record("convert") is None else None,
+        "convert": lambda: convert(run) if run.record("convert") is None else None,
+        "accelerate": lambda: measure_accelerate(run, clock),
+        "gguf": lambda: write_gguf(run, clock),
+        "measure": lambda: measure(run, clock),
+    }
+    for name, step in steps.items():
+        if name in run.args.steps:
+            clock.check()
+            step()
+    if "publish" in run.args.steps:
+        publish(run, summarise(run))
+        if not run.args.keep:
+            clean(run.folder)
 
 
 if __name__ == "__main__":

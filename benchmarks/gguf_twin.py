@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import gguf
 import numpy as np
 import torch
-from random_weights import RandomPool, as_bytes
+from random_weights import RandomPool, as_bytes, embedding_scale
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -119,7 +119,7 @@ def write_gguf(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = tor
         return path.stat().st_size
     architecture = STAND_INS[config.model_type]
     shapes = SHAPES_OF[architecture](config)
-    pool = RandomPool(dtype)
+    pool = RandomPool(dtype, embedding_scale=embedding_scale(config))
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, architecture)
     _add_settings(writer, config, dtype)

@@ -10,9 +10,11 @@ same fixed random token ids, so that logits can be compared between systems.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,6 +106,8 @@ class LlamaCppRunner:
     """llama.cpp through llama-cpp-python, weights memory-mapped."""
 
     def __init__(self, spec: Spec) -> None:
+        if "omp_wait_policy" in spec:
+            os.environ["OMP_WAIT_POLICY"] = spec["omp_wait_policy"]  # read when the library is loaded
         import llama_cpp
 
         self.api = llama_cpp
@@ -143,7 +147,12 @@ class LlamaCppRunner:
 def load_flashlm(spec: Spec) -> Runner:
     from flashlm_face import load
 
-    return load(spec)
+    runner = load(spec)
+    if spec.get("routing_skew") is not None:
+        from expert_routing import SkewedRouting
+
+        SkewedRouting(runner.model, spec["routing_skew"])
+    return runner
 
 
 LOADERS = {"flashlm": load_flashlm, "accelerate": load_accelerate, "llama.cpp": LlamaCppRunner}
@@ -190,6 +199,7 @@ def measure(spec: Spec, recorder: Recorder) -> None:
     start_s = time.perf_counter()
     runner = LOADERS[spec["system"]](spec)
     recorder.note(load_s=time.perf_counter() - start_s, facts=runner.facts())
+    watch = watch_device(spec)
     num_prompt = spec["prompt_tokens"]
     prompt, logits = timed_forward(runner, ids[:num_prompt])
     recorder.note(prompt=prompt)
@@ -197,7 +207,7 @@ def measure(spec: Spec, recorder: Recorder) -> None:
     kept = [logits]
     for token in ids[num_prompt : num_prompt + spec["decode_tokens"] + 1]:
         record, logits = timed_forward(runner, [token])
-        decode.append(record)
+        decode.append(record | watch())
         kept.append(logits)
         recorder.note(decode=decode)
     np.save(recorder.path.with_suffix(".npy"), np.stack(kept))
@@ -205,9 +215,19 @@ def measure(spec: Spec, recorder: Recorder) -> None:
     for _ in range(spec["num_prefills"]):
         runner.reset()
         record, _ = timed_forward(runner, ids[: spec["prefill_tokens"]])
-        prefill.append(record)
+        prefill.append(record | watch())
         recorder.note(prefill=prefill)
     recorder.note(facts=runner.facts(), finished=True)
+
+
+def watch_device(spec: Spec) -> Callable[[], dict[str, Any]]:
+    """Return what measures device and memory after a forward, where the spec asks for it."""
+    if not spec.get("watch_device"):
+        return dict
+    from expert_state import ExpertState
+
+    state = ExpertState(Path(spec["pack"]))
+    return lambda: {"device": state.measure()}
 
 
 def convert(spec: Spec, recorder: Recorder) -> None:

@@ -22,6 +22,10 @@ from shapes import stored_shapes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# With embeddings no larger than other weights, what attention adds drowns them: all tokens look alike to a router, and a
+# mixture sends them to the same experts. Scaled, a token is itself in every layer, and routing is close to uniform.
+MIXTURE_EMBEDDING_SCALE = 64
+EMBEDDINGS = ("model.embed_tokens.weight", "token_embd.weight")
 POOL_VALUES = 32 * 1024 * 1024 - 59  # odd: a wrapped tensor's rows do not repeat each other
 STD = 0.02
 SHARD_BYTES = 2_000_000_000
@@ -31,9 +35,12 @@ SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float3
 class RandomPool:
     """One block of normal values (std 0.02) from which tensors of any size are cut."""
 
-    def __init__(self, dtype: torch.dtype, *, num_values: int = POOL_VALUES, seed: int = 0) -> None:
+    def __init__(
+        self, dtype: torch.dtype, *, embedding_scale: int = 1, num_values: int = POOL_VALUES, seed: int = 0
+    ) -> None:
         values = np.random.default_rng(seed).standard_normal(num_values, dtype=np.float32) * STD
         # through bfloat16 in every dtype, so that files of different dtypes hold the same numbers
+        self._embedding_scale = embedding_scale
         self.values = torch.from_numpy(values).to(torch.bfloat16).to(dtype)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -48,7 +55,14 @@ class RandomPool:
             parts.append(part)
             count -= len(part)
             start = 0
-        return torch.cat(parts).reshape(shape)
+        joined = torch.cat(parts).reshape(shape)
+        return joined.mul_(self._embedding_scale) if name in EMBEDDINGS else joined
+
+
+def embedding_scale(config: PretrainedConfig) -> int:
+    """Return by how much the embeddings of a config are larger than its other weights."""
+    is_mixture = any(hasattr(config, name) for name in ("num_experts", "num_local_experts"))
+    return MIXTURE_EMBEDDING_SCALE if is_mixture else 1
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -100,7 +114,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], pool: RandomPool
 def write_checkpoint(folder: Path, config: PretrainedConfig, *, shard_bytes: int = SHARD_BYTES) -> int:
     """Write a sharded random checkpoint of `config` in its own dtype, return its bytes; complete shards stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    pool = RandomPool(config.dtype)
+    pool = RandomPool(config.dtype, embedding_scale=embedding_scale(config))
     shapes = stored_shapes(config)
     sizes = {name: math.prod(shape) * pool.values.element_size() for name, shape in shapes.items()}
     shards = split_into_shards(sizes, shard_bytes)

@@ -125,6 +125,46 @@ def _olmoe(
     )
 
 
+def _qwen3_moe(*, layers: int) -> PretrainedConfig:
+    """Qwen3-30B-A3B, which has 48 layers."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        num_hidden_layers=layers,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        vocab_size=151936,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+
+
+def _gpt_oss(*, layers: int) -> PretrainedConfig:
+    """gpt-oss-20b, which has 24 layers."""
+    from transformers import GptOssConfig
+
+    return GptOssConfig(
+        num_hidden_layers=layers,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        hidden_size=2880,
+        intermediate_size=2880,
+        head_dim=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=201088,
+        dtype="bfloat16",
+        architectures=["GptOssForCausalLM"],
+    )
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-6.7b": lambda: _opt(layers=32, d_model=4096, heads=32),
     "llama-2-7b": lambda: _llama(layers=32, d_model=4096, heads=32, d_ffn=11008),
@@ -133,6 +173,9 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "persimmon-8b": _persimmon_8b,
     "phi-2": _phi_2,
     "olmoe-1b-7b": lambda: _olmoe(layers=16, d_model=2048, heads=16, d_ffn=1024, experts=64, active=8),
+    # as many layers as a disk holds twice
+    "qwen3-30b-a3b-8-layers": lambda: _qwen3_moe(layers=8),
+    "gpt-oss-20b-6-layers": lambda: _gpt_oss(layers=6),
     # the rest try the harness, not the machine
     "opt-1.3b": lambda: _opt(layers=24, d_model=2048, heads=32),
     "opt-tiny": lambda: _opt(layers=4, d_model=256, heads=4, vocab=1024, positions=512),

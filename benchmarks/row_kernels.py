@@ -1,6 +1,6 @@
 """Row kernels against the memory's own rate and torch: GB/s at 1 to 16 tokens, and one block's GEMM at 128 tokens.
 
-    python benchmarks/kernels.py [--mib 512] [--out benchmarks/results/kernels.json]
+    python benchmarks/row_kernels.py [--mib 512] [--out benchmarks/results/kernels.json]
 
 Rows of `[gate | up | down]`, hidden 4096, blocks of 256 rows, cold (more rows than any cache). Kernel, torch and plain
 sum alternate block by block. The fastest tenth's edge is reported: on a busy machine the median measures the others.
