@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +95,31 @@ def training(pru: PRU, lstm: torch.nn.LSTM, is_bf16: bool, repeats: int) -> dict
     return result
 
 
+FRESH_LSTM = """
+import statistics, sys, time, torch
+size, batch, repeats = map(int, sys.argv[1:])
+lstm = torch.nn.LSTM(size, size).eval()
+x, state = torch.randn(1, batch, size), (torch.zeros(1, batch, size),) * 2
+times = []
+with torch.no_grad():
+    for _ in range(repeats + 1):
+        started_s = time.perf_counter()
+        lstm(x, state)
+        times.append(time.perf_counter() - started_s)
+print(statistics.median(times[1:]))
+"""
+
+
+def fresh_lstm_s(size: int, batch: int, repeats: int) -> float:
+    """Return a token's time of an `nn.LSTM` in a process of its own.
+
+    torch lays the weights out anew for each call. Into fresh pages, as there, that takes several times as long as into
+    memory that the process has kept, which is the case here once anything large has been freed.
+    """
+    argv = [sys.executable, "-c", FRESH_LSTM, str(size), str(batch), str(repeats)]
+    return float(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
+
+
 def one_step(pru: PRU, lstm: torch.nn.LSTM, batch: int, repeats: int) -> dict[str, Any]:
     x, memory = torch.randn(1, batch, pru.input_size), torch.ones(SUM_BYTES // 4)
     state = (torch.zeros(1, batch, pru.hidden_size),) * 2
@@ -103,6 +130,8 @@ def one_step(pru: PRU, lstm: torch.nn.LSTM, batch: int, repeats: int) -> dict[st
         sum_s = medians({"sum": memory.sum}, repeats)["sum"]
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in pru.parameters())
     bound_s = num_bytes * sum_s / SUM_BYTES
+    result["fresh_lstm_s"] = fresh_lstm_s(pru.hidden_size, batch, repeats * 10)
+    result["fresh_lstm/native"] = result["fresh_lstm_s"] / result["seconds"]["native"]
     shares = {name: bound_s / value for name, value in result["seconds"].items() if name != "lstm"}
     return result | {
         "weight_bytes": num_bytes,

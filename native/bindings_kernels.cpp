@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/dispatch.h"
 #include "kernels/run.h"
@@ -62,6 +63,34 @@ void project(unsigned dtype, size_t block_address, size_t num_rows, size_t row_s
                        pointer<const float>(bias_address)});
 }
 
+// A row of the table: address, num_rows, row_stride_bytes, hidden_size, x_address, out_address, out_stride, bias_address.
+constexpr size_t TABLE_COLUMNS = 8;
+
+void project_many(unsigned dtype, size_t table_address, size_t num_products, size_t num_tokens) {
+    const DType type = checked_dtype(dtype);
+    check_tokens(num_tokens);
+    require(table_address != 0, "table_address is null");
+    std::vector<ProjectArgs> products;
+    products.reserve(num_products);
+    for (size_t i = 0; i < num_products; ++i) {
+        const auto* row = pointer<const std::uint64_t>(table_address) + i * TABLE_COLUMNS;
+        require(row[4] != 0 && row[5] != 0, "x_address or out_address is null");
+        require(num_tokens == 1 || row[6] >= row[1], "out_stride is less than num_rows");
+        products.push_back({checked_rows(type, row[0], row[1], row[2], 0, row[3], 0), pointer<const float>(row[4]),
+                            num_tokens, pointer<float>(row[5]), row[6], pointer<const float>(row[7])});
+    }
+    run_projects(type, products.data(), products.size());
+}
+
+void lstm_gates(size_t input_address, size_t context_address, size_t c_address, size_t h_next_address,
+                size_t c_next_address, size_t batch, size_t size) {
+    require(input_address && context_address && c_address && h_next_address && c_next_address, "an address is null");
+    require(size > 0, "size must be at least 1, got 0");
+    run_gates({{pointer<const float>(input_address), pointer<const float>(context_address)},
+               pointer<const float>(c_address), pointer<float>(h_next_address), pointer<float>(c_next_address), batch,
+               size});
+}
+
 void accumulate(unsigned dtype, size_t block_address, size_t num_rows, size_t row_stride_bytes, size_t part_offset_bytes,
                 size_t hidden_size, size_t h_address, size_t h_stride, size_t num_tokens, size_t y_address,
                 size_t slots_address) {
@@ -91,6 +120,11 @@ void bind_kernels(nb::module_& m) {
     m.def("project", &project, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a, "part_offset_bytes"_a,
           "hidden_size"_a, "x_address"_a, "num_tokens"_a, "out_address"_a, "out_stride"_a, "bias_address"_a = 0,
           "slots_address"_a = 0, Release(), "out[t, r] = x[t] . row[r].part (+ bias[r])");
+    m.def("project_many", &project_many, "dtype"_a, "table_address"_a, "num_products"_a, "num_tokens"_a, Release(),
+          "Several products in one job; the table has int64 rows: address, num_rows, row_stride_bytes, hidden_size, "
+          "x_address, out_address, out_stride, bias_address.");
+    m.def("lstm_gates", &lstm_gates, "input_address"_a, "context_address"_a, "c_address"_a, "h_next_address"_a,
+          "c_next_address"_a, "batch"_a, "size"_a, Release(), "h' and c' from the sum of two arrays of gates i, f, g, o");
     m.def("accumulate", &accumulate, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a,
           "part_offset_bytes"_a, "hidden_size"_a, "h_address"_a, "h_stride"_a, "num_tokens"_a, "y_address"_a,
           "slots_address"_a = 0, Release(), "y[t] += sum over r of h[t, r] * row[r].part");

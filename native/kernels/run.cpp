@@ -1,6 +1,8 @@
 #include "run.h"
 
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "../thread_pool.h"
 #include "dispatch.h"
@@ -55,6 +57,63 @@ void run_project(DType dtype, const ProjectArgs& args) {
     const std::size_t cost = cost_bytes(args.rows, dtype, args.num_tokens);
     run(Job<ProjectArgs>{args, kernels().project[dtype], num_rows,
                          task_length(num_rows, unit, cost, ROW_TASKS_PER_THREAD)});
+}
+
+void run_projects(DType dtype, const ProjectArgs* products, std::size_t num_products) {
+    struct Task {
+        const ProjectArgs* product;
+        std::size_t begin, end;
+    };
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < num_products; ++i) total += cost_bytes(products[i].rows, dtype, products[i].num_tokens);
+    // As many tasks as one product of this cost would have, each product its share.
+    const std::size_t threads = num_threads(), most = std::max<std::size_t>(total / TASK_BYTES, 1);
+    const std::size_t share =
+        std::max<std::size_t>(total / (threads == 1 ? 1 : std::min(most, threads * ROW_TASKS_PER_THREAD)), 1);
+    std::vector<Task> tasks;
+    for (std::size_t i = 0; i < num_products; ++i) {
+        const ProjectArgs& product = products[i];
+        const std::size_t num_rows = product.rows.num_rows, unit = product.num_tokens < TOKENS_PER_PASS ? 4 : 6;
+        const std::size_t pieces = ceil_div(cost_bytes(product.rows, dtype, product.num_tokens), share);
+        const std::size_t length = ceil_div(ceil_div(num_rows, std::max<std::size_t>(pieces, 1)), unit) * unit;
+        for (std::size_t begin = 0; begin < num_rows; begin += length) {
+            tasks.push_back({&product, begin, std::min(begin + length, num_rows)});
+        }
+    }
+    struct Context {
+        const Task* tasks;
+        void (*kernel)(const ProjectArgs&, std::size_t, std::size_t);
+    } context{tasks.data(), kernels().project[dtype]};
+    parallel_for(
+        tasks.size(),
+        [](const void* opaque, std::size_t index) {
+            const auto& c = *static_cast<const Context*>(opaque);
+            const Task& task = c.tasks[index];
+            c.kernel(*task.product, task.begin, task.end);
+        },
+        &context);
+}
+
+void run_gates(const GatesArgs& args) {
+    constexpr std::size_t TASK_ELEMENTS = 256;  // some ten microseconds of exponentials
+    parallel_for(
+        ceil_div(args.batch * args.size, TASK_ELEMENTS),
+        [](const void* opaque, std::size_t task) {
+            const auto& a = *static_cast<const GatesArgs*>(opaque);
+            const auto sigmoid = [](float v) { return 1.0f / (1.0f + std::exp(-v)); };
+            const std::size_t end = std::min((task + 1) * TASK_ELEMENTS, a.batch * a.size);
+            for (std::size_t at = task * TASK_ELEMENTS; at < end; ++at) {
+                const std::size_t first = at / a.size * 4 * a.size + at % a.size;
+                float gate[4];
+                for (std::size_t k = 0; k < 4; ++k) {
+                    gate[k] = a.gates[0][first + k * a.size] + a.gates[1][first + k * a.size];
+                }
+                const float c = sigmoid(gate[1]) * a.c[at] + sigmoid(gate[0]) * std::tanh(gate[2]);
+                a.c_next[at] = c;
+                a.h_next[at] = sigmoid(gate[3]) * std::tanh(c);
+            }
+        },
+        &args);
 }
 
 void run_accumulate(DType dtype, const AccumulateArgs& args) {

@@ -20,6 +20,16 @@ def project(
     bias_address: int = 0,
     slots_address: int = 0,
 ) -> None: ...
+def project_many(dtype: int, table_address: int, num_products: int, num_tokens: int) -> None: ...
+def lstm_gates(
+    input_address: int,
+    context_address: int,
+    c_address: int,
+    h_next_address: int,
+    c_next_address: int,
+    batch: int,
+    size: int,
+) -> None: ...
 def accumulate(
     dtype: int,
     block_address: int,

@@ -10,6 +10,8 @@ gets the same bits alone and in a batch. They do depend on the instruction set (
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +34,17 @@ def choose_strategy(dtype: str) -> Strategy:
         return "native"
     multiplies_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "native" if dtype == "bfloat16" and multiplies_bf16 else "widen"
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Hold torch to one thread: after a small product its threads spin on the cores that our kernels' threads want."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(slots=True)
@@ -93,6 +106,103 @@ def project(x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias:
         0 if bias is None else bias.data_ptr(),
         _slots_address(rows),
     )
+
+
+class ProductTable:
+    """Products of fp32 tokens with several matrices of one dtype, made in one job: small ones alone waste the threads.
+
+    Args:
+        weights: Each (num_rows, hidden_size) with contiguous rows, bfloat16, float16 or float32; kept alive here.
+        starts: Of each: where its part of a token begins in `x`, and where its outputs begin in a token of `out`.
+        biases: fp32 (num_rows,), contiguous, or None for each.
+
+    Raises:
+        ConfigError: Dtypes that differ, or rows that are not contiguous.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        starts: Sequence[tuple[int, int]],
+        biases: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
+        biases = biases or [None] * len(weights)
+        dtypes = {weight.dtype for weight in weights}
+        if len(dtypes) != 1 or any(weight.dim() != 2 or weight.stride(1) != 1 for weight in weights):
+            raise ConfigError("the matrices must have one dtype and contiguous rows")
+        self._owners = (*weights, *biases)
+        self._code = _DTYPE_CODES[dtypes.pop()]
+        self._x_size = max(start + weight.shape[1] for weight, (start, _) in zip(weights, starts, strict=True))
+        self._out_size = max(start + weight.shape[0] for weight, (_, start) in zip(weights, starts, strict=True))
+        self._table = torch.tensor(
+            [
+                [
+                    weight.data_ptr(),
+                    weight.shape[0],
+                    weight.stride(0) * weight.element_size(),
+                    weight.shape[1],
+                    4 * x_start,
+                    4 * out_start,
+                    0,
+                    0 if bias is None else bias.data_ptr(),
+                ]
+                for weight, (x_start, out_start), bias in zip(weights, starts, biases, strict=True)
+            ]
+        )
+
+    def project(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Write out[t, o + r] = x_part[t] · row[r] (+ bias[r]) for every matrix.
+
+        Args:
+            x: fp32, contiguous: for each distinct part of a token, in order, (num_tokens, its size); flat.
+            out: fp32 (num_tokens, all outputs), contiguous; at most `MAX_TOKENS` tokens.
+
+        Raises:
+            ConfigError: A size, dtype or layout is not as stated.
+        """
+        num_tokens = out.shape[0]
+        for name, tensor, size in (("x", x, self._x_size), ("out", out, self._out_size)):
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.numel() < num_tokens * size:
+                raise ConfigError(
+                    f"{name} must be contiguous float32 of {num_tokens} x {size}, got {_described(tensor)}"
+                )
+        if not 1 <= num_tokens <= MAX_TOKENS:
+            raise ConfigError(f"1 to {MAX_TOKENS} tokens at a time, got {num_tokens}")
+        table = self._table.clone()
+        table[:, 4].mul_(num_tokens).add_(x.data_ptr())
+        table[:, 5] += out.data_ptr()
+        table[:, 6] = out.shape[1]
+        _native.project_many(self._code, table.data_ptr(), len(table), num_tokens)
+
+
+def lstm_gates(
+    input_gates: torch.Tensor, context_gates: torch.Tensor, c: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return h' and c', fp32 (B, M), of an LSTM step.
+
+    Args:
+        input_gates, context_gates: fp32 (B, 4M), contiguous; their sum is i, f, g, o before the activations.
+        c: fp32 (B, M), contiguous.
+
+    Raises:
+        ConfigError: A shape, dtype or layout is not as stated.
+    """
+    batch, size = c.shape
+    for name, tensor, shape in (("input_gates", input_gates, (batch, 4 * size)), ("c", c, (batch, size)),
+                                ("context_gates", context_gates, (batch, 4 * size))):  # fmt: skip
+        if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
+            raise ConfigError(f"{name} must be contiguous float32 {shape}, got {_described(tensor)}")
+    h_next, c_next = torch.empty_like(c), torch.empty_like(c)
+    _native.lstm_gates(
+        input_gates.data_ptr(),
+        context_gates.data_ptr(),
+        c.data_ptr(),
+        h_next.data_ptr(),
+        c_next.data_ptr(),
+        batch,
+        size,
+    )
+    return h_next, c_next
 
 
 def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from flashlm import kernels
 from flashlm.planner.probe_file import ProbeFile
-from flashlm.planner.probe_timing import Cold, median_s, one_torch_thread
+from flashlm.planner.probe_timing import Cold, median_s
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest, Ticket
 
 HIDDEN = 4096
@@ -94,7 +94,7 @@ def block_overhead_s() -> float:
         kernels.project(tokens, rows, 0, hidden, bias[RUN_ROWS:])
         kernels.accumulate(relu(hidden), rows, output)
 
-    with one_torch_thread():
+    with kernels.one_torch_thread():
         return Cold().median_s(run, 100)
 
 
@@ -114,7 +114,7 @@ def matrix_overhead_s() -> float:
         return output.to(torch.bfloat16).view(1, 1, RUN_WIDTH)
 
     cold = Cold()
-    with one_torch_thread():
+    with kernels.one_torch_thread():
         return max(cold.median_s(multiply, 100) - cold.median_s(lambda: layer(narrow), 100), 0.0)
 
 
@@ -146,7 +146,7 @@ def model_overheads_s() -> tuple[float, float]:
             times.append(time.perf_counter() - started_s - sum(passing_s))
         return statistics.median(times[1:])
 
-    with one_torch_thread(), torch.no_grad():
+    with kernels.one_torch_thread(), torch.no_grad():
         few, many = NUM_LAYERS
         few_s, many_s = token_s(few), token_s(many)
     layer_s = max(many_s - few_s, 0.0) / (many - few)

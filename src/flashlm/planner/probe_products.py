@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from flashlm import kernels
-from flashlm.planner.probe_timing import median_s, one_torch_thread
+from flashlm.planner.probe_timing import median_s
 from flashlm.planner.profile import ProductRates
 from flashlm.sparsity.document import PredictorEntry
 from flashlm.sparsity.predictor import Predictor
@@ -25,7 +25,7 @@ def product_rates(dtype: str) -> ProductRates:
     element = DTYPES[dtype]
     weights = torch.zeros(NUM_BLOCKS * BLOCK_ROWS, PARTS * HIDDEN, dtype=element)
     weights[:] = torch.randn(PARTS * HIDDEN).to(element)
-    with one_torch_thread():
+    with kernels.one_torch_thread():
         block_up_s, block_down_s = (median_s(work) for work in _block_products(weights))
         row_up_s, row_down_s = (median_s(work) for work in _row_products(weights))
         matrix_s = median_s(_matrices(weights))

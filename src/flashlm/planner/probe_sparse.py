@@ -9,7 +9,7 @@ import torch
 
 from flashlm import kernels
 from flashlm.memory.neuron_cache import LayerCapacity, NeuronCache
-from flashlm.planner.probe_timing import Cold, one_torch_thread
+from flashlm.planner.probe_timing import Cold
 
 NUM_ROWS, NUM_USED, NUM_SLOTS, WIDTH = 16384, 1700, 6000, 16
 
@@ -67,5 +67,5 @@ def sparse_layer_overhead_s() -> float:
         kernels.accumulate(ascending, rows_in(lookup.slots), output)
         output.to(torch.bfloat16)
 
-    with one_torch_thread():
+    with kernels.one_torch_thread():
         return Cold().median_s(layer, 50)

@@ -1,11 +1,10 @@
-"""Timing for the probe: medians, and torch held to one thread as the engine holds it in decode."""
+"""Timing for the probe: medians, and calls whose code and data have left the processor's caches."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
@@ -48,14 +47,3 @@ class Cold:
             work()
             times.append(time.perf_counter() - started_s)
         return statistics.median(times[1:])
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Hold torch to one thread, as the engine does for a token: its threads would spin on the cores of our kernels."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from flashlm.kernels import MAX_TOKENS, RowBlock, project
-from flashlm.pru.cell import PRUCell, State, step
+from flashlm.kernels import MAX_TOKENS, ProductTable, lstm_gates, one_torch_thread
+from flashlm.pru.cell import PRUCell, State
 
 MAX_BATCH = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,13 +25,16 @@ class NativeWeights:
 
     def __init__(self, cell: PRUCell) -> None:
         self._signature = _signature(cell)
-        self._levels = [weight.detach().contiguous() for weight in cell.input_transform.weights]
-        context = cell.context_transform
-        self._groups = list(context.weight.detach().transpose(1, 2).contiguous())
+        transform, context = cell.input_transform, cell.context_transform
         with torch.no_grad():
-            biases = [cell.input_transform.folded_bias(), context.folded_bias()]
+            biases = [transform.folded_bias(), context.folded_bias()]
         present = [bias.float() for bias in biases if bias is not None]
-        self._bias = torch.stack(present).sum(dim=0) if present else None
+        bias = torch.stack(present).sum(dim=0).view(4, -1) if present else None
+        levels = [weight.detach().contiguous() for weight in transform.weights]
+        groups = list(context.weight.detach().transpose(1, 2).contiguous())
+        self._input = _by_gate(levels, bias)
+        self._context = _by_gate(groups, None)
+        self._num_groups = len(groups)
 
     def is_of(self, cell: PRUCell) -> bool:
         """Return whether these are still the cell's weights."""
@@ -40,21 +43,18 @@ class NativeWeights:
     def input_gates(self, cell: PRUCell, x: torch.Tensor) -> torch.Tensor:
         """Return fp32 (num_tokens, 4M), both biases in, of fp32 (num_tokens, N); at most `MAX_TOKENS` tokens."""
         transform = cell.input_transform
-        parts = []
-        for z, weight, outputs in zip(transform.level_inputs_of(x), self._levels, transform.level_outputs, strict=True):
-            parts.append(_product(z.contiguous(), weight).view(-1, 4, outputs))
-        gates = torch.cat(parts, dim=-1)
+        gates = torch.empty(len(x), 4 * cell.hidden_size)
+        self._input.project(torch.cat([z.flatten() for z in transform.level_inputs_of(x)]), gates)
         if transform.has_residual:
-            gates += x.unsqueeze(-2)
-        flat = gates.flatten(-2)
-        return flat if self._bias is None else flat.add_(self._bias)
+            gates.view(len(x), 4, -1).add_(x.unsqueeze(-2))
+        return gates
 
     def context_gates(self, h: torch.Tensor) -> torch.Tensor:
-        """Return fp32 (B, 4M) of fp32 h (B, M), without bias."""
-        size = self._groups[0].shape[1]
-        chunks = h.chunk(len(self._groups), dim=-1)
-        parts = [_product(x.contiguous(), w).view(-1, 4, size) for x, w in zip(chunks, self._groups, strict=True)]
-        return torch.cat(parts, dim=-1).flatten(-2)
+        """Return fp32 (B, 4M) of contiguous fp32 h (B, M), without bias."""
+        gates = torch.empty(len(h), 4 * h.shape[1])
+        by_group = h if len(h) == 1 else h.view(len(h), self._num_groups, -1).transpose(0, 1).contiguous()
+        self._context.project(by_group, gates)
+        return gates
 
 
 def is_served(cell: PRUCell, num_steps: int, batch: int) -> bool:
@@ -75,28 +75,35 @@ def run_native(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run a layer over (T, B, N) from h and c (B, M); returns fp32 outputs (T, B, M), h and c (B, M)."""
     num_steps, batch = x.shape[:2]
-    gates = weights.input_gates(cell, x.reshape(-1, x.shape[-1]).float().contiguous()).view(num_steps, batch, -1)
-    h, c = (part.float() for part in state)
     outputs = []
-    for t in range(num_steps):
-        h, c = step(gates[t] + weights.context_gates(h), c)
-        outputs.append(h)
+    with one_torch_thread():
+        gates = weights.input_gates(cell, x.reshape(-1, x.shape[-1]).float().contiguous()).view(num_steps, batch, -1)
+        h, c = (part.float().contiguous() for part in state)
+        for t in range(num_steps):
+            h, c = lstm_gates(gates[t], weights.context_gates(h), c)
+            outputs.append(h)
     return torch.stack(outputs), h, c
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(x.shape[0], weight.shape[0])
-    row_bytes = weight.shape[1] * weight.dtype.itemsize
-    rows = RowBlock(
-        address=weight.data_ptr(),
-        num_rows=weight.shape[0],
-        row_stride_bytes=row_bytes,
-        hidden_size=weight.shape[1],
-        dtype=weight.dtype,
-        num_parts=1,
-    )
-    project(x, rows, 0, out)
-    return out
+def _by_gate(weights: list[torch.Tensor], bias: torch.Tensor | None) -> ProductTable:
+    """Return the products of matrices (4 * outputs, inputs), whose outputs follow each other within each of four gates.
+
+    Args:
+        weights: Each with its own part of the input.
+        bias: fp32 (4, all outputs).
+    """
+    size = sum(len(weight) // 4 for weight in weights)
+    parts, starts, biases = [], [], []
+    x_start = start = 0
+    for weight in weights:
+        outputs = len(weight) // 4
+        for gate in range(4):
+            parts.append(weight[gate * outputs : (gate + 1) * outputs])
+            starts.append((x_start, gate * size + start))
+            biases.append(None if bias is None else bias[gate, start : start + outputs])
+        x_start += weight.shape[1]
+        start += outputs
+    return ProductTable(parts, starts, biases)
 
 
 def _signature(cell: PRUCell) -> tuple[tuple[int, int, torch.dtype], ...]:
