@@ -246,3 +246,59 @@ def test_the_tensor_calls_check_their_arguments():
         kernels.accumulate(out[:1], case.rows, case.x)
     with pytest.raises(ConfigError, match="dst must be contiguous float32"):
         kernels.widen(case.rows, 0, torch.empty(4, 9))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 300)), min_size=1, max_size=5),
+    num_tokens=st.integers(1, 16),
+    num_threads=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    has_bias=st.booleans(),
+)
+def test_many_products_in_one_job_are_those_of_single_ones(sizes, num_tokens, num_threads, dtype, has_bias) -> None:
+    """To the bit: the tasks cut rows only. Each matrix has its own part of a token, and its own place in the output."""
+    _native.set_num_threads(num_threads)
+    generator = torch.Generator().manual_seed(len(sizes) * num_tokens)
+    weights = [torch.randn(rows, inputs, generator=generator).to(dtype) for rows, inputs in sizes]
+    parts = [torch.randn(num_tokens, inputs, generator=generator) for _, inputs in sizes]
+    biases = [torch.randn(rows, generator=generator) if has_bias else None for rows, _ in sizes]
+    x_starts = [0, *itertools.accumulate(inputs for _, inputs in sizes)]
+    out_starts = [0, *itertools.accumulate(rows for rows, _ in sizes)]
+    table = kernels.ProductTable(weights, list(zip(x_starts, out_starts, strict=True))[:-1], biases)
+    out = torch.full((num_tokens, out_starts[-1]), float("nan"))
+    table.project(torch.cat([part.flatten() for part in parts]), out)
+    for weight, part, bias, start in zip(weights, parts, biases, out_starts, strict=False):
+        alone = torch.empty(num_tokens, len(weight))
+        rows = RowBlock(weight.data_ptr(), len(weight), weight.stride(0) * dtype.itemsize, weight.shape[1], dtype, 1)
+        kernels.project(part, rows, 0, alone, bias)
+        assert torch.equal(out[:, start : start + len(weight)], alone)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 7), (8, 300)])
+def test_the_gates_of_an_lstm_step(batch: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    first, second = (4 * torch.randn(batch, 4 * size, generator=generator) for _ in range(2))
+    first[0, 0], first[-1, -1] = 200.0, -200.0  # saturated
+    c = torch.randn(batch, size, generator=generator)
+    h_next, c_next = kernels.lstm_gates(first, second, c)
+    i, f, g, o = (first.double() + second.double()).chunk(4, dim=-1)
+    exact_c = f.sigmoid() * c.double() + i.sigmoid() * g.tanh()
+    exact_h = o.sigmoid() * exact_c.tanh()
+    torch.testing.assert_close(c_next.double(), exact_c, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h_next.double(), exact_h, rtol=1e-5, atol=1e-5)
+
+
+def test_what_many_products_refuse() -> None:
+    matrix = torch.ones(4, 6)
+    with pytest.raises(ConfigError, match="one dtype"):
+        kernels.ProductTable([matrix, matrix.half()], [(0, 0), (6, 4)])
+    table = kernels.ProductTable([matrix], [(0, 0)])
+    with pytest.raises(ConfigError, match="x must be contiguous float32 of 2 x 6"):
+        table.project(torch.ones(6), torch.empty(2, 4))
+    with pytest.raises(ConfigError, match="out must be"):
+        table.project(torch.ones(12), torch.empty(2, 3))
+    with pytest.raises(ConfigError, match="1 to 16 tokens"):
+        table.project(torch.ones(17 * 6), torch.empty(17, 4))
+    with pytest.raises(ConfigError, match="context_gates must be"):
+        kernels.lstm_gates(torch.ones(1, 8), torch.ones(1, 7), torch.ones(1, 2))
