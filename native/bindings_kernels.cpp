@@ -82,6 +82,23 @@ void project_many(unsigned dtype, size_t table_address, size_t num_products, siz
     run_projects(type, products.data(), products.size());
 }
 
+// A row of the table: address, num_rows, row_stride_bytes, hidden_size, h_address, y_address. One token each.
+constexpr size_t ACCUMULATE_COLUMNS = 6;
+
+void accumulate_many(unsigned dtype, size_t table_address, size_t num_products) {
+    const DType type = checked_dtype(dtype);
+    require(table_address != 0, "table_address is null");
+    std::vector<AccumulateArgs> products;
+    products.reserve(num_products);
+    for (size_t i = 0; i < num_products; ++i) {
+        const auto* row = pointer<const std::uint64_t>(table_address) + i * ACCUMULATE_COLUMNS;
+        require(row[4] != 0 && row[5] != 0, "h_address or y_address is null");
+        products.push_back({checked_rows(type, row[0], row[1], row[2], 0, row[3], 0), pointer<const float>(row[4]),
+                            row[1], 1, pointer<float>(row[5])});
+    }
+    run_accumulates(type, products.data(), products.size());
+}
+
 void lstm_gates(size_t input_address, size_t context_address, size_t c_address, size_t h_next_address,
                 size_t c_next_address, size_t batch, size_t size) {
     require(input_address && context_address && c_address && h_next_address && c_next_address, "an address is null");
@@ -128,6 +145,9 @@ void bind_kernels(nb::module_& m) {
     m.def("accumulate", &accumulate, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a,
           "part_offset_bytes"_a, "hidden_size"_a, "h_address"_a, "h_stride"_a, "num_tokens"_a, "y_address"_a,
           "slots_address"_a = 0, Release(), "y[t] += sum over r of h[t, r] * row[r].part");
+    m.def("accumulate_many", &accumulate_many, "dtype"_a, "table_address"_a, "num_products"_a, Release(),
+          "Several of one token in one job; the table has int64 rows: address, num_rows, row_stride_bytes, hidden_size, "
+          "h_address, y_address.");
     m.def("widen", &widen, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a, "part_offset_bytes"_a,
           "hidden_size"_a, "dst_address"_a, "slots_address"_a = 0, Release(), "dst[r] = row[r].part as float32");
     m.def("simd_level", [] { return std::string(kernels().name); }, "Name of the instruction set in use.");

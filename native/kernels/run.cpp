@@ -49,6 +49,49 @@ void run(const Job<Args>& job) {
         &job);
 }
 
+// What a product is cut along: so many rows or columns, in whole units.
+struct Range {
+    std::size_t length, unit;
+};
+
+// Several products in one job, in as many tasks as one product of their joint cost would have; each product its share.
+template <class Args, class RangeOf>
+void run_many(DType dtype, const Args* products, std::size_t num_products,
+              void (*kernel)(const Args&, std::size_t, std::size_t), std::size_t tasks_per_thread, RangeOf range_of) {
+    struct Task {
+        const Args* product;
+        std::size_t begin, end;
+    };
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < num_products; ++i) total += cost_bytes(products[i].rows, dtype, products[i].num_tokens);
+    const std::size_t threads = num_threads(), most = std::max<std::size_t>(total / TASK_BYTES, 1);
+    const std::size_t share =
+        std::max<std::size_t>(total / (threads == 1 ? 1 : std::min(most, threads * tasks_per_thread)), 1);
+    std::vector<Task> tasks;
+    for (std::size_t i = 0; i < num_products; ++i) {
+        const Args& product = products[i];
+        const Range range = range_of(product);
+        const std::size_t pieces = ceil_div(cost_bytes(product.rows, dtype, product.num_tokens), share);
+        const std::size_t length =
+            ceil_div(ceil_div(range.length, std::max<std::size_t>(pieces, 1)), range.unit) * range.unit;
+        for (std::size_t begin = 0; begin < range.length; begin += length) {
+            tasks.push_back({&product, begin, std::min(begin + length, range.length)});
+        }
+    }
+    struct Context {
+        const Task* tasks;
+        void (*kernel)(const Args&, std::size_t, std::size_t);
+    } context{tasks.data(), kernel};
+    parallel_for(
+        tasks.size(),
+        [](const void* opaque, std::size_t index) {
+            const auto& c = *static_cast<const Context*>(opaque);
+            const Task& task = c.tasks[index];
+            c.kernel(*task.product, task.begin, task.end);
+        },
+        &context);
+}
+
 }  // namespace
 
 void run_project(DType dtype, const ProjectArgs& args) {
@@ -60,38 +103,9 @@ void run_project(DType dtype, const ProjectArgs& args) {
 }
 
 void run_projects(DType dtype, const ProjectArgs* products, std::size_t num_products) {
-    struct Task {
-        const ProjectArgs* product;
-        std::size_t begin, end;
-    };
-    std::size_t total = 0;
-    for (std::size_t i = 0; i < num_products; ++i) total += cost_bytes(products[i].rows, dtype, products[i].num_tokens);
-    // As many tasks as one product of this cost would have, each product its share.
-    const std::size_t threads = num_threads(), most = std::max<std::size_t>(total / TASK_BYTES, 1);
-    const std::size_t share =
-        std::max<std::size_t>(total / (threads == 1 ? 1 : std::min(most, threads * ROW_TASKS_PER_THREAD)), 1);
-    std::vector<Task> tasks;
-    for (std::size_t i = 0; i < num_products; ++i) {
-        const ProjectArgs& product = products[i];
-        const std::size_t num_rows = product.rows.num_rows, unit = product.num_tokens < TOKENS_PER_PASS ? 4 : 6;
-        const std::size_t pieces = ceil_div(cost_bytes(product.rows, dtype, product.num_tokens), share);
-        const std::size_t length = ceil_div(ceil_div(num_rows, std::max<std::size_t>(pieces, 1)), unit) * unit;
-        for (std::size_t begin = 0; begin < num_rows; begin += length) {
-            tasks.push_back({&product, begin, std::min(begin + length, num_rows)});
-        }
-    }
-    struct Context {
-        const Task* tasks;
-        void (*kernel)(const ProjectArgs&, std::size_t, std::size_t);
-    } context{tasks.data(), kernels().project[dtype]};
-    parallel_for(
-        tasks.size(),
-        [](const void* opaque, std::size_t index) {
-            const auto& c = *static_cast<const Context*>(opaque);
-            const Task& task = c.tasks[index];
-            c.kernel(*task.product, task.begin, task.end);
-        },
-        &context);
+    run_many(dtype, products, num_products, kernels().project[dtype], ROW_TASKS_PER_THREAD, [](const ProjectArgs& each) {
+        return Range{each.rows.num_rows, each.num_tokens < TOKENS_PER_PASS ? 4u : 6u};
+    });
 }
 
 void run_gates(const GatesArgs& args) {
@@ -122,6 +136,11 @@ void run_accumulate(DType dtype, const AccumulateArgs& args) {
     const std::size_t cost = cost_bytes(args.rows, dtype, args.num_tokens);
     run(Job<AccumulateArgs>{args, kernels().accumulate[dtype], hidden,
                             task_length(hidden, COLUMN_UNIT, cost, COLUMN_TASKS_PER_THREAD)});
+}
+
+void run_accumulates(DType dtype, const AccumulateArgs* products, std::size_t num_products) {
+    run_many(dtype, products, num_products, kernels().accumulate[dtype], COLUMN_TASKS_PER_THREAD,
+             [](const AccumulateArgs& each) { return Range{each.rows.hidden_size, COLUMN_UNIT}; });
 }
 
 void run_widen(DType dtype, const WidenArgs& args) {

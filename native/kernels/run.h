@@ -9,6 +9,8 @@ void run_project(DType dtype, const ProjectArgs& args);
 // Several products with as many tokens as one job, so that small ones need not wait for each other.
 void run_projects(DType dtype, const ProjectArgs* products, std::size_t num_products);
 void run_accumulate(DType dtype, const AccumulateArgs& args);
+// Several, as `run_projects`.
+void run_accumulates(DType dtype, const AccumulateArgs* products, std::size_t num_products);
 void run_widen(DType dtype, const WidenArgs& args);
 
 // One step of an LSTM: gates are the sum of two [batch, 4 * size] arrays in order i, f, g, o; c and h are [batch, size].

@@ -238,6 +238,82 @@ def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
     )
 
 
+def project_blocks(
+    x: torch.Tensor, blocks: Sequence[RowBlock], part: int, out: torch.Tensor, biases: Sequence[torch.Tensor] = ()
+) -> None:
+    """Write out[b, r] = x · row[r].part (+ bias[r]) for several blocks in one job, with the bits that `project` gives.
+
+    Args:
+        x: fp32 (1, hidden_size), contiguous.
+        blocks: Of one dtype and without slots.
+        part: Index of the part within a row.
+        out: fp32 (number of blocks, num_rows), contiguous.
+        biases: Of each block, fp32 (num_rows,), contiguous; none: no biases.
+
+    Raises:
+        ConfigError: A shape, dtype or layout is not as stated.
+    """
+    _check_blocks(blocks, x, 1, out)
+    if any(b.dtype != torch.float32 or b.shape != out.shape[1:] or not b.is_contiguous() for b in biases):
+        raise ConfigError(f"biases must be contiguous float32 ({out.shape[1]},)")
+    addresses = [bias.data_ptr() for bias in biases] or [0] * len(blocks)
+    table = torch.tensor(
+        [
+            [
+                rows.address + _part_offset_bytes(rows, part),
+                rows.num_rows,
+                rows.row_stride_bytes,
+                rows.hidden_size,
+                x.data_ptr(),
+                out.data_ptr() + 4 * index * out.shape[1],
+                rows.num_rows,
+                bias,
+            ]
+            for index, (rows, bias) in enumerate(zip(blocks, addresses, strict=True))
+        ]
+    )
+    _native.project_many(_DTYPE_CODES[blocks[0].dtype], table.data_ptr(), len(blocks), 1)
+
+
+def accumulate_blocks(h: torch.Tensor, blocks: Sequence[RowBlock], y: torch.Tensor) -> None:
+    """Add y[b] += sum over r of h[b, r] · row[r].down for several blocks in one job, with the bits that `accumulate` gives.
+
+    Args:
+        h: fp32 (number of blocks, num_rows), contiguous.
+        blocks: Of one dtype and without slots.
+        y: fp32 (number of blocks, hidden_size), contiguous.
+
+    Raises:
+        ConfigError: A shape, dtype or layout is not as stated.
+    """
+    _check_blocks(blocks, y, len(blocks), h)
+    table = torch.tensor(
+        [
+            [
+                rows.address + _part_offset_bytes(rows, rows.num_parts - 1),
+                rows.num_rows,
+                rows.row_stride_bytes,
+                rows.hidden_size,
+                h.data_ptr() + 4 * index * h.shape[1],
+                y.data_ptr() + 4 * index * y.shape[1],
+            ]
+            for index, rows in enumerate(blocks)
+        ]
+    )
+    _native.accumulate_many(_DTYPE_CODES[blocks[0].dtype], table.data_ptr(), len(blocks))
+
+
+def _check_blocks(blocks: Sequence[RowBlock], vectors: torch.Tensor, count: int, activations: torch.Tensor) -> None:
+    first = blocks[0]
+    for rows in blocks:
+        is_alike = (rows.dtype, rows.num_rows, rows.hidden_size) == (first.dtype, first.num_rows, first.hidden_size)
+        if not is_alike or rows.slots is not None:
+            raise ConfigError("the blocks must be alike, and without slots")
+    for tensor, shape in ((vectors, (count, first.hidden_size)), (activations, (len(blocks), first.num_rows))):
+        if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
+            raise ConfigError(f"contiguous float32 {shape} expected, got {_described(tensor)}")
+
+
 def widen(rows: RowBlock, part: int, dst: torch.Tensor) -> None:
     """Copy a part of every row to fp32 `dst` (num_rows, hidden_size), contiguous.
 

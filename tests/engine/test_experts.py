@@ -58,7 +58,7 @@ def test_the_cache_changes_no_bit(family, dtype, tiny_pack):
     for bound in cache_sizes(pack).values():
         model = flashlm.load(pack, pin=bound)
         logits = []
-        for shape in ((1, 1), (3, 40), (1, 40)):  # the cache is another one every time
+        for shape in ((1, 1), (3, 1), (3, 40), (1, 40)):  # the cache is another one every time
             out = model.generate(
                 **prompt(*shape),
                 max_new_tokens=4,

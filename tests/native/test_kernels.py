@@ -302,3 +302,42 @@ def test_what_many_products_refuse() -> None:
         table.project(torch.ones(17 * 6), torch.empty(17, 4))
     with pytest.raises(ConfigError, match="context_gates must be"):
         kernels.lstm_gates(torch.ones(1, 8), torch.ones(1, 7), torch.ones(1, 2))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    hidden_size=st.integers(1, 300),
+    num_rows=st.integers(1, 90),
+    num_blocks=st.integers(1, 6),
+    num_threads=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    has_bias=st.booleans(),
+)
+def test_blocks_in_one_job_have_the_bits_of_single_ones(
+    hidden_size, num_rows, num_blocks, num_threads, dtype, has_bias
+) -> None:
+    _native.set_num_threads(num_threads)
+    cases = [make_case(dtype, hidden_size, num_rows, 1, seed=seed) for seed in range(num_blocks)]
+    x, blocks = cases[0].x, [case.rows for case in cases]
+    for part in (0, 1):
+        out = torch.full((num_blocks, num_rows), float("nan"))
+        kernels.project_blocks(x, blocks, part, out, [case.bias for case in cases] if has_bias else [])
+        for case, row in zip(cases, out, strict=True):
+            single = projected(replace(case, x=x), part, case.bias if has_bias else None)
+            assert torch.equal(row, single[0])
+    y = torch.randn(num_blocks, hidden_size)
+    expected = [accumulated(case, y[index : index + 1])[0] for index, case in enumerate(cases)]
+    kernels.accumulate_blocks(torch.cat([case.h for case in cases]), blocks, y)
+    assert torch.equal(y, torch.stack(expected))
+
+
+def test_what_blocks_in_one_job_refuse() -> None:
+    case, other = make_case(torch.float32, 8, 4, 1), make_case(torch.float32, 8, 5, 1)
+    with pytest.raises(ConfigError, match="alike"):
+        kernels.project_blocks(case.x, [case.rows, other.rows], 0, torch.empty(2, 4))
+    with pytest.raises(ConfigError, match=r"\(2, 4\) expected"):
+        kernels.project_blocks(case.x, [case.rows, case.rows], 0, torch.empty(1, 4))
+    with pytest.raises(ConfigError, match=r"\(2, 8\) expected"):
+        kernels.accumulate_blocks(torch.empty(2, 4), [case.rows, case.rows], torch.empty(1, 8))
+    with pytest.raises(ConfigError, match="biases"):
+        kernels.project_blocks(case.x, [case.rows], 0, torch.empty(1, 4), [torch.empty(3)])

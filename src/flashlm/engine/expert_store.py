@@ -96,8 +96,8 @@ class ExpertStore:
     @contextmanager
     def experts(
         self, layer: int, needed: Sequence[int], by_recency: Sequence[int], *, held_first: bool
-    ) -> Iterator[Iterator[tuple[int, int]]]:
-        """Yield (expert, address of its block) of all `needed` ones; each address is valid until the next is taken.
+    ) -> Iterator[Iterator[list[tuple[int, int]]]]:
+        """Yield groups of (expert, address of its block), of all `needed` ones; addresses are valid until the next group.
 
         Only one forward pass at a time gets a layer; others wait. An error or an interrupt leaves no expert in the cache
         that did not land.
@@ -106,7 +106,8 @@ class ExpertStore:
             layer: Its index.
             needed: The experts, ascending.
             by_recency: The same, the one that is most likely to be needed next at the end.
-            held_first: Give those that are held first, while the others land; else in the order of `needed`.
+            held_first: Give those that are held first, in one group while the others land, and then groups of what has
+                landed; else one by one in the order of `needed`.
 
         Raises:
             StorageError: An expert can't be read.
@@ -119,29 +120,54 @@ class ExpertStore:
             self.traffic[layer].num_hits += len(step.hits)
             self.traffic[layer].num_misses += len(step.misses)
             running = _Pass(step, deque(step.misses))
-            order = [*step.hits, *step.misses] if held_first else needed
             self.counters.manage_s += time.perf_counter() - started_s
             is_whole = False
             try:
                 self._begin(layer, running)
-                yield self._serve(layer, running, order)
+                yield self._serve_held_first(layer, running) if held_first else self._serve(layer, running, needed)
                 is_whole = True
             finally:
                 if not is_whole:
                     self._abandon(running)
 
-    def _serve(self, layer: int, running: _Pass, order: Sequence[int]) -> Iterator[tuple[int, int]]:
-        for expert in order:
-            ticket = running.begun.get(expert)
-            if ticket is not None:
-                self._wait(layer, ticket)
-                del running.begun[expert]
-            yield expert, self._slab.address + running.step.slot(expert) * self._slot_bytes
+    def _serve(self, layer: int, running: _Pass, needed: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        for expert in needed:
+            if expert in running.begun:
+                self._wait(layer, running, expert)
+            yield self._group(running, [expert])
+            self._end(layer, running, [expert])
+
+    def _serve_held_first(self, layer: int, running: _Pass) -> Iterator[list[tuple[int, int]]]:
+        landing = running.step.misses
+        if hits := running.step.hits:
+            yield self._group(running, hits)
+            self._end(layer, running, hits)
+        first = 0
+        while first < len(landing):
+            self._wait(layer, running, landing[first])
+            last = first + 1
+            while last < len(landing) and self._has_landed(running, landing[last]):
+                self._wait(layer, running, landing[last])
+                last += 1
+            yield self._group(running, landing[first:last])
+            self._end(layer, running, landing[first:last])
+            first = last
+
+    def _has_landed(self, running: _Pass, expert: int) -> bool:
+        ticket = running.begun.get(expert)
+        return ticket is not None and self._reader.is_done(ticket)
+
+    def _group(self, running: _Pass, experts: Sequence[int]) -> list[tuple[int, int]]:
+        return [(each, self._slab.address + running.step.slot(each) * self._slot_bytes) for each in experts]
+
+    def _end(self, layer: int, running: _Pass, experts: Sequence[int]) -> None:
+        """Note that a group is used, and begin what has waited for its slots."""
+        for expert in experts:
             running.step.done(expert)
-            if running.pending:
-                self._begin(layer, running)
-            elif running.begun:  # asking begins the next pieces where some have landed meanwhile
-                self._reader.is_done(next(reversed(running.begun.values())))
+        if running.pending:
+            self._begin(layer, running)
+        elif running.begun:  # asking begins the next pieces where some have landed meanwhile
+            self._reader.is_done(next(reversed(running.begun.values())))
 
     def _begin(self, layer: int, running: _Pass) -> None:
         """Begin to read as many pending experts as there are slots for."""
@@ -163,9 +189,10 @@ class ExpertStore:
         num_bytes = layout.read_bytes(expert)
         return ReadRequest(self._files[layer], layout.offset_of(expert), num_bytes, self._slab, slot * self._slot_bytes)
 
-    def _wait(self, layer: int, ticket: Ticket) -> None:
+    def _wait(self, layer: int, running: _Pass, expert: int) -> None:
         started_s = time.perf_counter()
-        self._reader.wait(ticket)
+        self._reader.wait(running.begun[expert])
+        del running.begun[expert]
         self.counters.wait_s += time.perf_counter() - started_s
         self.counters.bytes_read += self._layouts[layer].read_bytes(0)
         self.counters.num_reads += 1

@@ -28,6 +28,7 @@ from flashlm.planner.expert_needs import rows_per_product
 
 IMPLEMENTATION = "flashlm"
 MAX_KERNEL_TOKENS = kernels.MAX_TOKENS
+WHOLE_VECTORS = 64  # elements that torch's vector loops take at once, at most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,16 +93,20 @@ def flash_experts_forward(
     output = torch.zeros(tokens.shape)
     is_small = len(tokens) <= MAX_KERNEL_TOKENS
     shares: dict[int, torch.Tensor] = {}
-    with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as experts:
-        for expert, address in experts:
-            chosen = routing.tokens[expert]
-            share = _run_expert(module, bound, expert, address, tokens[chosen]).mul_(routing.weights[expert])
-            if is_small:
-                shares[expert] = share
-            else:  # comes in ascending order
-                output.index_add_(0, chosen, share)
+    with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as groups:
+        for group in groups:
+            if len(tokens) == 1:
+                together = _run_together(module, bound, group, tokens)
+                shares |= {expert: together[index : index + 1] for index, (expert, _) in enumerate(group)}
+                continue
+            for expert, address in group:
+                share = _run_expert(module, bound, expert, address, tokens[routing.tokens[expert]])
+                if is_small:
+                    shares[expert] = share
+                else:  # comes in ascending order
+                    output.index_add_(0, routing.tokens[expert], share.mul_(routing.weights[expert]))
     for expert in sorted(shares):
-        output.index_add_(0, routing.tokens[expert], shares[expert])
+        output.index_add_(0, routing.tokens[expert], shares[expert] * routing.weights[expert])
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
@@ -151,8 +156,44 @@ def _run_expert(
                 for number, part in enumerate(inner)
             ]
             bound.gemm.accumulate(_activate(module, parts), down, output)
-    if biases.outer is not None:
-        output += biases.outer
+    return _finish(module, output, [] if biases.outer is None else [biases.outer])
+
+
+def _run_together(
+    module: nn.Module, bound: BoundExperts, group: list[tuple[int, int]], token: torch.Tensor
+) -> torch.Tensor:
+    """Return the outputs of several experts for one token, fp32 (number of experts, hidden_size); the bits of `_run_expert`.
+
+    Alone, an expert's calls from Python take as long as its weights do in small models.
+    """
+    layout = bound.layout
+    blocks = [_rows(layout, address, layout.block_rows) for _, address in group]
+    biases = [_biases(module, expert) for expert, _ in group]
+    parts = [torch.empty(len(group), layout.block_rows) for _ in range(layout.num_parts - 1)]
+    for number, part in enumerate(parts):
+        kernels.project_blocks(token, blocks, number, part, [each.inner[number] for each in biases if each.inner])
+    output = torch.zeros(len(group), layout.hidden_size)
+    kernels.accumulate_blocks(_activate_together(module, parts), blocks, output)
+    return _finish(module, output, [each.outer for each in biases if each.outer is not None])
+
+
+def _activate_together(module: Any, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return `_activate` of several experts' parts, with the same bits.
+
+    torch computes what its vector loops leave over in another way, so that an element's bits depend on where it lies:
+    experts go through together only where nothing is left over.
+    """
+    if parts[0].shape[1] % WHOLE_VECTORS:
+        rows = range(len(parts[0]))
+        return torch.cat([_activate(module, [part[row : row + 1] for part in parts]) for row in rows])
+    with kernels.one_torch_thread():
+        return _activate(module, parts)
+
+
+def _finish(module: nn.Module, output: torch.Tensor, biases: list[torch.Tensor]) -> torch.Tensor:
+    """Return outputs (tokens or experts, hidden_size) with their biases, one for all or one for each, and normed."""
+    if biases:
+        output += torch.stack(biases)
     if getattr(module, "has_post_expert_norm", False):
         norm: Callable[[torch.Tensor], torch.Tensor] = module.post_expert_norm  # type: ignore[assignment]
         output = norm(output).to(torch.float32)
