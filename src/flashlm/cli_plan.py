@@ -13,6 +13,8 @@ from flashlm.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from flashlm.planner.document import Plan
+    from flashlm.planner.expert_shape import ExpertShape
+    from flashlm.planner.shape import ModelShape
 
 COLUMNS = ("dram", "mode", "exact", "held", "read a token", "tokens/s", "prompt tokens/s", "at the roofline")
 
@@ -31,7 +33,7 @@ def plan(
     context: Annotated[
         int | None, typer.Option(help="Tokens that the KV cache may hold. Default: 2048.", show_default=False)
     ] = None,
-    mode: Annotated[str, typer.Option(help="auto, hybrid, sparse or naive.")] = "auto",
+    mode: Annotated[str, typer.Option(help="auto, hybrid, sparse, naive or experts.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the pack, where it is still to be made: bf16, fp16 or fp32.")] = "bf16",
     assume_sparse: Annotated[
         bool,
@@ -61,7 +63,7 @@ def plan(
     from flashlm.memory.limits import read_memory_limits
     from flashlm.planner.document import save_plan
     from flashlm.planner.machine import rates_for
-    from flashlm.planner.plan import make_plan
+    from flashlm.planner.plan import check_fits, check_mode, make_plan
     from flashlm.planner.published import assume_sparsity
     from flashlm.planner.shape import read_shape
     from flashlm.sizes import format_size, parse_size_bytes
@@ -71,8 +73,8 @@ def plan(
         if dram is None
         else [parse_size_bytes(each) for each in dram.split(",")]
     )
-    if mode not in ("auto", "hybrid", "sparse", "naive"):
-        raise ConfigError(f"mode={mode!r} is unknown: choose auto, hybrid, sparse or naive")
+    if mode not in ("auto", "hybrid", "sparse", "naive", "experts"):
+        raise ConfigError(f"mode={mode!r} is unknown: choose auto, hybrid, sparse, naive or experts")
     if context is not None and context < 1:
         raise ConfigError(f"context={context} must be a whole number of tokens, at least 1")
     if save is not None and len(budgets) != 1:
@@ -80,6 +82,8 @@ def plan(
     shape = read_shape(source, dtype=dtype, trust_remote_code=trust_remote_code)
     if assume_sparse:
         shape = assume_sparsity(shape)
+    check_mode(shape, mode)
+    check_fits(shape, max(budgets), context)
     folder = probe_dir or (Path(source) if shape.is_pack else Path.cwd())
     rates = rates_for(folder, shape.dtype, console.note)
     found: list[tuple[int, Plan | BudgetError]] = []
@@ -97,15 +101,16 @@ def plan(
         from flashlm.planner.plots import plot_latency
 
         plot_latency(shape, rates, context, plot)
+    known = _known(shape)
     if as_json:
-        console.print_json(_as_json(found, shape.sparse.origin if shape.sparse else None))
+        console.print_json(_as_json(found, known))
         return
     print_columns([COLUMNS, *(_row(dram_bytes, plan) for dram_bytes, plan in found)])
     console.print_table(
         [
             ("disk", f"{format_size(shape.total_bytes)} for the pack" + (" (there already)" if shape.is_pack else "")),
             ("resident", f"{format_size(shape.resident_bytes)} whatever the budget"),
-            ("sparsity", shape.sparse.origin if shape.sparse else "unknown: exact modes only, until `flashlm calibrate`"),
+            (known[0], known[1] or "unknown: exact modes only, until `flashlm calibrate`"),
             *[
                 (f"at {format_size(plan.dram_bytes)}", f"{_settings(plan)}; more {plan.would_help}")
                 for plan in plans
@@ -113,6 +118,15 @@ def plan(
         ],
         title=f"{shape.name}: {shape.model_type}, {shape.dtype}",
     )  # fmt: skip
+
+
+def _known(shape: ModelShape | ExpertShape) -> tuple[str, str | None]:
+    """Return (what the speed depends on beside sizes, where that comes from), None where nothing is known."""
+    from flashlm.planner.expert_shape import ExpertShape
+
+    if isinstance(shape, ExpertShape):
+        return "routing", shape.hits.origin
+    return "sparsity", shape.sparse.origin if shape.sparse else None
 
 
 def _row(dram_bytes: int, plan: Plan | BudgetError) -> tuple[str, ...]:
@@ -144,15 +158,17 @@ def _settings(plan: Plan) -> str:
         return f"rows of a window of {plan.window} tokens held, {plan.queue_depth} reads in flight{gaps}"
     if not plan.read_bytes:
         return "all in memory"
+    if plan.hit_share is not None:
+        return f"{plan.hit_share:.0%} of a token's experts found in memory, {plan.num_reads:.0f} read"
     ahead = f"{format_size(plan.staging_bytes)} ahead" if plan.mode == "hybrid" else "layer by layer"
     return f"read {ahead}, {plan.queue_depth} pieces of {format_size(plan.piece_bytes)} in flight"
 
 
-def _as_json(found: list[tuple[int, Plan | BudgetError]], origin: str | None) -> dict[str, Any]:
+def _as_json(found: list[tuple[int, Plan | BudgetError]], known: tuple[str, str | None]) -> dict[str, Any]:
     budgets: list[dict[str, Any]] = []
     for dram_bytes, plan in found:
         if isinstance(plan, BudgetError):
             budgets.append({"dram_bytes": dram_bytes, "fits": False, "needed_bytes": plan.needed_bytes})
         else:
             budgets.append({"fits": True, **plan.model_dump(mode="json")})
-    return {"sparsity": origin, "budgets": budgets}
+    return {known[0]: known[1], "budgets": budgets}

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from flashlm.planner.profile import save_profile
 from tests.cli.test_cli import flashlm
 from tests.engine.conftest import save_tokenizer
 from tests.models import save_checkpoint
+from tests.planner.profiles import make_profile, profile_of
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,8 @@ def test_eval_takes_the_packs_mode(pack, tmp_path):
         (("generate", "{pack}", "--prompt", "w5", "--mode", "sparse"), 2, "this pack streams experts"),
         (("generate", "{pack}", "--prompt", "w5", "--dram", "64MiB"), 3, "one token's experts"),
         (("calibrate", "{pack}"), 2, "nothing to calibrate"),
-        (("plan", "{pack}"), 4, "the planner can't cost yet"),
-        (("plan", "{source}"), 4, "the planner can't cost yet"),
+        (("plan", "{pack}", "--mode", "hybrid"), 2, "mixture of experts"),
+        (("plan", "{pack}", "--dram", "64MiB"), 3, "one token's experts"),
     ],
 )
 def test_what_does_not_go_is_said_in_one_line(arguments, code, message, pack, source):
@@ -81,3 +83,17 @@ def test_what_does_not_go_is_said_in_one_line(arguments, code, message, pack, so
     assert done.returncode == code
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_plan_foretells_packs_and_configs(pack, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHLM_CACHE", str(tmp_path))
+    save_profile(make_profile(), profile_of(pack))
+    for what in (pack, source):
+        done = flashlm("plan", what, "--dtype", "fp32", "--dram", "64MiB,2GiB", "--plot", tmp_path / "plan.png")
+        assert done.returncode == 0, done.stderr
+        assert "does not fit" in done.stdout
+        assert "ASSUMED uniform" in done.stdout
+        assert (tmp_path / "plan.png").stat().st_size > 0
+    content = json.loads(flashlm("plan", pack, "--dram", "2GiB", "--json").stdout)
+    assert content["routing"].startswith("ASSUMED")
+    assert content["budgets"][0]["mode"] == "experts"

@@ -46,6 +46,7 @@ def make_profile() -> DeviceProfile:
                 block_down_gb_per_s=11.0,
                 row_up_gb_per_s=17.0,
                 row_down_gb_per_s=10.0,
+                expert_gb_per_s=15.0,
                 predictor_gb_per_s=10.0,
                 gemm_gflop_per_s=70.0,
             )
@@ -58,6 +59,8 @@ def make_profile() -> DeviceProfile:
         matrix_overhead_s=5e-5,
         layer_overhead_s=3e-4,
         sparse_layer_overhead_s=5e-4,
+        expert_layer_overhead_s=2e-4,
+        expert_group_overhead_s=1e-4,
         manage_row_s=2e-8,
     )
 

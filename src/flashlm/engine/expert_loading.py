@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Pieces of 1 MiB in flight. Experts land one after the other rather than all at once at the end.
-EXPERT_QUEUE_DEPTH = 64
-
 
 def check_mode(manifest: Manifest, settings: Settings) -> None:
     """Refuse a mode that does not go with what the pack streams.
@@ -50,7 +47,7 @@ def place_model(
         BudgetError: Not even one token's experts fit.
     """
     uses = expert_uses(manifest)
-    needs = measure_expert_needs(model.config, manifest, context)
+    needs = measure_expert_needs(model.config, uses, manifest.resident.num_bytes, context)
     placement = place_experts(uses, needs, dram_bytes, max_cache_bytes=settings.pin_bytes)
     if is_close_to_floor(uses, placement):
         logger.warning(

@@ -17,7 +17,6 @@ from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, reso
 from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
 from flashlm.engine.expert_loading import (
-    EXPERT_QUEUE_DEPTH,
     check_mode,
     connect_experts,
     place_model,
@@ -38,6 +37,7 @@ from flashlm.pack.files import check_files, check_resident_file
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
 from flashlm.pack.reorder import read_order
+from flashlm.planner.expert_estimate import EXPERT_READS
 from flashlm.planner.machine import stored_rates
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config, torch_dtype
 from flashlm.planner.plan import STREAM_QUEUE_DEPTH, Candidate, cheapest
@@ -161,8 +161,8 @@ class FlashModel:
         check_files(pack, manifest)
         take_out_experts(model, manifest)
         reader = Reader(
-            queue_depth=settings.queue_depth or EXPERT_QUEUE_DEPTH,
-            piece_bytes=settings.piece_bytes or DEFAULT_PIECE_BYTES,
+            queue_depth=settings.queue_depth or EXPERT_READS.queue_depth,
+            piece_bytes=settings.piece_bytes or EXPERT_READS.piece_bytes,
         )
         flash = cls(pack=pack, manifest=manifest, mode="experts", context=context, placement=placement, reader=reader)
         logger.info("%s", flash.describe())

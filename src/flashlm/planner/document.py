@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
 
-PLAN_VERSION: Literal[2] = 2
+PLAN_VERSION: Literal[3] = 3
 MAX_PLAN_BYTES = 1 << 20
 
-Mode = Literal["naive", "hybrid", "sparse"]
+Mode = Literal["naive", "hybrid", "sparse", "experts"]
 
 
 class Plan(BaseModel):
@@ -28,6 +28,7 @@ class Plan(BaseModel):
         is_exact: Whether every weight takes part in every token.
         max_gap: Rows between two missing ones that are read through (mode `sparse`).
         window: Tokens whose rows the neuron cache holds in the median layer (mode `sparse`; the paper's k); else 0.
+        hit_share: Of a token's experts, those found in memory (mode `experts`); else none.
         staging_bytes: How far reading goes ahead of the compute: the look-ahead of `hybrid`.
         piece_bytes, queue_depth: Size of a read and reads in flight.
         token_s, prompt_s: Expected, one token and a prompt of `prompt_tokens`.
@@ -40,7 +41,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    plan_version: Literal[2] = PLAN_VERSION
+    plan_version: Literal[3] = PLAN_VERSION
     source: str
     dram_bytes: Annotated[int, Field(gt=0)]
     context: Annotated[int, Field(gt=0)]
@@ -48,6 +49,7 @@ class Plan(BaseModel):
     is_exact: bool
     max_gap: Annotated[int, Field(ge=0, le=64)] = 0
     window: Annotated[int, Field(ge=0)] = 0
+    hit_share: Annotated[float, Field(ge=0, le=1)] | None = None
     staging_bytes: Annotated[int, Field(ge=0)]
     piece_bytes: Annotated[int, Field(ge=4096, le=16 << 20, multiple_of=4096)]
     queue_depth: Annotated[int, Field(ge=1, le=4096)]

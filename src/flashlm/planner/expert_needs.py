@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,23 +32,25 @@ def expert_uses(manifest: Manifest) -> list[ExpertUse]:
     ]
 
 
-def measure_expert_needs(config: Any, manifest: Manifest, context: int) -> Needs:
+def measure_expert_needs(config: Any, uses: Sequence[ExpertUse], resident_bytes: int, context: int) -> Needs:
     """Return what loading a pack of experts into this process takes.
 
     Args:
         config: The transformers config of the model.
-        manifest: The pack's.
+        uses: The layers of experts.
+        resident_bytes: Size of the resident weights.
         context: Tokens of the KV cache, over all sequences; a prompt may be as long.
     """
-    layout = manifest.experts_layout(0)
+    layout = uses[0].layout
     pieces = replace(layout, block_rows=rows_per_product(layout))
-    needs = measure_needs(config, [pieces], resident_bytes=manifest.resident.num_bytes, context=context)
+    needs = measure_needs(config, [pieces], resident_bytes=resident_bytes, context=context)
     vectors_bytes = (LIVE_EXPERT_VECTORS * layout.hidden_size + LIVE_ROW_VECTORS * pieces.block_rows) * 4
-    most = max(manifest.experts, key=lambda entry: entry.num_experts)
+    most = max(uses, key=lambda use: use.num_experts)
     routing_bytes = 8 * 4 * most.num_experts + 64 * most.num_active  # scores, their copies, sorted indices
     return replace(needs, working_bytes=needs.working_bytes + context * (vectors_bytes + routing_bytes))
 
 
 def smallest_expert_dram_bytes(config: Any, manifest: Manifest, context: int) -> int:
     """Return the smallest `dram` with which a process like this one runs a pack of experts."""
-    return expert_floor_bytes(expert_uses(manifest), measure_expert_needs(config, manifest, context))
+    uses = expert_uses(manifest)
+    return expert_floor_bytes(uses, measure_expert_needs(config, uses, manifest.resident.num_bytes, context))

@@ -13,12 +13,17 @@ from dataclasses import dataclass, replace
 
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs, Placement, place, place_sparse
+from flashlm.memory.expert_budget import place_experts
 from flashlm.planner.cost import TokenCost
 from flashlm.planner.document import Mode, Plan
 from flashlm.planner.estimate import DenseUse, dense_use, exact_token, prompt_s, sparse_token
+from flashlm.planner.expert_needs import measure_expert_needs
+from flashlm.planner.expert_plan import make_expert_plan
+from flashlm.planner.expert_shape import ExpertShape
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape
+from flashlm.planner.would_help import would_help
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH
 
 GAPS = (0, 1, 2, 3, 4, 8)
@@ -40,10 +45,6 @@ READ_NOISE = 0.1  # of single points of a profile
 # Pieces in flight where whole blocks are streamed. A device shares itself among all that is in flight, so the block that
 # is waited for takes as long as everything begun with it (docs/experiments.md).
 STREAM_QUEUE_DEPTH = 64
-MEMORY_RATES = (
-    "matrix_gb_per_s", "block_up_gb_per_s", "block_down_gb_per_s", "row_up_gb_per_s", "row_down_gb_per_s",
-    "predictor_gb_per_s",
-)  # fmt: skip
 PROMPT_TOKENS = 512  # of the prompt that is costed, or the context if that is shorter
 ERROR_BAND = 0.25  # of predicted against measured tokens: the worst cell of 7 B shapes (docs/planner.md)
 
@@ -72,7 +73,7 @@ def model_needs(shape: ModelShape, context: int, *, with_predictors: bool = Fals
 
 
 def make_plan(
-    shape: ModelShape,
+    shape: ModelShape | ExpertShape,
     rates: Rates,
     dram_bytes: int,
     *,
@@ -90,11 +91,12 @@ def make_plan(
 
     Raises:
         BudgetError: Below the floor; it says what is needed.
-        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known.
+        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known, or a mode that is not the model's.
     """
     context = context or DEFAULT_CONTEXT
-    if mode == "sparse" and shape.sparse is None:
-        raise ConfigError(f"nothing is known of the sparsity of {shape.name}: convert it and run `flashlm calibrate`")
+    check_mode(shape, mode)
+    if isinstance(shape, ExpertShape):
+        return make_expert_plan(shape, rates, dram_bytes, context, min(PROMPT_TOKENS, context))
     best = cheapest(shape, rates, dram_bytes, context, mode)
     num_tokens = min(PROMPT_TOKENS, context)
     return Plan(
@@ -121,8 +123,42 @@ def make_plan(
         pinned_bytes=best.placement.pinned_bytes,
         cache_bytes=best.placement.cache_bytes,
         disk_bytes=shape.total_bytes,
-        would_help=_would_help(shape, rates, dram_bytes, context, best),
+        would_help=would_help(
+            lambda rates, dram_bytes: cheapest(shape, rates, dram_bytes, context, best.mode).cost.total_s,
+            rates,
+            dram_bytes,
+        ),
     )
+
+
+def check_mode(shape: ModelShape | ExpertShape, mode: str) -> None:
+    """Refuse a mode that is not the model's.
+
+    Raises:
+        ConfigError: Why not.
+    """
+    if isinstance(shape, ExpertShape):
+        if mode not in ("auto", "experts"):
+            raise ConfigError(f"mode={mode!r}: {shape.name} is a mixture of experts; leave mode out, or choose experts")
+    elif mode == "experts":
+        raise ConfigError(f"mode='experts': {shape.name} has no experts; leave mode out")
+    elif mode == "sparse" and shape.sparse is None:
+        raise ConfigError(f"nothing is known of the sparsity of {shape.name}: convert it and run `flashlm calibrate`")
+
+
+def check_fits(shape: ModelShape | ExpertShape, dram_bytes: int, context: int | None) -> None:
+    """Refuse a budget in which no mode has room. Needs no machine's rates.
+
+    Raises:
+        BudgetError: It says what is needed and for what.
+    """
+    context = context or DEFAULT_CONTEXT
+    if isinstance(shape, ExpertShape):
+        place_experts(
+            shape.uses, measure_expert_needs(shape.config, shape.uses, shape.resident_bytes, context), dram_bytes
+        )
+    else:
+        place(shape.layouts, model_needs(shape, context), dram_bytes, max_pinned_bytes=0)
 
 
 def cheapest(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, mode: str) -> Candidate:
@@ -209,24 +245,3 @@ def _window(shape: ModelShape, placement: Placement) -> int:
         return 0
     pairs = zip(shape.sparse.uses, placement.cache, strict=True)
     return int(statistics.median_low(use.window(capacity.num_slots) for use, capacity in pairs))
-
-
-def _would_help(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, best: Candidate) -> str:
-    """Return of which resource twice as much would save most time in the chosen mode."""
-
-    def token_s(rates: Rates, dram_bytes: int) -> float:
-        return cheapest(shape, rates, dram_bytes, context, best.mode).cost.total_s
-
-    faster_flash = replace(
-        rates,
-        stream_gb_per_s={size: rate * 2 for size, rate in rates.stream_gb_per_s.items()},
-        random_gb_per_s={size: rate * 2 for size, rate in rates.random_gb_per_s.items()},
-    )
-    faster_memory = replace(rates, **{name: getattr(rates, name) * 2 for name in MEMORY_RATES})
-    times = {
-        "flash speed": token_s(faster_flash, dram_bytes),
-        "memory speed": token_s(faster_memory, dram_bytes),
-        "dram": token_s(rates, dram_bytes * 2),
-    }
-    name = min(times, key=lambda each: times[each])
-    return f"{name}: twice as much would give {best.cost.total_s / times[name]:.1f} x the speed"

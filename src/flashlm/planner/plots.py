@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashlm.errors import BudgetError, ConfigError, StorageError
 from flashlm.planner.document import Plan
+from flashlm.planner.expert_shape import ExpertShape
 from flashlm.planner.plan import make_plan
 from flashlm.planner.profile import DeviceProfile
 from flashlm.planner.rates import Rates
@@ -78,7 +79,7 @@ def plot_reads(profile: DeviceProfile, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_latency(shape: ModelShape, rates: Rates, context: int | None, path: Path) -> None:
+def plot_latency(shape: ModelShape | ExpertShape, rates: Rates, context: int | None, path: Path) -> None:
     """Draw the predicted time of a token over DRAM, from the floor to where everything fits, per mode.
 
     Raises:
@@ -87,9 +88,7 @@ def plot_latency(shape: ModelShape, rates: Rates, context: int | None, path: Pat
     floor_bytes = _floor_bytes(shape, rates, context)
     top_bytes = floor_bytes + shape.streamed_bytes + (512 << 20)
     figure, axes = _axes(f"{shape.name}: predicted, {shape.dtype}")
-    for mode, color in (("hybrid", "#3b6ea8"), ("sparse", "#d9822b")):
-        if mode == "sparse" and shape.sparse is None:
-            continue
+    for mode, label, color in _curves(shape):
         found: list[Plan] = []
         for step in range(NUM_BUDGETS + 1):
             dram_bytes = floor_bytes + (top_bytes - floor_bytes) * step // NUM_BUDGETS
@@ -97,7 +96,6 @@ def plot_latency(shape: ModelShape, rates: Rates, context: int | None, path: Pat
                 found.append(make_plan(shape, rates, dram_bytes, context=context, mode=mode))
             except BudgetError:
                 continue
-        label = "hybrid, exact" if mode == "hybrid" else f"sparse ({shape.sparse.origin if shape.sparse else ''})"
         sizes = [plan.dram_bytes / (1 << 30) for plan in found]
         axes.plot(sizes, [plan.token_s for plan in found], color=color, label=label)
         axes.plot(sizes, [plan.roofline_s for plan in found], color=color, linestyle=":", label=f"its roofline, {mode}")
@@ -108,9 +106,20 @@ def plot_latency(shape: ModelShape, rates: Rates, context: int | None, path: Pat
     _save(figure, path)
 
 
-def _floor_bytes(shape: ModelShape, rates: Rates, context: int | None) -> int:
+def _curves(shape: ModelShape | ExpertShape) -> list[tuple[str, str, str]]:
+    """Return (mode, label, color) of what can be drawn."""
+    if isinstance(shape, ExpertShape):
+        return [("experts", f"experts, exact ({shape.hits.origin})", "#3b6ea8")]
+    curves = [("hybrid", "hybrid, exact", "#3b6ea8")]
+    if shape.sparse is not None:
+        curves.append(("sparse", f"sparse ({shape.sparse.origin})", "#d9822b"))
+    return curves
+
+
+def _floor_bytes(shape: ModelShape | ExpertShape, rates: Rates, context: int | None) -> int:
+    mode = "experts" if isinstance(shape, ExpertShape) else "hybrid"
     try:
-        make_plan(shape, rates, 1, context=context, mode="hybrid")
+        make_plan(shape, rates, 1, context=context, mode=mode)
     except BudgetError as error:
         return error.needed_bytes
     return 1

@@ -17,6 +17,7 @@ from flashlm.planner.probe_compute import (
     model_overheads_s,
     overlap_shares,
 )
+from flashlm.planner.probe_experts import expert_overheads_s
 from flashlm.planner.probe_file import choose_bytes, probe_file
 from flashlm.planner.probe_products import DTYPES, product_rates
 from flashlm.planner.probe_reads import ReadProbe
@@ -73,6 +74,7 @@ def probe(
     progress(total, total, "memory and products")
     memory, touch = memory_rates()
     token_s, layer_s = model_overheads_s()
+    expert_layer_s, expert_group_s = expert_overheads_s()
     profile = DeviceProfile(
         flashlm_version=__version__,
         date=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -94,6 +96,8 @@ def probe(
         matrix_overhead_s=matrix_overhead_s(),
         layer_overhead_s=layer_s,
         sparse_layer_overhead_s=sparse_layer_overhead_s(),
+        expert_layer_overhead_s=expert_layer_s,
+        expert_group_overhead_s=expert_group_s,
         manage_row_s=manage_row_s(),
     )
     save_profile(profile, profile_path(folder))
@@ -137,7 +141,8 @@ def profile_rows(profile: DeviceProfile) -> list[tuple[str, str]]:
         ),
         (
             "a layer's overhead",
-            f"{profile.layer_overhead_s * 1e3:.2f} ms a token; mode sparse {profile.sparse_layer_overhead_s * 1e3:.2f} more",
+            f"{profile.layer_overhead_s * 1e3:.2f} ms a token; mode sparse {profile.sparse_layer_overhead_s * 1e3:.2f} more,"
+            f" experts {profile.expert_layer_overhead_s * 1e3:.2f} and {profile.expert_group_overhead_s * 1e3:.2f} a group",
         ),
         ("cache lookup", f"{profile.manage_row_s * 1e9:.0f} ns a row"),
     ]

@@ -15,6 +15,12 @@ from flashlm.sparsity.predictor import Predictor
 
 HIDDEN, BLOCK_ROWS, NUM_BLOCKS, PARTS = 4096, 256, 48, 2  # 200 MB in 16 bits: far beyond any cache
 RANK, PREDICTED_ROWS, NUM_PREDICTORS = 128, 16384, 16
+EXPERT_HIDDEN, EXPERT_ROWS, EXPERT_PARTS, EXPERTS_TOGETHER = (
+    2048,
+    1024,
+    3,
+    4,
+)  # shorter parts of rows than dense models'
 GEMM_TOKENS = 128
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -29,6 +35,7 @@ def product_rates(dtype: str) -> ProductRates:
         block_up_s, block_down_s = (median_s(work) for work in _block_products(weights))
         row_up_s, row_down_s = (median_s(work) for work in _row_products(weights))
         matrix_s = median_s(_matrices(weights))
+        expert_s = median_s(_experts(weights))
         predictors = _predictors(element)
         tokens = torch.randn(1, HIDDEN)
         predictor_s = median_s(lambda: [predictor.predict(tokens) for predictor in predictors])
@@ -41,6 +48,7 @@ def product_rates(dtype: str) -> ProductRates:
         block_down_gb_per_s=part_bytes / 2 / block_down_s / 1e9,
         row_up_gb_per_s=part_bytes / row_up_s / 1e9,
         row_down_gb_per_s=part_bytes / 2 / row_down_s / 1e9,
+        expert_gb_per_s=PARTS * part_bytes / expert_s / 1e9,
         predictor_gb_per_s=sum(predictor.num_bytes for predictor in predictors) / predictor_s / 1e9,
         gemm_gflop_per_s=2 * GEMM_TOKENS * BLOCK_ROWS * HIDDEN / gemm_s / 1e9,
     )
@@ -117,6 +125,31 @@ def _matrices(weights: torch.Tensor) -> Callable[[], object]:
             output = torch.empty(1, HIDDEN)
             kernels.project(narrow.to(torch.float32).contiguous(), matrix, 0, output)
             output.to(weights.dtype)
+
+    return multiply
+
+
+def _experts(weights: torch.Tensor) -> Callable[[], object]:
+    """Return the products of a token with the experts that the weights make, some of them together."""
+    stride_bytes = EXPERT_PARTS * EXPERT_HIDDEN * weights.element_size()
+    count = weights.numel() * weights.element_size() // (EXPERT_ROWS * stride_bytes)
+    blocks = [
+        kernels.RowBlock(
+            weights.data_ptr() + expert * EXPERT_ROWS * stride_bytes,
+            EXPERT_ROWS, stride_bytes, EXPERT_HIDDEN, weights.dtype, EXPERT_PARTS,
+        )
+        for expert in range(count)
+    ]  # fmt: skip
+    groups = [blocks[start : start + EXPERTS_TOGETHER] for start in range(0, count, EXPERTS_TOGETHER)]
+    token = torch.ones(1, EXPERT_HIDDEN)
+
+    def multiply() -> None:
+        for group in groups:
+            hidden = torch.empty(len(group), EXPERT_ROWS)
+            for part in range(EXPERT_PARTS - 1):
+                kernels.project_blocks(token, group, part, hidden)
+            hidden.fill_(1.0)
+            kernels.accumulate_blocks(hidden, group, torch.zeros(len(group), EXPERT_HIDDEN))
 
     return multiply
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
 
-PROFILE_VERSION: Literal[3] = 3
+PROFILE_VERSION: Literal[4] = 4
 MAX_PROFILE_BYTES = 4 << 20
 ENV_CACHE = "FLASHLM_CACHE"
 
@@ -69,6 +69,7 @@ class ProductRates(_Strict):
         block_up_gb_per_s, block_down_gb_per_s: One token, the up (or gate) and the down parts of rows in blocks; of the
             down parts those that fire, every second.
         row_up_gb_per_s, row_down_gb_per_s: The same over scattered rows.
+        expert_gb_per_s: One token, groups of experts: their rows have short parts, and all of them fire.
         predictor_gb_per_s: Both products of row predictors, whose rows are short.
         gemm_gflop_per_s: 128 tokens, the way that the engine multiplies.
     """
@@ -79,6 +80,7 @@ class ProductRates(_Strict):
     block_down_gb_per_s: Positive
     row_up_gb_per_s: Positive
     row_down_gb_per_s: Positive
+    expert_gb_per_s: Positive
     predictor_gb_per_s: Positive
     gemm_gflop_per_s: Positive
 
@@ -105,10 +107,12 @@ class DeviceProfile(_Strict):
         matrix_overhead_s: A product's time with a resident matrix of next to no weights, less that of torch.
         layer_overhead_s: A decoder layer's time for one token in transformers, without weights worth the name.
         sparse_layer_overhead_s: A layer's time in mode `sparse` beside weights, predictor, lookup and reads.
+        expert_layer_overhead_s: A layer of experts' time for one token beside weights, products and reads.
+        expert_group_overhead_s: What computing some of them together takes beside their weights.
         manage_row_s: Looking up one row in the neuron cache.
     """
 
-    profile_version: Literal[3] = PROFILE_VERSION
+    profile_version: Literal[4] = PROFILE_VERSION
     flashlm_version: str
     date: str
     device: str
@@ -129,6 +133,8 @@ class DeviceProfile(_Strict):
     matrix_overhead_s: Annotated[float, Field(ge=0)]
     layer_overhead_s: Annotated[float, Field(ge=0)]
     sparse_layer_overhead_s: Annotated[float, Field(ge=0)]
+    expert_layer_overhead_s: Annotated[float, Field(ge=0)]
+    expert_group_overhead_s: Annotated[float, Field(ge=0)]
     manage_row_s: Annotated[float, Field(ge=0)]
 
     @property

@@ -32,12 +32,15 @@ class Rates:
         matrix_gb_per_s: Products of one token with whole resident matrices.
         block_up_gb_per_s, block_down_gb_per_s: With the up (or gate) and the down parts of the rows of blocks.
         row_up_gb_per_s, row_down_gb_per_s: With those of scattered rows of the neuron cache.
+        expert_gb_per_s: With groups of experts.
         predictor_gb_per_s: With row predictors.
         gemm_gflop_per_s: Products of many tokens, as the engine makes them.
         block_overhead_s: Of a call for a run of blocks in an exact mode, beside its bytes.
         read_cpu_s: By block size in bytes: what the processor takes to begin and end the read of a block.
         token_overhead_s: Of transformers for one token, outside the layers and without weights.
         matrix_overhead_s: Of one product with a resident matrix, beside its bytes and what such a product takes in torch.
+        expert_layer_overhead_s: Of one layer of experts: its router, sorting what it says, adding up.
+        expert_group_overhead_s: Of the experts of a layer that are computed together, beside their bytes.
         layer_overhead_s: Of one decoder layer in transformers and in ours, for one token, without weights.
         sparse_layer_overhead_s: Of one layer in mode `sparse`, beside weights, predictor, lookup and reads.
         manage_row_s: Looking one row up in the neuron cache.
@@ -56,6 +59,7 @@ class Rates:
     block_down_gb_per_s: float = math.inf
     row_up_gb_per_s: float = math.inf
     row_down_gb_per_s: float = math.inf
+    expert_gb_per_s: float = math.inf
     predictor_gb_per_s: float = math.inf
     gemm_gflop_per_s: float = math.inf
     block_overhead_s: float = 0.0
@@ -64,6 +68,8 @@ class Rates:
     matrix_overhead_s: float = 0.0
     layer_overhead_s: float = 0.0
     sparse_layer_overhead_s: float = 0.0
+    expert_layer_overhead_s: float = 0.0
+    expert_group_overhead_s: float = 0.0
     manage_row_s: float = 0.0
     overlap: Overlap = field(default_factory=Overlap)
     stream_settings: tuple[ReadSetting, ...] = ()
@@ -82,6 +88,17 @@ class Rates:
     def block_read_gb_per_s(self, num_bytes: float) -> float:
         """Return the rate of a stream of blocks of a size."""
         return _between(self.stream_gb_per_s, num_bytes)
+
+    def piece_read_gb_per_s(self, piece_bytes: int, queue_depth: int) -> float:
+        """Return the rate of reads from anywhere, in pieces: the nearest size and depth measured, else a stream's."""
+        if not self.random_settings:
+            return self.block_read_gb_per_s(piece_bytes)
+
+        def distance(setting: ReadSetting) -> tuple[float, float]:
+            size, depth = setting.piece_bytes / piece_bytes, setting.queue_depth / queue_depth
+            return abs(math.log(size)), abs(math.log(depth))
+
+        return min(self.random_settings, key=distance).gb_per_s
 
 
 def _between(rates: Mapping[int, float], num_bytes: float) -> float:

@@ -15,11 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack import activations
-from flashlm.pack.experts import find_expert_layers
+from flashlm.pack.experts import ExpertLayer, find_expert_layers
 from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
 from flashlm.pack.source import canonical_dtype
+from flashlm.planner.expert_needs import expert_uses
+from flashlm.planner.expert_shape import ExpertShape, resident_bytes, uses_of_layers
 from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
 
 CONFIG_NAME = "config.json"
@@ -97,7 +99,7 @@ class ModelShape:
         return self.resident_bytes + self.streamed_bytes
 
 
-def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bool = False) -> ModelShape:
+def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bool = False) -> ModelShape | ExpertShape:
     """Return the shape of a pack, a model folder, a config.json, or a model on the hub (its config only).
 
     Args:
@@ -116,8 +118,8 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
     config = _read_config(source, trust_remote_code)
     dtype = canonical_dtype(dtype)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    if find_expert_layers(model):
-        raise _unplanned(str(source), "convert it; `flashlm info` then says the smallest --dram")
+    if experts := find_expert_layers(model):
+        return _expert_shape(str(source), model, experts, dtype)
     layers = find_ffn_layers(model)
     largest = max(layers, key=lambda layer: layer.num_rows)
     block_rows = choose_block_rows(
@@ -149,16 +151,46 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
     )
 
 
-def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape:
+def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape | ExpertShape:
     manifest = read_manifest(pack)
-    if manifest.experts:
-        raise _unplanned(str(pack), "`flashlm info` says the smallest --dram")
     activations.register()
     config = AutoConfig.from_pretrained(pack, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
+    if manifest.experts:
+        return _expert_pack_shape(pack, model, manifest)
     return shape_of_model(model, pack, manifest, _pack_sparsity(pack, manifest))
+
+
+def _expert_shape(name: str, model: PreTrainedModel, layers: tuple[ExpertLayer, ...], dtype: str) -> ExpertShape:
+    matrices = _matrices(model, set())
+    return ExpertShape(
+        name=name,
+        model_type=model.config.model_type,
+        config=model.config,
+        uses=uses_of_layers(layers, dtype),
+        resident_bytes=resident_bytes(sum(p.numel() for p in model.parameters()), layers, dtype),
+        matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[dtype],
+        num_matrices=len(matrices),
+        num_layers=int(model.config.get_text_config(decoder=True).num_hidden_layers),
+        is_pack=False,
+    )
+
+
+def _expert_pack_shape(pack: Path, model: PreTrainedModel, manifest: Manifest) -> ExpertShape:
+    matrices = _matrices(model, set())
+    return ExpertShape(
+        name=str(pack),
+        model_type=manifest.model_type,
+        config=model.config,
+        uses=tuple(expert_uses(manifest)),
+        resident_bytes=manifest.resident.num_bytes,
+        matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[manifest.dtype],
+        num_matrices=len(matrices),
+        num_layers=int(model.config.get_text_config(decoder=True).num_hidden_layers),
+        is_pack=True,
+    )
 
 
 def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, sparse: SparseShape | None) -> ModelShape:
@@ -235,10 +267,6 @@ def _read_config(source: str | Path, trust_remote_code: bool) -> Any:
         raise ConfigError(f"{source} is neither local nor a model whose config the hub gives: {reason}") from error
     activations.check_parameters(config)
     return config
-
-
-def _unplanned(name: str, what: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{name} is a mixture of experts, which the planner can't cost yet: {what}")
 
 
 def _streamed_names(layers: tuple[FfnLayer, ...]) -> set[str]:
