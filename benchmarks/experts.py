@@ -18,6 +18,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from expert_state import state_bytes
@@ -25,10 +26,16 @@ from hybrid import HERE, Record, Run, child, clean, convert, forget, is_same, lo
 from machine import describe_block_device, describe_commit, describe_machine, today
 from shapes import SHAPES
 
+from flashlm.planner.expert_shape import ExpertShape, HitCurve
+from flashlm.planner.machine import rates_of
+from flashlm.planner.plan import make_plan
+from flashlm.planner.probe import probe
+from flashlm.planner.profile import DeviceProfile, profile_path
+from flashlm.planner.shape import read_shape
 from flashlm.sizes import format_size, parse_size_bytes
 
 PEERS = ("llama.cpp", "accelerate")
-STEPS = ("checkpoint", "convert", "accelerate", "gguf", "measure", "publish")
+STEPS = ("checkpoint", "convert", "probe", "accelerate", "gguf", "measure", "publish")
 
 
 class Clock:
@@ -121,6 +128,51 @@ def measure(run: Run, clock: Clock) -> None:
             if number > 1:  # one round of prompts is enough to see
                 spec = spec | {"num_prefills": 0}
             run_cell(run, clock, f"round-{number}-{name}", (spec, cap_bytes))
+
+
+def probe_device(run: Run) -> None:
+    """Probe the device as a user would, once, before anything is measured."""
+    if run.record("probe") is None:
+        log("    flashlm probe")
+        probe(run.folder)
+        record = json.loads(profile_path(run.folder).read_text())
+        (run.path("steps") / "probe.json").write_text(json.dumps({"ok": True, "profile": record}) + "\n")
+
+
+def foretell(run: Run, rows: list[Record]) -> list[Record]:
+    """Return, for flashlm at each budget, what `flashlm plan` says beside what was measured.
+
+    Three times: as a user gets it, with uniform routing; with the measured share of experts found; and with the device's
+    rate between the tokens too, where it was measured.
+    """
+    record, config = run.record("probe"), run.path("pack") / "config.json"
+    if record is None or not config.exists():
+        return []
+    shape, rates = (
+        read_shape(run.path("pack")),
+        rates_of(DeviceProfile.model_validate_json(json.dumps(record["profile"])), "bfloat16"),
+    )
+    assert isinstance(shape, ExpertShape)
+    found = []
+    for row in rows:
+        if row.get("failed") or "hit_share" not in row or row["system"].startswith("skew"):
+            continue
+        dram_bytes = run.cap_bytes if row["system"] == "watched" else row["cap_bytes"]
+        measured = replace(
+            shape, hits=HitCurve(points=((1e-9, row["hit_share"]), (1 - 1e-9, row["hit_share"])), origin="measured")
+        )
+        predicted = {"uniform": (shape, rates), "measured hits": (measured, rates)}
+        if row.get("device_gb_per_s"):
+            fresh = tuple(replace(each, gb_per_s=row["device_gb_per_s"]) for each in rates.random_settings)
+            predicted["measured hits and rate"] = (measured, replace(rates, random_settings=fresh))
+        found.append(
+            {"system": row["system"], "dram_bytes": dram_bytes, "measured_s": row["s_per_token"]}
+            | {
+                name: make_plan(a_shape, a_rates, dram_bytes, context=run.args.context).token_s
+                for name, (a_shape, a_rates) in predicted.items()
+            }
+        )
+    return found
 
 
 def summarise(run: Run) -> list[Record]:
@@ -219,12 +271,20 @@ def publish(run: Run, rows: list[Record]) -> None:
         "weight_bytes": run.weight_bytes,
         "settings": {name: value for name, value in vars(run.args).items() if name not in ("work", "results")},
         "systems": rows,
+        "foretold": (foretold := foretell(run, rows)),
         "records": {path.stem: json.loads(path.read_text()) for path in sorted(run.path("steps").glob("*.json"))},
     }
     text = json.dumps(whole, indent=1).replace(str(run.folder), "WORK").replace(str(run.args.work), "WORK")
     run.args.results.mkdir(parents=True, exist_ok=True)
     (run.args.results / f"experts-{run.args.shape}.json").write_text(text + "\n")
     draw(run, rows)
+    for row in foretold:
+        errors = ", ".join(
+            f"{name} {row[name]:.3f} ({row[name] / row['measured_s'] - 1:+.0%})"
+            for name in ("uniform", "measured hits", "measured hits and rate")
+            if name in row
+        )
+        print(f"{row['system']}: measured {row['measured_s']:.3f}; foretold with {errors}")
     print(
         "| system | cap | s/token | experts held | GB/token | GB/s waiting | of the device | share of roofline | killed |"
     )
@@ -344,6 +404,7 @@ def main() -> None:
     steps: dict[str, Callable[[], None]] = {
         "checkpoint": lambda: make_checkpoint(run) if run.record("convert") is None else None,
         "convert": lambda: convert(run) if run.record("convert") is None else None,
+        "probe": lambda: probe_device(run),
         "accelerate": lambda: measure_accelerate(run, clock),
         "gguf": lambda: write_gguf(run, clock),
         "measure": lambda: measure(run, clock),
