@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from flashlm import kernels
-from flashlm.engine.expert_loading import EXPERT_QUEUE_DEPTH
 from flashlm.pack.manifest import read_manifest
+from flashlm.planner.expert_estimate import EXPERT_READS
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest
 
 NUM_SLOTS, NUM_READS = 8, 24
@@ -46,7 +46,7 @@ class ExpertState:
 
     def _read(self) -> float:
         layout, num_bytes = self._layout, self._layout.read_bytes(0)
-        with Reader(queue_depth=EXPERT_QUEUE_DEPTH) as reader:
+        with Reader(queue_depth=EXPERT_READS.queue_depth) as reader:
             files = [reader.open(path) for path in self._files]
             requests = []
             for index in range(NUM_READS):
