@@ -120,6 +120,26 @@ void accumulate(unsigned dtype, size_t block_address, size_t num_rows, size_t ro
                           pointer<const float>(h_address), h_stride, num_tokens, pointer<float>(y_address)});
 }
 
+// x, weight and bias in one dtype as a resident layer has them, fp32 out; one call, where widening apart takes several.
+void linear(unsigned dtype, size_t weight_address, size_t num_rows, size_t hidden_size, size_t x_address,
+            size_t num_tokens, size_t out_address, size_t bias_address) {
+    const DType type = checked_dtype(dtype);
+    check_tokens(num_tokens);
+    require(x_address != 0 && out_address != 0, "x_address or out_address is null");
+    const auto widened = [type](size_t address, size_t count, size_t size, std::vector<float>& to) {
+        if (to.size() < count * size) to.resize(count * size);
+        const WidenArgs args{checked_rows(type, address, count, size * (type == FP32 ? 4 : 2), 0, size, 0), to.data()};
+        kernels().widen[type](args, 0, count);
+        return static_cast<const float*>(to.data());
+    };
+    static thread_local std::vector<float> wide_x, wide_bias;
+    const float* x = widened(x_address, num_tokens, hidden_size, wide_x);
+    const float* bias = bias_address && num_rows ? widened(bias_address, 1, num_rows, wide_bias) : nullptr;
+    const size_t stride_bytes = hidden_size * (type == FP32 ? 4 : 2);
+    run_project(type, {checked_rows(type, weight_address, num_rows, stride_bytes, 0, hidden_size, 0), x, num_tokens,
+                       pointer<float>(out_address), num_rows, bias});
+}
+
 void widen(unsigned dtype, size_t block_address, size_t num_rows, size_t row_stride_bytes, size_t part_offset_bytes,
            size_t hidden_size, size_t dst_address, size_t slots_address) {
     const DType type = checked_dtype(dtype);
@@ -148,6 +168,9 @@ void bind_kernels(nb::module_& m) {
     m.def("accumulate_many", &accumulate_many, "dtype"_a, "table_address"_a, "num_products"_a, Release(),
           "Several of one token in one job; the table has int64 rows: address, num_rows, row_stride_bytes, hidden_size, "
           "h_address, y_address.");
+    m.def("linear", &linear, "dtype"_a, "weight_address"_a, "num_rows"_a, "hidden_size"_a, "x_address"_a, "num_tokens"_a,
+          "out_address"_a, "bias_address"_a = 0, Release(),
+          "out[t, r] = x[t] . weight[r] (+ bias[r]), out in float32, the others in dtype, all contiguous");
     m.def("widen", &widen, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a, "part_offset_bytes"_a,
           "hidden_size"_a, "dst_address"_a, "slots_address"_a = 0, Release(), "dst[r] = row[r].part as float32");
     m.def("simd_level", [] { return std::string(kernels().name); }, "Name of the instruction set in use.");

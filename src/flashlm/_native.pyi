@@ -21,6 +21,16 @@ def project(
     slots_address: int = 0,
 ) -> None: ...
 def project_many(dtype: int, table_address: int, num_products: int, num_tokens: int) -> None: ...
+def linear(
+    dtype: int,
+    weight_address: int,
+    num_rows: int,
+    hidden_size: int,
+    x_address: int,
+    num_tokens: int,
+    out_address: int,
+    bias_address: int = 0,
+) -> None: ...
 def accumulate_many(dtype: int, table_address: int, num_products: int) -> None: ...
 def lstm_gates(
     input_address: int,

@@ -238,6 +238,41 @@ def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
     )
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x·weightᵀ + bias for a few tokens, in the dtype of all three; sums in fp32, rounded once.
+
+    One call of ours and two of torch: around small matrices the calls are what takes the time.
+
+    Args:
+        x: (..., in_features), at most `MAX_TOKENS` tokens.
+        weight: (out_features, in_features), contiguous; bfloat16, float16 or float32.
+        bias: (out_features,), contiguous.
+
+    Raises:
+        ConfigError: A dtype, size or layout is not as stated.
+    """
+    out_features, in_features = weight.shape
+    num_tokens = x.numel() // in_features
+    if x.dtype != weight.dtype or x.shape[-1] != in_features or num_tokens > MAX_TOKENS or x.dtype not in _DTYPE_CODES:
+        raise ConfigError(f"{weight.dtype} (up to {MAX_TOKENS}, {in_features}) expected, got {_described(x)}")
+    if not weight.is_contiguous() or (bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous())):
+        raise ConfigError(f"weight and bias must be contiguous, of one dtype, got {_described(weight)}")
+    x = x.contiguous()
+    out = torch.empty(*x.shape[:-1], out_features)
+    if num_tokens:
+        _native.linear(
+            _DTYPE_CODES[x.dtype],
+            weight.data_ptr(),
+            out_features,
+            in_features,
+            x.data_ptr(),
+            num_tokens,
+            out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )
+    return out.to(x.dtype)
+
+
 def project_blocks(
     x: torch.Tensor, blocks: Sequence[RowBlock], part: int, out: torch.Tensor, biases: Sequence[torch.Tensor] = ()
 ) -> None:

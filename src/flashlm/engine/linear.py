@@ -19,12 +19,11 @@ class WideningLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input·weightᵀ + bias; (..., in_features) to (..., out_features), in the dtype of `input`."""
+        if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
+            return kernels.linear(input, self.weight, self.bias)
         tokens = input.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
         output = torch.empty(len(tokens), self.out_features)
-        if len(tokens) <= kernels.MAX_TOKENS:
-            kernels.project(tokens, self._rows(0, self.out_features), 0, output)
-        else:
-            self._multiply(tokens, output)
+        self._multiply(tokens, output)
         if self.bias is not None:
             output += self.bias
         return output.to(input.dtype).view(*input.shape[:-1], self.out_features)

@@ -103,15 +103,9 @@ def matrix_overhead_s() -> float:
     """Return what the steps of our product with a resident 16-bit matrix take, less those of torch's."""
     layer = nn.Linear(RUN_WIDTH, RUN_WIDTH, dtype=torch.bfloat16)
     narrow = torch.randn(1, 1, RUN_WIDTH, dtype=torch.bfloat16)
-    stride_bytes = 2 * RUN_WIDTH
 
     def multiply() -> torch.Tensor:
-        tokens = narrow.detach().reshape(-1, RUN_WIDTH).to(torch.float32).contiguous()
-        output = torch.empty(1, RUN_WIDTH)
-        rows = kernels.RowBlock(layer.weight.data_ptr(), RUN_WIDTH, stride_bytes, RUN_WIDTH, torch.bfloat16, 1)
-        kernels.project(tokens, rows, 0, output)
-        output += layer.bias
-        return output.to(torch.bfloat16).view(1, 1, RUN_WIDTH)
+        return kernels.linear(narrow, layer.weight, layer.bias)
 
     cold = Cold()
     with kernels.one_torch_thread():
