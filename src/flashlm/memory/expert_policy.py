@@ -1,4 +1,4 @@
-"""What the expert cache keeps, chosen by how a model's experts were used: policies, pinned experts, and replays to compare them.
+"""What the expert cache keeps, chosen by how a model's experts were used: policies, pinned experts, replays to compare.
 
 `lru` and `lfu` are those of `expert_cache`; `pinned` is `lru` in which the most used experts of each layer never go. Uses
 are counts per expert; where none are known, nothing is pinned and the cache is filled with the first experts.
