@@ -25,6 +25,7 @@ from flashlm.errors import ConfigError, FlashError
 
 if TYPE_CHECKING:
     from flashlm.sparsity.document import Sparsity
+    from flashlm.sparsity.routing import Routing
 
 app = typer.Typer(
     name="flashlm",
@@ -54,6 +55,15 @@ class ModeChoice(StrEnum):
     sparse = "sparse"
     naive = "naive"
     experts = "experts"
+
+
+class ExpertPolicyChoice(StrEnum):
+    """What an expert cache keeps."""
+
+    auto = "auto"
+    lru = "lru"
+    lfu = "lfu"
+    pinned = "pinned"
 
 
 PackArgument = Annotated[Path, typer.Argument(help="Folder made by `flashlm convert`.", show_default=False)]
@@ -130,11 +140,13 @@ def info(pack: PackArgument, context: ContextOption = None, as_json: JsonOption 
     from flashlm.planner.needs import smallest_dram_bytes
     from flashlm.sizes import format_size
     from flashlm.sparsity.document import read_sparsity
+    from flashlm.sparsity.routing import read_routing
 
     described = describe(pack)
     floor_bytes = smallest_dram_bytes(pack, context)
-    sparsity = read_sparsity(pack, read_manifest(pack))
-    _print_info(described, as_json, floor_bytes=floor_bytes, floor=format_size(floor_bytes), sparsity=sparsity)
+    manifest = read_manifest(pack)
+    found = read_routing(pack, manifest) if manifest.experts else read_sparsity(pack, manifest)
+    _print_info(described, as_json, floor_bytes=floor_bytes, floor=format_size(floor_bytes), calibration=found)
 
 
 @app.command()
@@ -170,6 +182,13 @@ def generate(
     plan: Annotated[
         Path | None, typer.Option(help="File that `flashlm plan --save` wrote.", show_default=False)
     ] = None,
+    expert_policy: Annotated[
+        ExpertPolicyChoice,
+        typer.Option(
+            help="What the cache of a pack of experts keeps; the text is the same with each. auto: what `flashlm"
+            " calibrate` found best, else lru."
+        ),
+    ] = ExpertPolicyChoice.auto,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy. Default: the pack's own.", show_default=False)
@@ -181,6 +200,10 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="End with a table of what it cost.")] = False,
     stats_file: Annotated[
         Path | None, typer.Option(help="Write the statistics to this JSON file.", show_default=False)
+    ] = None,
+    plot_experts: Annotated[
+        Path | None,
+        typer.Option(help="Draw the experts held and read in each layer into this PNG.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -196,7 +219,9 @@ def generate(
 
         disable_progress_bar()
     if stats_file is not None:
-        _check_writable(stats_file)
+        _check_writable(stats_file, "the statistics")
+    if plot_experts is not None:
+        _check_plot_experts(pack, plot_experts)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     result: Generation = run(
         pack,
@@ -205,6 +230,7 @@ def generate(
         mode=None if mode is ModeChoice.auto else mode.value,
         context=context,
         plan=plan,
+        expert_policy=None if expert_policy is ExpertPolicyChoice.auto else expert_policy.value,
         sampling=sampling,
         is_chat=chat,
         on_loaded=lambda flash: console.note(flash.describe()),
@@ -216,6 +242,11 @@ def generate(
         print()
     if stats_file is not None:
         _write_stats(stats_file, result.stats)
+    if plot_experts is not None:
+        from flashlm.sparsity.expert_plots import write_traffic_plot
+
+        passes = f"{result.stats['num_prompt_tokens']} tokens of prompt, {result.stats['num_new_tokens']} new"
+        write_traffic_plot(plot_experts, result.stats["experts"], title=f"{pack.name}: {passes}")
     if stats and not as_json:
         console.print_table(console.stats_rows(result.stats), title="statistics")
 
@@ -233,7 +264,20 @@ def _write_text(text: str) -> None:
     sys.stdout.flush()
 
 
-def _check_writable(path: Path) -> None:
+def _check_plot_experts(pack: Path, path: Path) -> None:
+    """Refuse, before the work, a plot that can't be drawn after it."""
+    from flashlm.pack.manifest import read_manifest
+    from flashlm.sparsity.plots import check_matplotlib
+
+    if path.suffix != ".png":
+        raise ConfigError(f"--plot-experts {path}: figures are PNG; end the name in .png")
+    if not read_manifest(pack).experts:
+        raise ConfigError("--plot-experts: this pack has no experts; leave it out")
+    check_matplotlib("--plot-experts")
+    _check_writable(path, "the figure")
+
+
+def _check_writable(path: Path, what: str) -> None:
     """Refuse, before the work, a file that can't be written after it."""
     try:
         is_new = not path.exists()
@@ -241,7 +285,7 @@ def _check_writable(path: Path) -> None:
         if is_new:
             path.unlink()
     except OSError as error:
-        raise ConfigError(f"the statistics can't be written to {path}: {error.strerror}") from error
+        raise ConfigError(f"{what} can't be written to {path}: {error.strerror}") from error
 
 
 def _write_stats(path: Path, stats: dict[str, Any]) -> None:
@@ -270,19 +314,19 @@ def _print_info(
     as_json: bool,
     floor_bytes: int | None = None,
     floor: str | None = None,
-    sparsity: Sparsity | None = None,
+    calibration: Sparsity | Routing | None = None,
 ) -> None:
     if as_json:
         extra: dict[str, Any] = {} if floor_bytes is None else {"smallest_dram_bytes": floor_bytes}
-        if sparsity is not None:
-            extra["calibration"] = sparsity.model_dump(mode="json")
+        if calibration is not None:
+            extra["calibration"] = calibration.model_dump(mode="json")
         console.print_json(described.to_dict() | extra)
         return
     rows = described.rows()
     if floor is not None:
         rows.append(("smallest --dram", floor))
-    if sparsity is not None:
-        rows += sparsity.rows()
+    if calibration is not None:
+        rows += calibration.rows()
     console.print_table(rows, title=str(described.pack))
 
 

@@ -1,4 +1,4 @@
-"""`flashlm calibrate`: profiles, predictors and the error budget of a pack."""
+"""`flashlm calibrate`: profiles, predictors and the error budget of a pack; the routing of one of experts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ import typer
 from flashlm import console
 from flashlm.errors import ConfigError
 
+# What a pack of experts has no use for: its routers foresee exactly.
+_DENSE_ONLY = ("rank", "recall", "threshold", "window", "preset", "device", "max_ppl_increase", "seed", "reorder")
+
 
 def calibrate(
+    context: typer.Context,
     pack: Annotated[Path, typer.Argument(help="Folder made by `flashlm convert`.", show_default=False)],
     text: Annotated[
         Path | None,
@@ -55,7 +59,7 @@ def calibrate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Makes training repeatable.")] = 0,
     plots: Annotated[
-        Path | None, typer.Option(help="Draw use curves and predicted rows into this folder (PNG).", show_default=False)
+        Path | None, typer.Option(help="Draw what was found into this folder (PNG).", show_default=False)
     ] = None,
     reorder: Annotated[
         bool, typer.Option(help="Lay the rows down hot ones first, then those that fire together side by side.")
@@ -72,7 +76,16 @@ def calibrate(
 
     Writes flash/sparsity.json and .safetensors into the pack, and its rows in a new order.
     Interrupted, it goes on with the same command.
+
+    A pack of experts needs no predictors: its routers choose. There the text shows which experts are used, and which cache
+    policy finds most of them at several cache sizes; flash/routing.json keeps it, and generate goes by it.
     """
+    from flashlm.pack.manifest import read_manifest
+
+    if read_manifest(pack).experts:
+        _refuse_dense_options(context)
+        _calibrate_experts(pack, text, max_tokens=max_tokens, dram=dram, plots=plots, as_json=as_json)
+        return
     allowed = parse_share(max_ppl_increase)
     from transformers.utils.logging import disable_progress_bar
 
@@ -102,6 +115,36 @@ def calibrate(
     except KeyboardInterrupt:
         console.note("what is done is kept: the same command goes on from here")
         raise
+    if as_json:
+        console.print_json(report.to_dict())
+        return
+    print_columns(report.layer_rows())
+    console.print_table(report.rows(), title=str(pack))
+
+
+def _refuse_dense_options(context: typer.Context) -> None:
+    """Refuse options of dense packs that were given for one of experts."""
+    given = [
+        "--" + name.replace("_", "-")
+        for name in _DENSE_ONLY
+        if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: this pack streams experts, which its routers choose; leave it out")
+
+
+def _calibrate_experts(
+    pack: Path, text: Path | None, *, max_tokens: int, dram: str | None, plots: Path | None, as_json: bool
+) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from flashlm.engine.calibrate_experts import calibrate_experts
+
+    disable_progress_bar()  # ours is enough
+    with console.progress_bar(unit="steps") as progress:
+        report = calibrate_experts(
+            pack, text, max_tokens=max_tokens, dram=dram, progress=progress, announce=console.note, plots=plots
+        )
     if as_json:
         console.print_json(report.to_dict())
         return

@@ -73,7 +73,6 @@ def test_eval_takes_the_packs_mode(pack, tmp_path):
     [
         (("generate", "{pack}", "--prompt", "w5", "--mode", "sparse"), 2, "this pack streams experts"),
         (("generate", "{pack}", "--prompt", "w5", "--dram", "64MiB"), 3, "one token's experts"),
-        (("calibrate", "{pack}"), 2, "nothing to calibrate"),
         (("plan", "{pack}", "--mode", "hybrid"), 2, "mixture of experts"),
         (("plan", "{pack}", "--dram", "64MiB"), 3, "one token's experts"),
     ],

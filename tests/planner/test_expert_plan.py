@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import flashlm
 from flashlm.engine.config import make_settings
 from flashlm.errors import BudgetError, ConfigError
+from flashlm.pack.manifest import read_manifest
 from flashlm.planner.cost import Overlap
 from flashlm.planner.document import load_plan, save_plan
 from flashlm.planner.expert_estimate import expert_token
@@ -23,6 +25,8 @@ from flashlm.planner.plan import make_plan
 from flashlm.planner.probe_experts import expert_overheads_s
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import read_shape
+from flashlm.sparsity.document import fingerprint
+from flashlm.sparsity.routing import LayerRouting, PolicyShares, Routing, write_routing
 from tests.engine.conftest import TinyPack
 from tests.models import save_checkpoint
 from tests.planner.profiles import make_profile
@@ -140,6 +144,30 @@ def test_the_plan_is_what_loading_does(tiny_pack: Callable[..., TinyPack], tmp_p
     model = flashlm.load(pack, plan=tmp_path / "plan.json")
     assert model.flash.placement.cache_bytes == plan.cache_bytes
     assert model.flash.mode == "experts"
+
+
+def test_a_calibrated_pack_is_planned_by_its_routing(tiny_pack: Callable[..., TinyPack], tmp_path: Path) -> None:
+    pack = tmp_path / "pack"
+    shutil.copytree(tiny_pack("olmoe").pack, pack)
+    assert read_shape(pack).hits == UNIFORM  # type: ignore[union-attr]
+    manifest = read_manifest(pack)
+    shares = PolicyShares(cache_share=0.5, lru=0.8, lfu=0.7, pinned=0.75, best="lru")
+    layers = tuple(LayerRouting(counts=(1,) * entry.num_experts) for entry in manifest.experts)
+    routing = Routing(
+        fingerprint=fingerprint(manifest),
+        text="a text",
+        num_tokens=100,
+        num_replayed_tokens=50,
+        layers=layers,
+        replays=(shares,),
+    )
+    write_routing(pack, routing)
+    hits = read_shape(pack).hits  # type: ignore[union-attr]
+    assert hits.hit_share(0.5) == pytest.approx(0.8)
+    assert hits.hit_share(0.75) == pytest.approx(0.9)
+    assert hits.origin == "calibrated on a text, 50 tokens"
+    write_routing(pack, routing.model_copy(update={"fingerprint": "of other weights"}))
+    assert read_shape(pack).hits == UNIFORM  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "sparse", "naive"])

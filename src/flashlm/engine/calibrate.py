@@ -99,7 +99,7 @@ def calibrate(
     manifest = read_manifest(folder)
     if manifest.experts:
         raise ConfigError(
-            f"{folder} streams experts, which the model's own routers choose: there is nothing to calibrate"
+            f"{folder} streams experts, which the model's own routers choose: `calibrate_experts` is for such packs"
         )
     if preset is not None:
         paper = paper_preset(manifest.model_type)

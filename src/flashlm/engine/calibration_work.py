@@ -52,6 +52,31 @@ MAX_TIGHTENINGS = 3
 Progress = Callable[[int, int, str], None]
 
 
+@contextmanager
+def loaded_model(
+    pack: Path, text: CalibrationText, *, dram: str | int | None, mode: str, aside_bytes: int = 0
+) -> Iterator[PreTrainedModel]:
+    """Load a pack for passes over a text, and close it; logits and `aside_bytes` of the bound are kept free."""
+    dram_bytes = read_memory_limits().default_dram_bytes if dram is None else parse_size_bytes(dram)
+    config = AutoConfig.from_pretrained(pack).get_text_config(decoder=True)
+    aside_bytes += text.pass_tokens * int(config.vocab_size) * 4
+    try:
+        model = load(pack, dram=max(dram_bytes - aside_bytes, 1), mode=mode, context=text.pass_tokens)
+    except BudgetError as error:
+        raise BudgetError(
+            f"{error} (calibrating keeps {format_size(aside_bytes)} of dram={format_size(dram_bytes)} for logits and"
+            " what is recorded)",
+            needed_bytes=error.needed_bytes + aside_bytes,
+            available_bytes=error.available_bytes + aside_bytes,
+        ) from error
+    try:
+        yield model
+    finally:
+        model.flash.close()
+        del model
+        gc.collect()
+
+
 def has_exact_zeros(activation: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     """Return whether an activation is exactly zero wherever it is not positive: ReLU, its square, FATReLU."""
     positive = torch.linspace(0.1, 8.0, 257)
@@ -88,26 +113,11 @@ class CalibrationWork:
     @contextmanager
     def model(self, extra_bytes: int = 0) -> Iterator[PreTrainedModel]:
         """Load the pack for dense passes; `extra_bytes` of the bound are kept for what runs beside it."""
-        dram_bytes = read_memory_limits().default_dram_bytes if self.dram is None else parse_size_bytes(self.dram)
-        tokens = self.text.batch * self.text.window_tokens
-        config = AutoConfig.from_pretrained(self.pack).get_text_config(decoder=True)
-        logits_bytes = tokens * int(config.vocab_size) * 4 + tokens * max(e.num_rows for e in self.manifest.layers) * 8
-        aside_bytes = extra_bytes + logits_bytes
-        try:
-            model = load(self.pack, dram=max(dram_bytes - aside_bytes, 1), mode="hybrid", context=tokens)
-        except BudgetError as error:
-            raise BudgetError(
-                f"{error} (calibrating keeps {format_size(aside_bytes)} of dram={format_size(dram_bytes)} for logits and"
-                " predictors)",
-                needed_bytes=error.needed_bytes + aside_bytes,
-                available_bytes=error.available_bytes + aside_bytes,
-            ) from error
-        try:
+        rows_bytes = self.text.pass_tokens * max(entry.num_rows for entry in self.manifest.layers) * 8
+        with loaded_model(
+            self.pack, self.text, dram=self.dram, mode="hybrid", aside_bytes=extra_bytes + rows_bytes
+        ) as model:
             yield model
-        finally:
-            model.flash.close()
-            del model
-            gc.collect()
 
     @property
     def recorded_bytes(self) -> int:

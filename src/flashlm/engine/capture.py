@@ -70,6 +70,11 @@ class CalibrationText:
         """Windows that go through the model together."""
         return max(MAX_WINDOW_TOKENS // self.window_tokens, 1)
 
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of a pass."""
+        return self.batch * self.window_tokens
+
     def tokens_of(self, part: range) -> range:
         """Return the positions of a part's tokens in what is recorded, which is in the order of `windows`."""
         return range(part.start * self.window_tokens, part.stop * self.window_tokens)
@@ -100,7 +105,7 @@ class CalibrationText:
 
 def _split(count: int) -> tuple[list[int], list[int], list[int]]:
     """Return which of `count` windows are for training, validation and held-out measurement."""
-    num_pieces = count // PIECE_WINDOWS
+    num_pieces = max(count // PIECE_WINDOWS, 1)  # windows of a model with few positions may be odd and few
     train: list[int] = []
     validation: list[int] = []
     held_out: list[int] = []
@@ -226,15 +231,19 @@ def _observe(
 ) -> None:
     """Run a part of the text with an observer in every layer."""
     layers = streamed_layers(model)
-    # Most models can leave out the logits, which nobody looks at here.
-    kept = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     for layer in layers:
         layer.observer = observe
     try:
-        with torch.inference_mode():
-            for batch in _batches(text, part):
-                model(input_ids=text.windows[batch.start : batch.stop], use_cache=False, **kept)
-                on_window(batch.stop - part.start)
+        run_windows(model, text, part, on_window)
     finally:
         for layer in layers:
             layer.observer = None
+
+
+def run_windows(model: PreTrainedModel, text: CalibrationText, part: range, on_window: Callable[[int], None]) -> None:
+    """Run a part of the text through a model, for those who look on; logits are left out where the model can do without."""
+    kept = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    with torch.inference_mode():
+        for batch in _batches(text, part):
+            model(input_ids=text.windows[batch.start : batch.stop], use_cache=False, **kept)
+            on_window(batch.stop - part.start)

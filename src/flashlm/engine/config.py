@@ -13,6 +13,7 @@ from flashlm.sizes import parse_size_bytes
 
 Mode = Literal["auto", "naive", "hybrid", "sparse", "experts"]
 ResolvedMode = Literal["naive", "hybrid", "sparse", "experts"]
+ExpertPolicyChoice = Literal["auto", "lru", "lfu", "pinned"]
 ENV_DRAM, ENV_MODE, ENV_CONTEXT = "FLASHLM_DRAM", "FLASHLM_MODE", "FLASHLM_CONTEXT"
 
 
@@ -28,6 +29,9 @@ class Settings:
         context: Tokens that the KV cache may hold, over all sequences; None means `DEFAULT_CONTEXT`.
         pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound. In mode
             `experts`: hold no more experts than fit this, or the floor.
+        expert_policy: What the cache of mode `experts` keeps: what was used last (`lru`), used most of late (`lfu`), or
+            `lru` beside the experts that a calibration saw most (`pinned`); `auto`: what the calibration found best for the
+            cache's size, `lru` without one. No choice changes a bit of the output.
         max_gap: Rows between two missing ones that are read through (mode `sparse`); this and what follows, None: as the
             planner says, from the device's profile; without one, defaults.
         staging_bytes: How far blocks are read ahead.
@@ -38,6 +42,7 @@ class Settings:
     mode: Mode = "auto"
     context: int | None = None
     pin_bytes: int | None = None
+    expert_policy: ExpertPolicyChoice = "auto"
     max_gap: int | None = None
     staging_bytes: int | None = None
     piece_bytes: int | None = None
@@ -47,6 +52,9 @@ class Settings:
         """Refuse values out of range."""
         if self.mode not in get_args(Mode):
             raise ConfigError(f"mode={self.mode!r} is unknown: choose one of {', '.join(get_args(Mode))}")
+        if self.expert_policy not in get_args(ExpertPolicyChoice):
+            known = ", ".join(get_args(ExpertPolicyChoice))
+            raise ConfigError(f"expert_policy={self.expert_policy!r} is unknown: choose one of {known}")
         if self.dram_bytes is not None and self.dram_bytes <= 0:
             raise ConfigError(f"dram must be above zero, got {self.dram_bytes}")
         if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
@@ -66,6 +74,7 @@ def make_settings(
     context: int | str | None = None,
     pin: str | int | None = None,
     plan: str | Path | None = None,
+    expert_policy: str | None = None,
 ) -> Settings:
     """Return settings from arguments; what is None comes from `plan`, then from `FLASHLM_DRAM`, `_MODE` and `_CONTEXT`.
 
@@ -90,4 +99,11 @@ def make_settings(
         context = int(context)
     dram_bytes = None if dram is None else parse_size_bytes(dram)
     pin_bytes = pin if pin is None or pin == 0 else parse_size_bytes(pin)
-    return Settings(dram_bytes=dram_bytes, mode=mode, context=context, pin_bytes=pin_bytes, **planned_settings)  # type: ignore[arg-type]  # checked there
+    return Settings(
+        dram_bytes=dram_bytes,
+        mode=mode,  # type: ignore[arg-type]  # checked there
+        context=context,
+        pin_bytes=pin_bytes,
+        expert_policy="auto" if expert_policy is None else expert_policy,  # type: ignore[arg-type]  # checked there
+        **planned_settings,
+    )

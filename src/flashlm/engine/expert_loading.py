@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,9 +16,11 @@ from flashlm.engine.gemm import BlockGemm
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_budget import is_close_to_floor, place_experts
+from flashlm.memory.expert_policy import CachePolicy, make_policy
 from flashlm.pack.experts import OUT_WEIGHT_NAME, in_weight_name
 from flashlm.pack.manifest import Manifest
 from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
+from flashlm.sparsity.routing import Routing, read_routing
 from flashlm.storage.reader import File, Reader
 
 if TYPE_CHECKING:
@@ -27,15 +30,49 @@ logger = logging.getLogger(__name__)
 
 
 def check_mode(manifest: Manifest, settings: Settings) -> None:
-    """Refuse a mode that does not go with what the pack streams.
+    """Refuse a mode or an expert policy that does not go with what the pack streams.
 
     Raises:
-        ConfigError: Mode `experts` for a pack without, or another one than it for a pack with experts.
+        ConfigError: Mode `experts` or a policy for a pack without, or another mode than it for a pack with experts.
     """
     if manifest.experts and settings.mode not in ("auto", "experts"):
         raise ConfigError(f"mode={settings.mode!r}: this pack streams experts; leave mode out, or choose experts")
     if not manifest.experts and settings.mode == "experts":
         raise ConfigError("mode='experts': this pack has no experts; leave mode out")
+    if not manifest.experts and settings.expert_policy != "auto":
+        raise ConfigError(f"expert_policy={settings.expert_policy!r}: this pack has no experts; leave it out")
+
+
+def choose_policy(pack: Path, manifest: Manifest, settings: Settings, placement: Placement) -> CachePolicy:
+    """Return how the expert cache is run: as asked, or as the pack's routing calibration found best for its size.
+
+    Raises:
+        ConfigError: `pinned` is asked for, and the pack has no routing calibration.
+        PackError: `pinned` is asked for, and the calibration is damaged or of other weights.
+    """
+    assert placement.experts is not None
+    name = settings.expert_policy
+    routing = _find_routing(pack, manifest, must_exist=name == "pinned")
+    if name == "auto":
+        share = sum(placement.experts) / sum(entry.num_experts for entry in manifest.experts)
+        name = "lru" if routing is None else routing.best_policy(share)
+    counts = None if routing is None else routing.counts
+    return make_policy(name, placement.experts, [entry.num_active for entry in manifest.experts], counts)
+
+
+def _find_routing(pack: Path, manifest: Manifest, *, must_exist: bool) -> Routing | None:
+    try:
+        routing = read_routing(pack, manifest)
+    except PackError as error:
+        if must_exist:
+            raise
+        logger.warning("the expert cache does without this pack's routing calibration: %s", error)
+        return None
+    if routing is None and must_exist:
+        raise ConfigError(
+            f"{pack} has no routing calibration, which expert policy pinned needs: run `flashlm calibrate {pack}` first"
+        )
+    return routing
 
 
 def place_model(
@@ -87,6 +124,7 @@ def connect_experts(
     reader: Reader,
     files: list[File],
     placement: Placement,
+    policy: CachePolicy,
     gemm: BlockGemm,
     counters: Counters,
 ) -> ExpertStore:
@@ -96,7 +134,7 @@ def connect_experts(
         StorageError: An expert can't be read.
     """
     layouts = [manifest.experts_layout(index) for index in range(len(manifest.experts))]
-    store = ExpertStore(reader, files, layouts, placement, counters=counters)
+    store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters)
     store.warm()
     for index, entry in enumerate(manifest.experts):
         module = model.get_submodule(entry.module)

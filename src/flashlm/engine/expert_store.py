@@ -18,7 +18,8 @@ from typing import Any
 from flashlm.engine.counters import Counters
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
-from flashlm.memory.expert_cache import ExpertCache, ExpertStep, PolicyName
+from flashlm.memory.expert_cache import ExpertCache, ExpertStep
+from flashlm.memory.expert_policy import CachePolicy
 from flashlm.pack.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
 
@@ -50,8 +51,7 @@ class ExpertStore:
         files: One open file per layer of experts.
         layouts: Their geometry: block e is expert e.
         placement: Slots of each layer, and spare ones.
-        policy: What goes when room is needed.
-        pinned: For each layer the experts that never go once they are there; None: none.
+        policy: What goes when room is needed, what never goes, and what is there in the beginning.
         counters: Where traffic and time are added up.
 
     Attributes:
@@ -65,15 +65,16 @@ class ExpertStore:
         layouts: Sequence[LayerLayout],
         placement: Placement,
         *,
-        policy: PolicyName = "lru",
-        pinned: Sequence[Sequence[int]] | None = None,
+        policy: CachePolicy,
         counters: Counters | None = None,
     ) -> None:
         assert placement.experts is not None
         self.counters = counters or Counters()
         self.traffic = [LayerTraffic() for _ in layouts]
         self.policy = policy
-        self.cache = ExpertCache(placement.experts, num_spare=placement.num_slots, policy=policy, pinned=pinned)
+        self.cache = ExpertCache(
+            placement.experts, num_spare=placement.num_slots, policy=policy.eviction, pinned=policy.pinned
+        )
         self._capacities = placement.experts
         self._reader = reader
         self._files = files
@@ -85,7 +86,8 @@ class ExpertStore:
     def describe(self) -> dict[str, Any]:
         """Return policy, slots and traffic of each layer, as JSON-ready values."""
         return {
-            "policy": self.policy,
+            "policy": self.policy.name,
+            "num_pinned": [len(experts) for experts in self.policy.pinned],
             "slot_bytes": self._slot_bytes,
             "slots": list(self._capacities),
             "num_experts": [layout.num_blocks for layout in self._layouts],
@@ -206,15 +208,14 @@ class ExpertStore:
         running.step.abandon()
 
     def warm(self) -> None:
-        """Fill every layer's slots with its first experts, sequentially.
+        """Fill every layer's slots with the experts that the policy names, in the order of the file.
 
         Raises:
             StorageError: An expert can't be read.
         """
         batch: list[ReadRequest] = []
-        for layer, capacity in enumerate(self._capacities):
-            experts = range(min(capacity, self._layouts[layer].num_blocks))
-            step = self.cache.begin(layer, experts, experts)
+        for layer, experts in enumerate(self.policy.warm):
+            step = self.cache.begin(layer, sorted(experts), experts)
             for expert in step.misses:
                 slot = step.take(expert)
                 assert slot is not None

@@ -11,9 +11,10 @@ The order of summation depends on nothing that the cache does:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -31,6 +32,16 @@ MAX_KERNEL_TOKENS = kernels.MAX_TOKENS
 WHOLE_VECTORS = 64  # elements that torch's vector loops take at once, at most
 
 
+class ExpertObserver(Protocol):
+    """Looks on while experts run: for calibration."""
+
+    def routed(self, layer: int, index: torch.Tensor) -> None:
+        """Take the choices of a pass: (num_tokens, experts per token), integers, as the router ranked them."""
+
+    def activated(self, layer: int, activations: torch.Tensor) -> None:
+        """Take one expert's inner activations, fp32 (its tokens, rows), some rows at a time; they are not to be changed."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BoundExperts:
     """What an experts module runs on; its attribute `flash_experts`.
@@ -40,12 +51,14 @@ class BoundExperts:
         layout: Geometry of its experts: block e is expert e.
         store: Gives experts.
         gemm: Products for many tokens.
+        observer: Looks on; None in normal use.
     """
 
     layer: int
     layout: LayerLayout
     store: ExpertStore
     gemm: BlockGemm
+    observer: ExpertObserver | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,8 @@ def flash_experts_forward(
         raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
     tokens = hidden_states.detach().reshape(-1, bound.layout.hidden_size).to(torch.float32).contiguous()
     routing = _route(top_k_index, top_k_weights, len(tokens), bound.layout.num_blocks)
+    if bound.observer is not None:
+        bound.observer.routed(bound.layer, top_k_index.reshape(len(tokens), -1))
     output = torch.zeros(tokens.shape)
     is_small = len(tokens) <= MAX_KERNEL_TOKENS
     shares: dict[int, torch.Tensor] = {}
@@ -142,7 +157,7 @@ def _run_expert(
         parts = [torch.empty(len(tokens), layout.block_rows) for _ in range(layout.num_parts - 1)]
         for number, part in enumerate(parts):
             kernels.project(tokens, rows, number, part, biases.inner[number] if biases.inner else None)
-        kernels.accumulate(_activate(module, parts), rows, output)
+        kernels.accumulate(_activate(module, bound, parts), rows, output)
     else:
         prepared = bound.gemm.prepare(tokens)
         step = rows_per_product(layout)
@@ -155,7 +170,7 @@ def _run_expert(
                 bound.gemm.project(prepared, part, biases.inner[number][span] if biases.inner else None)
                 for number, part in enumerate(inner)
             ]
-            bound.gemm.accumulate(_activate(module, parts), down, output)
+            bound.gemm.accumulate(_activate(module, bound, parts), down, output)
     return _finish(module, output, [] if biases.outer is None else [biases.outer])
 
 
@@ -173,11 +188,11 @@ def _run_together(
     for number, part in enumerate(parts):
         kernels.project_blocks(token, blocks, number, part, [each.inner[number] for each in biases if each.inner])
     output = torch.zeros(len(group), layout.hidden_size)
-    kernels.accumulate_blocks(_activate_together(module, parts), blocks, output)
+    kernels.accumulate_blocks(_activate_together(module, bound, parts), blocks, output)
     return _finish(module, output, [each.outer for each in biases if each.outer is not None])
 
 
-def _activate_together(module: Any, parts: list[torch.Tensor]) -> torch.Tensor:
+def _activate_together(module: Any, bound: BoundExperts, parts: list[torch.Tensor]) -> torch.Tensor:
     """Return `_activate` of several experts' parts, with the same bits.
 
     torch computes what its vector loops leave over in another way, so that an element's bits depend on where it lies:
@@ -185,9 +200,9 @@ def _activate_together(module: Any, parts: list[torch.Tensor]) -> torch.Tensor:
     """
     if parts[0].shape[1] % WHOLE_VECTORS:
         rows = range(len(parts[0]))
-        return torch.cat([_activate(module, [part[row : row + 1] for part in parts]) for row in rows])
+        return torch.cat([_activate(module, bound, [part[row : row + 1] for part in parts]) for row in rows])
     with kernels.one_torch_thread():
-        return _activate(module, parts)
+        return _activate(module, bound, parts)
 
 
 def _finish(module: nn.Module, output: torch.Tensor, biases: list[torch.Tensor]) -> torch.Tensor:
@@ -224,15 +239,34 @@ def _biases(module: Any, expert: int) -> _Biases:
     return _Biases([gate.contiguous(), up.contiguous()], outer)
 
 
-def _activate(module: Any, parts: list[torch.Tensor]) -> torch.Tensor:
+def _activate(module: Any, bound: BoundExperts, parts: list[torch.Tensor]) -> torch.Tensor:
     """Return the hidden activations, fp32 (num_tokens, rows), of gate and up, or of up alone, by the module's own way."""
-    if not module.has_gate:
-        activated: torch.Tensor = module.act_fn(parts[0])
-        return activated
-    gate, up = parts
-    joined = torch.cat([gate, up], dim=1) if module.is_concatenated else torch.stack([gate, up], dim=2).flatten(1)
-    gated: torch.Tensor = module._apply_gate(joined)
-    return gated.contiguous()
+    activated: torch.Tensor
+    if module.has_gate:
+        gate, up = parts
+        joined = torch.cat([gate, up], dim=1) if module.is_concatenated else torch.stack([gate, up], dim=2).flatten(1)
+        activated = module._apply_gate(joined).contiguous()
+    else:
+        activated = module.act_fn(parts[0])
+    if bound.observer is not None:
+        bound.observer.activated(bound.layer, activated)
+    return activated
+
+
+@contextmanager
+def observed(model: nn.Module, observer: ExpertObserver) -> Iterator[None]:
+    """Let `observer` look on in every layer of experts of a loaded pack, for the while."""
+    modules: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "flash_experts", None), BoundExperts)
+    ]
+    before = [module.flash_experts for module in modules]
+    try:
+        for module in modules:
+            module.flash_experts = replace(module.flash_experts, observer=observer)
+        yield
+    finally:
+        for module, bound in zip(modules, before, strict=True):
+            module.flash_experts = bound
 
 
 def register() -> None:

@@ -73,6 +73,7 @@ def generate(
     context: int | None = None,
     pin: str | int | None = None,
     plan: str | Path | None = None,
+    expert_policy: str | None = None,
     sampling: Sampling | None = None,
     is_chat: bool = False,
     on_loaded: Callable[[FlashModel], None] | None = None,
@@ -83,7 +84,7 @@ def generate(
     Args:
         pack: Folder made by `flashlm convert`.
         prompt: The text to continue.
-        dram, mode, context, pin, plan: As in `load`; context defaults to just what this run needs.
+        dram, mode, context, pin, plan, expert_policy: As in `load`; context defaults to just what this run needs.
         sampling: How tokens are chosen.
         is_chat: Wrap the prompt in the pack's chat template, as the user's turn.
         on_loaded: Called once the model is ready.
@@ -96,7 +97,7 @@ def generate(
     import torch
 
     sampling = sampling or Sampling()
-    settings = make_settings(dram, mode, context, plan=plan)
+    settings = make_settings(dram, mode, context, plan=plan, expert_policy=expert_policy)
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("the prompt is not UTF-8 text")
     tokenizer = read_tokenizer(pack)
@@ -109,7 +110,15 @@ def generate(
             f"the prompt has {num_prompt_tokens} tokens and {sampling.max_new_tokens} more are wanted,"
             f" but context is {settings.context}: raise --context to {wanted} or more, or ask for fewer tokens"
         )
-    model = load(pack, dram=dram, mode=mode, context=settings.context or wanted, pin=pin, plan=plan)
+    model = load(
+        pack,
+        dram=dram,
+        mode=mode,
+        context=settings.context or wanted,
+        pin=pin,
+        plan=plan,
+        expert_policy=expert_policy,
+    )
     if on_loaded is not None:
         on_loaded(model.flash)
     if sampling.seed is not None:

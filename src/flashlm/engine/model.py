@@ -18,6 +18,7 @@ from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
 from flashlm.engine.expert_loading import (
     check_mode,
+    choose_policy,
     connect_experts,
     place_model,
     take_out_experts,
@@ -32,6 +33,7 @@ from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import BudgetError, ConfigError, PackError
 from flashlm.memory.budget import Placement, place, place_sparse
+from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.files import check_files, check_resident_file
 from flashlm.pack.layout import LayerLayout
@@ -71,6 +73,7 @@ class FlashModel:
         resident_load: What reading the resident part took (after loading).
         max_gap: Rows between two missing ones that are read through (mode `sparse`).
         sparse: The neuron cache and its reads (mode `sparse`, after loading).
+        expert_policy: How the expert cache is run (mode `experts`).
         experts: The expert cache and its reads (mode `experts`, after loading).
     """
 
@@ -85,6 +88,7 @@ class FlashModel:
     resident_load: ResidentLoad | None = None
     max_gap: int = 0
     sparse: SparseRows | None = None
+    expert_policy: CachePolicy | None = None
     experts: ExpertStore | None = None
     _stream: BlockStream | None = None
     _threads: threading.local = field(default_factory=threading.local)  # torch's setting is one of each thread
@@ -158,13 +162,22 @@ class FlashModel:
     ) -> FlashModel:
         dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
         placement = place_model(model, manifest, settings, dram_bytes, context)
+        policy = choose_policy(pack, manifest, settings, placement)
         check_files(pack, manifest)
         take_out_experts(model, manifest)
         reader = Reader(
             queue_depth=settings.queue_depth or EXPERT_READS.queue_depth,
             piece_bytes=settings.piece_bytes or EXPERT_READS.piece_bytes,
         )
-        flash = cls(pack=pack, manifest=manifest, mode="experts", context=context, placement=placement, reader=reader)
+        flash = cls(
+            pack=pack,
+            manifest=manifest,
+            mode="experts",
+            context=context,
+            placement=placement,
+            reader=reader,
+            expert_policy=policy,
+        )
         logger.info("%s", flash.describe())
         return flash
 
@@ -180,8 +193,10 @@ class FlashModel:
         counters = Counters()
         self.telemetry = Telemetry(counters)
         gemm = BlockGemm(manifest.dtype)
-        if manifest.experts:
-            self.experts = connect_experts(model, manifest, self.reader, files, self.placement, gemm, counters)
+        if self.expert_policy is not None:
+            self.experts = connect_experts(
+                model, manifest, self.reader, files, self.placement, self.expert_policy, gemm, counters
+            )
         else:
             self._bind_layers(model, files, gemm, counters)
         model.requires_grad_(False)
@@ -258,7 +273,7 @@ class FlashModel:
             num_experts = sum(entry.num_experts for entry in self.manifest.experts)
             streamed = (
                 f"expert cache {format_size(placement.cache_bytes)}: {sum(placement.experts)} of {num_experts}"
-                f" experts of {format_size(placement.slot_bytes)}"
+                f" experts of {format_size(placement.slot_bytes)}{self._describe_policy()}"
             )
         return (
             f"mode {self.mode} ({self.exactness.split(':')[0]}), dram {format_size(placement.dram_bytes)}:"
@@ -266,6 +281,13 @@ class FlashModel:
             f" {streamed}, staging {format_size(placement.staging_bytes)},"
             f" context {self.context} tokens; reader: {self.reader.describe()}"
         )
+
+    def _describe_policy(self) -> str:
+        policy = self.expert_policy
+        if policy is None or self.placement.num_slots == 0:  # all are held
+            return ""
+        num_pinned = sum(len(experts) for experts in policy.pinned)
+        return f", {policy.name}" + (f" ({num_pinned} for good)" if num_pinned else "")
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         num_sequences, num_tokens = _input_shape(args, kwargs)
@@ -368,6 +390,7 @@ def load(
     context: int | None = None,
     pin: str | int | None = None,
     plan: str | Path | None = None,
+    expert_policy: str | None = None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
     """Load a pack as a transformers model whose feed-forward layers stream from flash.
@@ -381,6 +404,8 @@ def load(
         context: Tokens that the KV cache may hold, over all sequences; None means 2048.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None comes from it.
+        expert_policy: What the cache of a pack of experts keeps: "lru", "lfu", "pinned" (needs a calibration), or "auto",
+            what a calibration found best for the cache's size; without one lru. The output is the same with each.
         **from_pretrained: Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -396,7 +421,7 @@ def load(
 
     from flashlm.engine.quantizer import FlashConfig
 
-    asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin, plan=plan)
+    asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin, plan=plan, expert_policy=expert_policy)
     check_resident_file(Path(pack), read_manifest(Path(pack)))
     trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
     config = read_config(Path(pack), **trust)

@@ -30,6 +30,7 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         context: Tokens that the KV cache may hold, over all sequences.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None here comes from it.
+        expert_policy: What the expert cache of a pack of experts keeps: "auto", "lru", "lfu" or "pinned".
         format_version: Version of the pack's format, as its config.json states it.
 
     Raises:
@@ -43,13 +44,14 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         context: int | None = None,
         pin: str | int | None = None,
         plan: str | Path | None = None,
+        expert_policy: str | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
         if unknown:
             raise ConfigError(
-                f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode, context, pin and plan"
+                f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode, context, pin, plan and expert_policy"
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
@@ -58,15 +60,17 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.context = context
         self.pin = pin
         self.plan = plan
+        self.expert_policy = expert_policy
         self.settings()
 
     def settings(self) -> Settings:
         """Return the validated settings, environment variables included."""
-        return make_settings(self.dram, self.mode, self.context, self.pin, self.plan)
+        return make_settings(self.dram, self.mode, self.context, self.pin, self.plan, self.expert_policy)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what `from_pretrained(quantization_config=...)` may change about a pack."""
-        return {"dram": self.dram, "mode": self.mode, "context": self.context, "pin": self.pin, "plan": self.plan}
+        names = ("dram", "mode", "context", "pin", "plan", "expert_policy")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what belongs in a config.json: nothing that depends on the machine."""

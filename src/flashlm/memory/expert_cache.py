@@ -10,6 +10,7 @@ Policies: `lru` evicts what was not used for longest; `lfu` what was used least,
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, Protocol, get_args
 
@@ -217,13 +218,30 @@ def replay(
     capacities: Sequence[int],
     policy: PolicyName,
     pinned: Sequence[Iterable[int]] | None = None,
+    *,
+    warm: Sequence[Sequence[int]] | None = None,
+    num_spare: int = 1,
 ) -> Iterator[tuple[int, int]]:
-    """Yield hits and misses of each (layer, experts) of a routing trace: to choose a policy without running a model."""
-    cache = ExpertCache(capacities, num_spare=1, policy=policy, pinned=pinned)
+    """Yield hits and misses of each step of a routing trace, as the engine would have them, without running a model.
+
+    Args:
+        trace: (layer, experts that a pass of it needs, in the order of their use).
+        capacities, policy, pinned, num_spare: As in `ExpertCache`.
+        warm: For each layer what the cache holds before, no more than its capacity, what matters most at the end.
+    """
+    cache = ExpertCache(capacities, num_spare=num_spare, policy=policy, pinned=pinned)
+    for layer, experts in enumerate(warm or ()):
+        _run(cache.begin(layer, sorted(experts), experts))
     for layer, experts in trace:
-        step = cache.begin(layer, experts, experts)
-        for expert in experts:
-            if expert in step.misses:
-                step.take(expert)
-            step.done(expert)
+        step = cache.begin(layer, sorted(experts), experts)
+        _run(step)
         yield len(step.hits), len(step.misses)
+
+
+def _run(step: ExpertStep) -> None:
+    """Go through a step in the engine's order: all reads that have room are begun, then experts are done one by one."""
+    pending = deque(step.misses)
+    for expert in [*step.hits, *step.misses]:
+        while pending and step.take(pending[0]) is not None:
+            pending.popleft()
+        step.done(expert)

@@ -23,8 +23,14 @@ CUSTOM_GATE = "custom"  # the activation of experts that do more than act(gate) 
 FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
 RESIDENT_NAME = "model.safetensors"
-# What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.document` describes it.
-CALIBRATION_NAMES = ("sparsity.json", "sparsity.safetensors", "profile.safetensors", "calibration.partial")
+# What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.document` and `.routing` describe it.
+CALIBRATION_NAMES = (
+    "sparsity.json",
+    "sparsity.safetensors",
+    "profile.safetensors",
+    "calibration.partial",
+    "routing.json",
+)
 
 MAX_LAYERS = 10_000
 MAX_DIMENSION = 1 << 24

@@ -21,8 +21,9 @@ from flashlm.pack.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
 from flashlm.pack.source import canonical_dtype
 from flashlm.planner.expert_needs import expert_uses
-from flashlm.planner.expert_shape import ExpertShape, resident_bytes, uses_of_layers
+from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, resident_bytes, uses_of_layers
 from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
+from flashlm.sparsity.routing import read_routing
 
 CONFIG_NAME = "config.json"
 RELU_NAMES = ("relu", "relu2", "fatrelu")  # activations with exact zeros
@@ -178,6 +179,20 @@ def _expert_shape(name: str, model: PreTrainedModel, layers: tuple[ExpertLayer, 
     )
 
 
+def _pack_hits(pack: Path, manifest: Manifest) -> HitCurve:
+    """Return how often the expert cache has an expert, as the pack's routing calibration found; else as assumed."""
+    try:
+        routing = read_routing(pack, manifest)
+    except PackError:
+        return UNIFORM
+    if routing is None or not routing.replays:
+        return UNIFORM
+    return HitCurve(
+        points=tuple((each.cache_share, each.shares[each.best]) for each in routing.replays),
+        origin=f"calibrated on {routing.text}, {routing.num_replayed_tokens} tokens",
+    )
+
+
 def _expert_pack_shape(pack: Path, model: PreTrainedModel, manifest: Manifest) -> ExpertShape:
     matrices = _matrices(model, set())
     return ExpertShape(
@@ -190,6 +205,7 @@ def _expert_pack_shape(pack: Path, model: PreTrainedModel, manifest: Manifest) -
         num_matrices=len(matrices),
         num_layers=int(model.config.get_text_config(decoder=True).num_hidden_layers),
         is_pack=True,
+        hits=_pack_hits(pack, manifest),
     )
 
 

@@ -169,7 +169,7 @@ class Sparsity(_Strict):
 def fingerprint(manifest: Manifest) -> str:
     """Return what identifies the weights of a pack, their order included: a digest of all its checksums."""
     digest = xxhash.xxh3_64()
-    for layer in manifest.layers:
+    for layer, _ in manifest.files:
         for checksum in layer.checksums:
             digest.update(checksum.encode())
     for checksum in manifest.resident.checksums:

@@ -42,8 +42,8 @@ class LayerFigures(Protocol):
     def predictor(self) -> _Entry: ...  # noqa: D102
 
 
-def check_matplotlib() -> None:
-    """Refuse where matplotlib is missing.
+def check_matplotlib(option: str = "--plots") -> None:
+    """Refuse where matplotlib is missing; `option` is what asked for it.
 
     Raises:
         ConfigError: It names the extra.
@@ -51,7 +51,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError(f"plots need matplotlib: pip install 'flashlm[{EXTRA}]', or leave --plots out") from None
+        raise ConfigError(f"plots need matplotlib: pip install 'flashlm[{EXTRA}]', or leave {option} out") from None
 
 
 def write_plots(folder: Path, layers: Sequence[LayerFigures], *, title: str) -> list[Path]:
