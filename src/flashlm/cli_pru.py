@@ -1,4 +1,4 @@
-"""`flashlm pru`: training and evaluation of the recurrent language model."""
+"""`flashlm pru`: training, evaluation and export of the recurrent language model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from flashlm import console
 
 app = typer.Typer(
-    help="Train and evaluate Pyramidal Recurrent Unit language models.",
+    help="Train, evaluate and export Pyramidal Recurrent Unit language models.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -151,6 +151,27 @@ def evaluate(
         return
     learnt = {f"dynamic_{name}": value for name, value in report.pop("dynamic", {}).items() if name != "grid"}
     _print(report | learnt, False, title=str(model))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder of a run, or of a saved model.", show_default=False)],
+    onnx: Annotated[Path, typer.Option(help="File to write; one that is there is replaced.", show_default=False)],
+    stateless: Annotated[
+        bool, typer.Option("--stateless", help="Begin every call at zeros instead of taking the state as input.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model as an ONNX file: token ids and state in, logits and state out.
+
+    The recurrent matrices become dense, so the file is larger than the model. Needs the package onnx.
+    """
+    from flashlm.pru.onnx_export import export_onnx
+    from flashlm.pru.training.saved import load_model
+
+    export_onnx(load_model(model), onnx, has_state=not stateless)
+    result = {"file": str(onnx), "bytes": onnx.stat().st_size, "has_state_inputs": not stateless}
+    _print(result, as_json, title=str(model))
 
 
 def _print(result: dict[str, Any], as_json: bool, title: str) -> None:

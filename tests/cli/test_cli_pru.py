@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,22 @@ def test_a_wrong_setting_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert not (text / "run").exists()
+
+
+@pytest.mark.skipif(find_spec("onnx") is None, reason="onnx is not installed")
+def test_a_run_is_exported(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnx
+
+    assert train(text, "--epochs", 1) == 0
+    capsys.readouterr()
+    assert run("pru", "export", text / "run", "--onnx", text / "model.onnx", "--json") == 0
+    assert printed(capsys)["bytes"] == (text / "model.onnx").stat().st_size
+    taken = [value.name for value in onnx.load(text / "model.onnx").graph.input]
+    assert taken == ["input_ids", *(f"past.{layer}.{part}" for layer in range(3) for part in "hc")]
+    assert run("pru", "export", text / "run", "--onnx", text / "model.onnx", "--stateless") == 0
+    assert [value.name for value in onnx.load(text / "model.onnx").graph.input] == ["input_ids"]
+    assert run("pru", "export", text / "run", "--onnx", text / "nowhere" / "model.onnx") == 2
+    assert "can't be written" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_refused(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

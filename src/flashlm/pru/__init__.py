@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from flashlm.pru.grouped import GroupedLinear
     from flashlm.pru.language_model import PRUForCausalLM
     from flashlm.pru.module import PRU
+    from flashlm.pru.onnx_export import export_onnx
     from flashlm.pru.pyramid import PyramidalTransform
 
-__all__ = ["PRU", "GroupedLinear", "PRUCell", "PRUConfig", "PRUForCausalLM", "PyramidalTransform"]
+__all__ = ["PRU", "GroupedLinear", "PRUCell", "PRUConfig", "PRUForCausalLM", "PyramidalTransform", "export_onnx"]
 
 _LAZY = {
     "PRU": "flashlm.pru.module",
@@ -25,6 +26,7 @@ _LAZY = {
     "PRUForCausalLM": "flashlm.pru.language_model",
     "PRUCell": "flashlm.pru.cell",
     "PyramidalTransform": "flashlm.pru.pyramid",
+    "export_onnx": "flashlm.pru.onnx_export",
 }
 
 
