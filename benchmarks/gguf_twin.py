@@ -19,7 +19,7 @@ from random_weights import RandomPool, as_bytes, embedding_scale
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-STAND_INS = {"opt": "gpt2", "llama": "llama", "olmoe": "olmoe"}
+STAND_INS = {"opt": "gpt2", "llama": "llama", "olmoe": "olmoe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
 GGUF_TYPES = {torch.float16: gguf.GGMLQuantizationType.F16, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
 FILE_TYPES = {torch.float16: gguf.LlamaFileType.MOSTLY_F16, torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}
 
@@ -72,7 +72,49 @@ def _olmoe_shapes(config: PretrainedConfig) -> Shapes:
     return shapes
 
 
-SHAPES_OF = {"gpt2": _gpt2_shapes, "llama": _llama_shapes, "olmoe": _olmoe_shapes}
+def _grouped_attention(config: PretrainedConfig) -> Shapes:
+    d, d_head = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * d_head, config.num_key_value_heads * d_head
+    return {"attn_q.weight": (q, d), "attn_k.weight": (kv, d), "attn_v.weight": (kv, d), "attn_output.weight": (d, q)}
+
+
+def _with_embeddings(config: PretrainedConfig, layer: Shapes) -> Shapes:
+    table = (config.vocab_size, config.hidden_size)
+    shapes: Shapes = {"token_embd.weight": table, "output_norm.weight": table[1:], "output.weight": table}
+    for number in range(config.num_hidden_layers):
+        shapes |= {f"blk.{number}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _qwen3_moe_shapes(config: PretrainedConfig) -> Shapes:
+    d, d_ffn, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
+    layer = _grouped_attention(config) | {"attn_norm.weight": (d,), "ffn_norm.weight": (d,)}
+    layer |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (config.head_dim,))
+    layer |= {"ffn_gate_inp.weight": (experts, d), "ffn_down_exps.weight": (experts, d, d_ffn)}
+    layer |= {"ffn_gate_exps.weight": (experts, d_ffn, d), "ffn_up_exps.weight": (experts, d_ffn, d)}
+    return _with_embeddings(config, layer)
+
+
+def _gpt_oss_shapes(config: PretrainedConfig) -> Shapes:
+    d, d_ffn, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    layer = _grouped_attention(config)
+    layer |= {name.replace("weight", "bias"): shape[:1] for name, shape in layer.items()}
+    layer |= {"attn_norm.weight": (d,), "post_attention_norm.weight": (d,)}
+    layer |= {"attn_sinks.weight": (config.num_attention_heads,)}
+    layer |= {"ffn_gate_inp.weight": (experts, d), "ffn_gate_inp.bias": (experts,)}
+    layer |= {"ffn_down_exps.weight": (experts, d, d_ffn), "ffn_down_exps.bias": (experts, d)}
+    for name in ("ffn_gate_exps", "ffn_up_exps"):
+        layer |= {f"{name}.weight": (experts, d_ffn, d), f"{name}.bias": (experts, d_ffn)}
+    return _with_embeddings(config, layer)
+
+
+SHAPES_OF = {
+    "gpt2": _gpt2_shapes,
+    "llama": _llama_shapes,
+    "olmoe": _olmoe_shapes,
+    "qwen3moe": _qwen3_moe_shapes,
+    "gpt-oss": _gpt_oss_shapes,
+}
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig, dtype: torch.dtype) -> None:
@@ -85,7 +127,20 @@ def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig, dtype: torc
     if config.model_type == "olmoe":
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if config.model_type in ("llama", "olmoe"):
+    if config.model_type in ("qwen3_moe", "gpt_oss"):
+        inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
+        writer.add_expert_count(getattr(config, "num_local_experts", getattr(config, "num_experts", 0)))
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(inner)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        if config.model_type == "gpt_oss":
+            writer.add_sliding_window(config.sliding_window)
+    elif config.model_type in ("llama", "olmoe"):
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -110,6 +165,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     writer.add_unk_token_id(0)
 
 
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and len(shape) > 1  # biases of experts are vectors, side by side
+
+
 def write_gguf(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = torch.float16) -> int:
     """Write the twin of `config` and return its bytes; a file that is there is complete and stays.
 
@@ -125,7 +184,7 @@ def write_gguf(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = tor
     _add_settings(writer, config, dtype)
     _add_tokenizer(writer, config.vocab_size)
     for name, shape in shapes.items():
-        is_matrix = len(shape) > 1
+        is_matrix = _is_matrix(name, shape)
         size = math.prod(shape) * (2 if is_matrix else 4)
         kind = GGUF_TYPES[dtype] if is_matrix else gguf.GGMLQuantizationType.F32
         writer.add_tensor_info(name, shape, np.dtype(np.float16 if is_matrix else np.float32), size, raw_dtype=kind)
@@ -134,7 +193,8 @@ def write_gguf(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = tor
     writer.write_ti_data_to_file()
     for name, shape in shapes.items():
         tensor = pool.tensor(name, shape)
-        writer.write_tensor_data(as_bytes(tensor if len(shape) > 1 else tensor.float()))
+        is_matrix = _is_matrix(name, shape)
+        writer.write_tensor_data(as_bytes(tensor if is_matrix else tensor.float()))
     writer.close()
     partial.rename(path)
     return path.stat().st_size
