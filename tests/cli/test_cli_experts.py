@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from flashlm.pack.manifest import layer_path, manifest_path, read_manifest
 from flashlm.planner.profile import save_profile
 from tests.cli.test_cli import flashlm
 from tests.engine.conftest import save_tokenizer
@@ -75,6 +77,9 @@ def test_eval_takes_the_packs_mode(pack, tmp_path):
         (("generate", "{pack}", "--prompt", "w5", "--dram", "64MiB"), 3, "one token's experts"),
         (("plan", "{pack}", "--mode", "hybrid"), 2, "mixture of experts"),
         (("plan", "{pack}", "--dram", "64MiB"), 3, "one token's experts"),
+        (("calibrate", "{pack}", "--rank", "8", "--seed", "1"), 2, "--rank, --seed: this pack streams experts"),
+        (("generate", "{pack}", "--prompt", "w5", "--plot-experts", "traffic.jpg"), 2, "figures are PNG"),
+        (("generate", "{pack}", "--prompt", "w5", "--expert-policy", "pinned"), 2, "no routing calibration"),
     ],
 )
 def test_what_does_not_go_is_said_in_one_line(arguments, code, message, pack, source):
@@ -96,3 +101,55 @@ def test_plan_foretells_packs_and_configs(pack, source, tmp_path, monkeypatch):
     content = json.loads(flashlm("plan", pack, "--dram", "2GiB", "--json").stdout)
     assert content["routing"].startswith("ASSUMED")
     assert content["budgets"][0]["mode"] == "experts"
+
+
+def test_calibrate_reports_routing_and_info_keeps_it(pack, tmp_path):
+    calibrated = shutil.copytree(pack, tmp_path / "pack")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + index * index % 40}" for index in range(600)))
+    done = flashlm("calibrate", calibrated, "--text", text, "--json")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert [sum(layer["counts"]) for layer in content["layers"]] == [3 * content["num_tokens"]] * 2
+    assert [each["cache_share"] for each in content["replays"]] == [0.375, 0.5, 0.75]
+    table = flashlm("info", calibrated).stdout
+    assert f"text.txt, {content['num_tokens']} tokens" in table
+    assert "found where 75 % fit" in table
+    assert flashlm("verify", calibrated).returncode == 0
+    again = flashlm("calibrate", calibrated, "--text", text).stdout
+    assert "top 1/4" in again
+    assert "most used quarter" in again
+
+
+def test_generate_draws_its_traffic(pack, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "traffic.png"
+    done = flashlm("generate", pack, "--prompt", "w5 w6", "--max-new-tokens", 2, "--plot-experts", path)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["generate", "info", "verify", "calibrate"])
+def test_a_newer_pack_is_refused_in_one_line(command, pack, tmp_path):
+    newer = tmp_path / "pack"
+    manifest_path(newer).parent.mkdir(parents=True)
+    shutil.copy(pack / "config.json", newer)
+    content = manifest_path(pack).read_text().replace('"format_version": 2', '"format_version": 3')
+    manifest_path(newer).write_text(content)
+    done = flashlm(command, newer, *(("--prompt", "w5") if command == "generate" else ()))
+    assert done.returncode == 4
+    assert "has format version 3, this flashlm reads versions 1 and 2: update flashlm" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_verify_finds_a_flipped_bit_which_generate_does_not_look_for(pack, tmp_path):
+    damaged = shutil.copytree(pack, tmp_path / "pack")
+    manifest = read_manifest(damaged)
+    path = layer_path(damaged, manifest.experts[0])
+    raw = bytearray(path.read_bytes())
+    raw[manifest.experts_layout(0).offset_of(6) + 2] ^= 1
+    path.write_bytes(raw)
+    done = flashlm("verify", damaged)
+    assert done.returncode == 4
+    assert "experts-00000.rows: expert 6" in done.stderr
+    assert flashlm("generate", damaged, "--prompt", "w5", "--max-new-tokens", 2).returncode == 0

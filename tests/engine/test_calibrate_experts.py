@@ -12,14 +12,17 @@ import flashlm
 from flashlm.engine.calibrate import calibrate
 from flashlm.engine.calibrate_experts import RoutingRecorder, calibrate_experts, may_have_zeros
 from flashlm.engine.experts import observed
+from flashlm.engine.routing_report import judge_row_reads
 from flashlm.errors import BudgetError, ConfigError, PackError
 from flashlm.memory.expert_budget import NUM_SPARE_SLOTS
 from flashlm.memory.expert_cache import replay
 from flashlm.memory.expert_policy import POLICIES
 from flashlm.pack.manifest import read_manifest
+from flashlm.planner.profile import RowReadPoint, profile_path
 from flashlm.sparsity.routing import read_routing, routing_path
 from tests.engine.conftest import save_tokenizer
 from tests.engine.test_experts import experts_of, prompt
+from tests.planner.profiles import make_profile
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +209,35 @@ def test_figures_are_drawn(calibrated, text, tmp_path):
     calibrate_experts(pack, text, max_tokens=256, plots=tmp_path / "plots")
     for name in ("expert-use.png", "expert-policies.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("random_gb_per_s", "verdict"), [(0.01, "can't win: takes"), (1000.0, "at most")])
+def test_reading_rows_apart_is_judged_by_the_devices_profile(
+    random_gb_per_s, verdict, calibrated, tmp_path, monkeypatch
+):
+    pack, report = calibrated("nemotron_h")
+    monkeypatch.setenv("FLASHLM_CACHE", str(tmp_path))
+    unknown = judge_row_reads(pack, read_manifest(pack), report.routing)
+    assert "this device has no profile" in unknown.verdict()
+    batches = tuple(
+        RowReadPoint(row_bytes=size, num_rows=count, seconds=count * size / random_gb_per_s / 1e9)
+        for size in (4096, 16384)
+        for count in (100, 600)
+    )
+    profile = make_profile().model_copy(update={"row_reads": batches})
+    path = profile_path(pack)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(profile.model_dump_json())
+    judged = judge_row_reads(pack, read_manifest(pack), report.routing)
+    assert judged.verdict().startswith(verdict)
+    assert judged.bound.can_win == (verdict == "at most")
+
+
+def test_another_profile_is_announced_and_left_out(calibrated, tmp_path, monkeypatch, caplog):
+    pack, report = calibrated("nemotron_h")
+    monkeypatch.setenv("FLASHLM_CACHE", str(tmp_path))
+    path = profile_path(pack)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{")
+    assert judge_row_reads(pack, read_manifest(pack), report.routing).bound is None
+    assert "is not judged" in caplog.text

@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import flashlm
 from flashlm.engine import experts as experts_module
 from flashlm.engine.experts import BoundExperts
 from flashlm.errors import BudgetError, ConfigError, PackError, StorageError
-from flashlm.pack.manifest import layer_path, read_manifest
+from flashlm.pack.manifest import RESIDENT_NAME, layer_path, manifest_path, read_manifest
 from tests.models import EXPERT_FAMILIES
 
 NUM_NEW_TOKENS = 32
@@ -211,6 +212,21 @@ def test_a_pack_of_another_model_is_refused(tiny_pack, tmp_path):
     path.write_text(path.read_text().replace("layers.1.mlp.experts", "layers.7.mlp.experts"))
     with pytest.raises(PackError, match="does not have"):
         flashlm.load(pack)
+
+
+def test_a_missing_router_is_refused(tiny_pack, tmp_path):
+    """transformers alone would fill it with random numbers and go on."""
+    pack = shutil.copytree(tiny_pack("mixtral").pack, tmp_path / "pack")
+    path = pack / RESIDENT_NAME
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.gate.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    manifest = read_manifest(pack)
+    resident = manifest.resident.model_copy(update={"num_bytes": path.stat().st_size})
+    manifest_path(pack).write_text(manifest.model_copy(update={"resident": resident}).to_json())
+    with pytest.raises(PackError, match=r"model\.safetensors lacks model\.layers\.1\.mlp\.gate\.weight") as error:
+        flashlm.load(pack)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h"])

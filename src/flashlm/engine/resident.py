@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flashlm.errors import PackError
 from flashlm.pack.checkpoint import TensorEntry, read_header
 from flashlm.pack.layout import BLOCK_ALIGN_BYTES, round_up
 from flashlm.pack.manifest import ResidentEntry
@@ -37,14 +38,15 @@ def load_resident(model: nn.Module, path: Path, entry: ResidentEntry, reader: Re
     Weights that transformers has changed on loading (another name or dtype) are copied one by one.
 
     Raises:
-        PackError: The file's header is damaged.
+        PackError: The file's header is damaged, or a weight of the model is not in the file.
         StorageError: The file is not of the size that the manifest states, or can't be read.
     """
     started_s = time.perf_counter()
+    tensors = read_header(path)
+    _check_complete(model, path, tensors)
     with reader.open(path, expected_bytes=entry.num_bytes) as file:
         memory = _read_whole(reader, file, entry.num_bytes)
     elapsed_s = time.perf_counter() - started_s
-    tensors = read_header(path)
     with torch.no_grad():
         for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
             stored = tensors.get(name)
@@ -53,6 +55,20 @@ def load_resident(model: nn.Module, path: Path, entry: ResidentEntry, reader: Re
             elif not weight.is_meta:
                 weight.data = weight.data.clone()
     return ResidentLoad(num_bytes=entry.num_bytes, elapsed_s=elapsed_s)
+
+
+def _check_complete(model: nn.Module, path: Path, tensors: dict[str, TensorEntry]) -> None:
+    """Refuse where transformers has filled a weight with random numbers for want of one in the file.
+
+    A pack's names are the model's own; a weight that several modules share is there under one of its names.
+    """
+    names_of: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(weight), []).append(name)
+    missing = [names[0] for names in names_of.values() if not any(name in tensors for name in names)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PackError(f"{path} lacks {missing[0]}{more}: convert the model again with this version of transformers")
 
 
 def _read_whole(reader: Reader, file: File, num_bytes: int) -> torch.Tensor:
