@@ -102,18 +102,43 @@ def flash_experts_forward(
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
     tokens = hidden_states.detach().reshape(-1, bound.layout.hidden_size).to(torch.float32).contiguous()
-    routing = _route(top_k_index, top_k_weights, len(tokens), bound.layout.num_blocks)
     if bound.observer is not None:
         bound.observer.routed(bound.layer, top_k_index.reshape(len(tokens), -1))
+    chosen = top_k_index.reshape(-1).tolist() if len(tokens) == 1 else []
+    if chosen and len(set(chosen)) == len(chosen):
+        output = _run_token(module, bound, tokens, chosen, top_k_weights)
+    else:
+        output = _run_tokens(module, bound, tokens, top_k_index, top_k_weights)
+    return output.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+
+def _run_token(
+    module: nn.Module, bound: BoundExperts, token: torch.Tensor, chosen: list[int], weights: torch.Tensor
+) -> torch.Tensor:
+    """Return one token's sum, fp32 (1, hidden_size): experts that are at hand together."""
+    places = {expert: place for place, expert in enumerate(chosen) if 0 <= expert < bound.layout.num_blocks}
+    weights = weights.detach().reshape(-1, 1).to(torch.float32)
+    shares: dict[int, torch.Tensor] = {}
+    with bound.store.experts(bound.layer, sorted(places), list(places), held_first=True) as groups:
+        for group in groups:
+            weighted = _run_together(module, bound, group, token) * weights[[places[expert] for expert, _ in group]]
+            shares.update(zip((expert for expert, _ in group), weighted, strict=True))
+    output = torch.zeros(token.shape)
+    for expert in sorted(shares):
+        output += shares[expert]
+    return output
+
+
+def _run_tokens(
+    module: nn.Module, bound: BoundExperts, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the sums of several tokens, fp32 (num_tokens, hidden_size): one expert after the other."""
+    routing = _route(index, weights, len(tokens), bound.layout.num_blocks)
     output = torch.zeros(tokens.shape)
     is_small = len(tokens) <= MAX_KERNEL_TOKENS
     shares: dict[int, torch.Tensor] = {}
     with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as groups:
         for group in groups:
-            if len(tokens) == 1:
-                together = _run_together(module, bound, group, tokens)
-                shares |= {expert: together[index : index + 1] for index, (expert, _) in enumerate(group)}
-                continue
             for expert, address in group:
                 share = _run_expert(module, bound, expert, address, tokens[routing.tokens[expert]])
                 if is_small:
@@ -121,8 +146,8 @@ def flash_experts_forward(
                 else:  # comes in ascending order
                     output.index_add_(0, routing.tokens[expert], share.mul_(routing.weights[expert]))
     for expert in sorted(shares):
-        output.index_add_(0, routing.tokens[expert], shares[expert] * routing.weights[expert])
-    return output.to(hidden_states.dtype).reshape(hidden_states.shape)
+        output.index_add_(0, routing.tokens[expert], shares[expert].mul_(routing.weights[expert]))
+    return output
 
 
 def _route(index: torch.Tensor, weights: torch.Tensor, num_tokens: int, num_experts: int) -> _Routing:

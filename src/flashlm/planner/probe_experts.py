@@ -37,19 +37,21 @@ class _layer:  # noqa: N801  # a function with its tensors
     def __call__(self) -> torch.Tensor:
         scores = F.softmax(F.linear(self._state, self._router), dim=-1, dtype=torch.float32)
         values, index = torch.topk(scores, NUM_ACTIVE, dim=-1)
-        tokens, output = self._state.to(torch.float32).contiguous(), torch.zeros(1, WIDTH)
-        order = index.reshape(-1).argsort(stable=True)
-        numbers, _ = index.reshape(-1)[order].unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
-        sorted_tokens, sorted_weights = order // NUM_ACTIVE, values.reshape(-1)[order].unsqueeze(1)
-        experts = numbers.tolist()
-        shares: list[torch.Tensor] = []
-        for group in range(self._num_groups):
-            shares += self._products(tokens, experts[group :: self._num_groups])
-        for position, share in enumerate(shares):
-            output.index_add_(0, sorted_tokens[position : position + 1], share * sorted_weights[position])
+        tokens, chosen = self._state.to(torch.float32).contiguous(), index.reshape(-1).tolist()
+        places = {expert: place for place, expert in enumerate(chosen)}
+        weights = values.reshape(-1, 1).to(torch.float32)
+        experts = sorted(places)
+        shares: dict[int, torch.Tensor] = {}
+        for start in range(self._num_groups):
+            group = experts[start :: self._num_groups]
+            weighted = self._products(tokens, group) * weights[[places[expert] for expert in group]]
+            shares.update(zip(group, weighted, strict=True))
+        output = torch.zeros(1, WIDTH)
+        for expert in experts:
+            output += shares[expert]
         return output.to(torch.bfloat16)
 
-    def _products(self, tokens: torch.Tensor, group: list[int]) -> list[torch.Tensor]:
+    def _products(self, tokens: torch.Tensor, group: list[int]) -> torch.Tensor:
         stride_bytes = 2 * 3 * WIDTH
         blocks = [
             kernels.RowBlock(self._weights[expert].data_ptr(), NUM_ROWS, stride_bytes, WIDTH, torch.bfloat16, 3)
@@ -61,4 +63,4 @@ class _layer:  # noqa: N801  # a function with its tensors
         gate, up = torch.cat(parts, dim=1).chunk(2, dim=-1)
         output = torch.zeros(len(group), WIDTH)
         kernels.accumulate_blocks((F.silu(gate) * up).contiguous(), blocks, output)
-        return list(output.unsqueeze(1))
+        return output
