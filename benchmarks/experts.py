@@ -17,13 +17,14 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from expert_state import state_bytes
 from hybrid import HERE, Record, Run, child, clean, convert, forget, is_same, log, make_checkpoint, make_gguf
-from machine import describe_block_device, describe_commit, describe_machine, today
+from machine import block_queue, describe_block_device, describe_commit, describe_machine, today
 from shapes import SHAPES
 
 from flashlm.planner.expert_shape import ExpertShape, HitCurve
@@ -93,6 +94,8 @@ def systems(run: Run) -> dict[str, tuple[Record, int]]:
         # Its OpenMP threads spin where they wait for each other; asleep they leave the core to whoever reads.
         found["llama.cpp"] = (spec, run.cap_bytes)
         found["llama.cpp-asleep"] = (spec | {"omp_wait_policy": "passive"}, run.cap_bytes)
+        for kib in args.read_aheads:  # how much more the kernel reads at a page fault is the device's setting
+            found[f"llama.cpp-ahead-{kib}KiB"] = (spec | {"read_ahead_kib": kib}, run.cap_bytes)
     for budget in sorted({*args.budgets} - {run.cap_bytes}):
         found[f"experts-{format_size(budget).replace(' ', '')}"] = flashlm_system(run, budget, watch=False)
     for skew in args.skews:
@@ -107,9 +110,27 @@ def run_cell(run: Run, clock: Clock, name: str, system: tuple[Record, int]) -> N
     done = run.record(name)
     if done is None or not is_same(done, spec, cap_bytes):
         clock.check()
-    record = child(run, name, spec, cap_bytes=cap_bytes, drop=True)
+    with read_ahead(run.folder, spec.get("read_ahead_kib")):
+        record = child(run, name, spec, cap_bytes=cap_bytes, drop=True)
     tokens = [sample["wall_s"] for sample in record["result"].get("decode", [])]
     log(f"    s/token: {' '.join(f'{wall_s:.3f}' for wall_s in tokens) or 'none'}")
+
+
+@contextmanager
+def read_ahead(folder: Path, kib: int | None) -> Iterator[None]:
+    """Set the read-ahead of the folder's device for the while; None leaves it. Needs root."""
+    if kib is None:
+        yield
+        return
+    queue = block_queue(folder)
+    assert queue is not None
+    setting = queue / "read_ahead_kb"
+    before = setting.read_text()
+    setting.write_text(f"{kib}\n")
+    try:
+        yield
+    finally:
+        setting.write_text(before)
 
 
 def measure_accelerate(run: Run, clock: Clock) -> None:
@@ -361,6 +382,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gguf-dtype", choices=("float16", "bfloat16"), default="float16")
     add("--skews", type=lambda text: [float(each) for each in text.split(",") if each], default=[],
         help="runs at the cap with SIMULATED routing: Zipf exponents of the experts' popularity")  # fmt: skip
+    add("--read-aheads", type=lambda text: [int(each) for each in text.split(",") if each], default=[],
+        help="runs of llama.cpp with these read-aheads of the device, KiB (sets it, and back; root)")  # fmt: skip
     add("--minutes", type=float, help="begin no further cell after so many; the same command goes on there")
     add("--steps", type=lambda text: text.split(","), default=list(STEPS), help=f"which of {','.join(STEPS)}")
     add("--tight-disk", action="store_true", help="remove the checkpoint before the GGUF is written")

@@ -45,15 +45,22 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_block_device(folder: Path) -> dict[str, Any]:
     """Return what the kernel says of the device under `folder`; empty where it is no plain block device."""
+    queue = block_queue(folder)
+    if queue is None:
+        return {}
+    names = ("logical_block_size", "read_ahead_kb", "rotational", "scheduler")
+    facts: dict[str, Any] = {name: (queue / name).read_text().strip() for name in names if (queue / name).exists()}
+    return {"name": queue.parent.name, **facts}
+
+
+def block_queue(folder: Path) -> Path | None:
+    """Return where the kernel keeps the settings of the device under `folder`; None where it is no plain block device."""
     number = folder.stat().st_dev
     link = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
     if not link.exists():
-        return {}
+        return None
     device = link.resolve()
-    queue = device / "queue" if (device / "queue").exists() else device.parent / "queue"
-    names = ("logical_block_size", "read_ahead_kb", "rotational", "scheduler")
-    facts: dict[str, Any] = {name: (queue / name).read_text().strip() for name in names if (queue / name).exists()}
-    return {"name": device.name, **facts}
+    return device / "queue" if (device / "queue").exists() else device.parent / "queue"
 
 
 def machine_counters(folder: Path) -> dict[str, float]:
