@@ -110,10 +110,15 @@ def _expert_rows(experts: dict[str, Any] | None) -> list[tuple[str, str]]:
     if experts is None:
         return []
     layers = zip(experts["slots"], experts["num_experts"], experts["hits"], experts["misses"], strict=True)
+    pinned = f", {sum(experts['num_pinned'])} for good" if any(experts["num_pinned"]) else ""
+    policy = f"{experts['policy']}: {sum(experts['slots'])} of {sum(experts['num_experts'])} fit{pinned}"
     return [
-        (
-            f"experts, layer {index}",
-            f"{hits} held, {misses} read ({hits / max(hits + misses, 1):.0%} held); {slots} of {count} fit",
-        )
-        for index, (slots, count, hits, misses) in enumerate(layers)
+        ("expert cache", policy),
+        *(
+            (
+                f"experts, layer {index}",
+                f"{hits} held, {misses} read ({hits / max(hits + misses, 1):.0%} held); {slots} of {count} fit",
+            )
+            for index, (slots, count, hits, misses) in enumerate(layers)
+        ),
     ]

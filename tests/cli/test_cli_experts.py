@@ -53,6 +53,7 @@ def test_generate_reports_hits_and_misses_of_each_layer(pack, tmp_path):
     table = flashlm(*arguments, "--stats")
     assert table.returncode == 0, table.stderr
     assert "experts, layer 1" in table.stdout
+    assert "lru: 16 of 16 fit" in table.stdout
     assert "mode experts (exact)" in table.stderr
     stats = json.loads(flashlm(*arguments, "--json").stdout)["stats"]
     assert stats["mode"] == "experts"
