@@ -226,16 +226,27 @@ def test_parametrized_weights_are_used_on_every_path() -> None:
     x = torch.randn(2, 3, 8)
     context = pru.cells[0].context_transform
     nn.utils.parametrizations.weight_norm(context, "weight")
-    pru(x)[0].sum().backward()
-    assert context.parametrizations.weight.original0.grad is not None
+    paths = ("grouped", "folded", "native")
+
+    def outputs() -> list[torch.Tensor]:
+        values = []
+        for path in paths:
+            pru.path = path  # type: ignore[assignment]
+            values.append(pru(x)[0])
+        return values
+
+    for path in ("grouped", "folded"):
+        pru.path = path  # type: ignore[assignment]
+        pru.zero_grad()
+        pru(x)[0].sum().backward()
+        assert context.parametrizations.weight.original0.grad is not None
     with torch.no_grad():
-        before, _ = pru(x)
+        before = outputs()
         context.parametrizations.weight.original0.mul_(3)
-        after, _ = pru(x)
-        pru.path = "grouped"
-        expected, _ = pru(x)
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(after, expected, rtol=0, atol=TOLERANCE)
+        after = outputs()
+    for one, other in zip(before, after, strict=True):
+        assert not torch.equal(one, other)
+        torch.testing.assert_close(other, after[0], rtol=0, atol=TOLERANCE)
 
 
 def test_weights_made_in_inference_mode_serve() -> None:
@@ -306,7 +317,7 @@ def test_bf16_autocast_keeps_the_cell_state_in_fp32(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_native_step_takes_16_bit_weights(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    pru = PRU(64, 64, groups=4, init="per_group", dtype=dtype).eval()
+    pru = PRU(64, 64, groups=4, init="per_group", dtype=dtype, path="native").eval()
     x = torch.randn(2, 3, 64, dtype=dtype)
     with torch.no_grad():
         output, _ = pru(x)
@@ -318,7 +329,7 @@ def test_native_step_takes_16_bit_weights(dtype: torch.dtype) -> None:
 
 
 def test_native_step_notices_changed_weights() -> None:
-    pru = PRU(8, 8, groups=2).eval()
+    pru = PRU(8, 8, groups=2, path="native").eval()
     x = torch.randn(1, 1, 8)
     with torch.no_grad():
         before, _ = pru(x)
@@ -328,6 +339,31 @@ def test_native_step_notices_changed_weights() -> None:
         expected, _ = pru(x)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "batch", "steps", "is_training", "expected"),
+    [
+        (128, 4, 20, 70, True, "folded"),
+        (128, 4, 20, 70, False, "folded"),
+        (1400, 4, 20, 70, True, "grouped"),
+        (1400, 1, 20, 70, True, "folded"),
+        (1400, 1, 1, 70, True, "grouped"),
+        (128, 4, 20, 1, True, "grouped"),
+        (128, 4, 1, 1, False, "native"),
+        (1400, 4, 8, 1, False, "native"),
+        (128, 4, 0, 70, True, "grouped"),
+    ],
+)
+def test_auto_takes_the_path_that_was_measured_faster(
+    size: int, groups: int, batch: int, steps: int, is_training: bool, expected: str
+) -> None:
+    pru = PRU(size, size, groups=groups, device="meta").to_empty(device="cpu")
+    with torch.set_grad_enabled(is_training):
+        x = torch.empty(steps, batch, size)
+        assert pru._path(pru.cells[0], x, None) == expected
+        assert pru._path(pru.cells[0], x, torch.ones(steps, batch)) == "grouped"
+        assert pru._path(pru.cells[0], x.double(), None) != "folded"  # not measured
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """`PRU`: the recurrent layer stack with the face of `torch.nn.LSTM`.
 
 Three paths give one result. `grouped` is the written-out time loop on grouped matrices; `folded` builds an LSTM's
-dense matrices differentiably on every call and leaves the loop to torch (cuDNN), at g times the recurrent arithmetic;
-`native` serves inference of a few tokens on the CPU. `auto` chooses by device, batch and length.
+dense matrices differentiably on every call and leaves the loop to torch (oneDNN, cuDNN), at g times the recurrent
+arithmetic; `native` serves inference of a few tokens on the CPU. `auto` chooses by device, sizes, batch and length.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from flashlm.pru.recurrence import run_grouped
 from flashlm.pru.shapes import Init, Split, Subsampling, check_choice, check_positive
 
 Path = Literal["auto", "grouped", "folded", "native"]
+# dense weights that a step of torch's loop makes up for folding (benchmarks/results/pru_paths.json)
+WEIGHTS_PER_STEP = 50_000
+FULL_WEIGHTS_PER_STEP = 250_000  # of a context in one group, which the grouped loop serves badly
+FULL_MIN_BATCH = 8
 
 
 class PRU(nn.Module):
@@ -274,10 +278,10 @@ class PRU(nn.Module):
             return "native"
         if self.path != "auto":
             return self.path
-        if not is_compiling and is_served(cell, *x.shape[:2]):
-            return "native"
         is_foldable = cell.input_transform.subsampling != "max"
-        return "folded" if x.device.type == "cuda" and is_foldable else "grouped"
+        if is_foldable and (x.device.type == "cuda" or (not is_compiling and folding_pays(cell, x))):
+            return "folded"
+        return "native" if not is_compiling and is_served(cell, *x.shape[:2]) else "grouped"
 
     def _native_weights(self, position: int, cell: PRUCell) -> NativeWeights:
         weights = self._native.get(position)
@@ -287,6 +291,19 @@ class PRU(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_native": {}}  # copies make their own
+
+
+def folding_pays(cell: PRUCell, x: torch.Tensor) -> bool:
+    """Return whether `folded` is faster than `grouped` on the CPU for x (T, B, N) (benchmarks/pru_paths.py).
+
+    Folding costs as much as the dense matrices are large, once a call; what torch's loop saves comes with every step.
+    """
+    is_fp32 = x.dtype == cell.context_transform.weight.dtype == torch.float32
+    if x.device.type != "cpu" or not is_fp32 or torch.is_autocast_enabled("cpu") or not x.shape[1]:
+        return False  # not measured
+    is_full = cell.context_transform.groups == 1 and x.shape[1] >= FULL_MIN_BATCH  # folded, it is no larger than it was
+    num_weights = 4 * cell.hidden_size * (cell.input_size + cell.hidden_size)
+    return num_weights <= (x.shape[0] - 1) * (FULL_WEIGHTS_PER_STEP if is_full else WEIGHTS_PER_STEP)
 
 
 def _emulates_16_bits(device_type: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def test_the_curve_is_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
-def test_tensorboard_where_it_is_missing_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_tensorboard_where_it_is_missing_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         Metrics(tmp_path / "metrics.jsonl", has_tensorboard=True)

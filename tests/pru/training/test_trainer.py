@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def test_a_run_killed_many_times_equals_one_in_one_go_to_the_bit(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "part")
     best = [load_file(tmp_path / name / "best" / "model.safetensors") for name in ("whole", "part")]
     assert all(torch.equal(value, best[1][name]) for name, value in best[0].items())
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_shows_the_metrics_of_a_killed_run(corpus: Corpus, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = small_recipe(epochs=2)
+    options = {"log_every": 1, "checkpoint_every_s": 0, "has_tensorboard": True}
+    for num_steps in (7, 12):  # killed between a report and its checkpoint, so that the report is made again
+        with pytest.raises(KilledError):
+            Trainer(corpus, recipe, tmp_path, on_progress=killed_after(num_steps), **options).run()
+    Trainer(corpus, recipe, tmp_path, **options).run()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for kind, name in (("train", "loss"), ("train", "lr"), ("valid", "perplexity")):
+        shown = [(event.step, event.value) for event in board.Scalars(f"{kind}/{name}")]
+        assert shown == [(row["step"], pytest.approx(row[name])) for row in rows if row["kind"] == kind]
 
 
 def test_training_learns(corpus: Corpus, tmp_path: Path) -> None:

@@ -29,15 +29,12 @@ class Metrics:
 
     def __init__(self, path: Path, has_tensorboard: bool = False) -> None:
         self.path = path
+        self._has_tensorboard = has_tensorboard
         self._board: Any = None
-        if has_tensorboard:
-            if find_spec("tensorboard") is None:
-                raise ConfigError(
-                    "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"
-                )
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(path.parent / "tensorboard"))
+        if has_tensorboard and find_spec("tensorboard") is None:
+            raise ConfigError(
+                "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"
+            )
 
     def rewind(self, step: int, epoch: int) -> None:
         """Drop what was reported after a checkpoint: steps beyond it, and validations of epochs not finished there."""
@@ -49,16 +46,21 @@ class Metrics:
         draft = self.path.with_name(self.path.name + ".tmp")
         draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
         draft.replace(self.path)
+        if self._has_tensorboard:
+            self._open_board(step)
+            for row in kept:
+                if row["step"] == step:
+                    self._show(row)
 
     def add(self, kind: str, **values: Any) -> None:
         """Append a row."""
+        row = {"kind": kind, **values}
         with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                if name not in ("step", "epoch"):
-                    self._board.add_scalar(f"{kind}/{name}", float(value), values["step"])
-            self._board.flush()
+            file.write(json.dumps(row) + "\n")
+        if self._has_tensorboard:
+            if self._board is None:
+                self._open_board(None)
+            self._show(row)
 
     def draw(self) -> bool:
         """Draw loss.png; return whether matplotlib is there to do it."""
@@ -79,6 +81,20 @@ class Metrics:
         figure.savefig(draft, dpi=120)
         draft.replace(self.path.with_name(CURVE_FILE))
         return True
+
+    def _open_board(self, first_step: int | None) -> None:
+        """Begin a file of events; TensorBoard drops those of earlier files from `first_step` on."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self._board is not None:
+            self._board.close()
+        self._board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=first_step)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name not in ("kind", "step", "epoch"):
+                self._board.add_scalar(f"{row['kind']}/{name}", float(value), row["step"])
+        self._board.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
