@@ -23,7 +23,10 @@ class WideningLinear(nn.Linear):
             return kernels.linear(input, self.weight, self.bias)
         tokens = input.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
         output = torch.empty(len(tokens), self.out_features)
-        self._multiply(tokens, output)
+        if len(tokens) <= kernels.MAX_TOKENS:  # in another dtype
+            kernels.project(tokens, self._rows(0, self.out_features), 0, output)
+        else:
+            self._multiply(tokens, output)
         if self.bias is not None:
             output += self.bias
         return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
