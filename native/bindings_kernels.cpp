@@ -103,9 +103,39 @@ void lstm_gates(size_t input_address, size_t context_address, size_t c_address, 
                 size_t c_next_address, size_t batch, size_t size) {
     require(input_address && context_address && c_address && h_next_address && c_next_address, "an address is null");
     require(size > 0, "size must be at least 1, got 0");
-    run_gates({{pointer<const float>(input_address), pointer<const float>(context_address)},
-               pointer<const float>(c_address), pointer<float>(h_next_address), pointer<float>(c_next_address), batch,
-               size});
+    if (!batch) return;
+    run_gates(FP32, {pointer<const void>(input_address), pointer<const float>(context_address),
+                     pointer<const float>(c_address), nullptr, pointer<float>(h_next_address),
+                     pointer<float>(c_next_address), nullptr, batch, size});
+}
+
+// On the calling thread: between two products of torch its threads spin on the cores that ours would want.
+void lstm_forward(unsigned dtype, size_t gates_address, size_t c_address, size_t activations_address,
+                  size_t h_next_address, size_t c_next_address, size_t h_low_address, size_t batch, size_t size) {
+    const auto kernel = kernels().gates_forward[checked_dtype(dtype)];
+    require(kernel, "dtype must be 0 (bfloat16) or 2 (float32)");
+    require(gates_address && c_address && activations_address && h_next_address && c_next_address, "an address is null");
+    require(size > 0, "size must be at least 1, got 0");
+    kernel({pointer<const void>(gates_address), nullptr, pointer<const float>(c_address),
+            pointer<float>(activations_address), pointer<float>(h_next_address), pointer<float>(c_next_address),
+            pointer<void>(h_low_address), batch, size},
+           0, batch);
+}
+
+void lstm_backward(unsigned dtype, size_t activations_address, size_t c_address, size_t c_next_address,
+                   size_t grad_h_address, size_t grad_h_next_address, size_t grad_c_address, size_t grad_gates_address,
+                   size_t grad_c_before_address, size_t batch, size_t size) {
+    const auto kernel = kernels().gates_backward[checked_dtype(dtype)];
+    require(kernel, "dtype must be 0 (bfloat16) or 2 (float32)");
+    require(activations_address && c_address && c_next_address && grad_h_address && grad_h_next_address &&
+                grad_c_address && grad_gates_address && grad_c_before_address,
+            "an address is null");
+    require(size > 0, "size must be at least 1, got 0");
+    kernel({pointer<const float>(activations_address), pointer<const float>(c_address),
+            pointer<const float>(c_next_address), pointer<const float>(grad_h_address),
+            pointer<const void>(grad_h_next_address), pointer<const float>(grad_c_address),
+            pointer<void>(grad_gates_address), pointer<float>(grad_c_before_address), batch, size},
+           0, batch);
 }
 
 void accumulate(unsigned dtype, size_t block_address, size_t num_rows, size_t row_stride_bytes, size_t part_offset_bytes,
@@ -162,6 +192,12 @@ void bind_kernels(nb::module_& m) {
           "x_address, out_address, out_stride, bias_address.");
     m.def("lstm_gates", &lstm_gates, "input_address"_a, "context_address"_a, "c_address"_a, "h_next_address"_a,
           "c_next_address"_a, "batch"_a, "size"_a, Release(), "h' and c' from the sum of two arrays of gates i, f, g, o");
+    m.def("lstm_forward", &lstm_forward, "dtype"_a, "gates_address"_a, "c_address"_a, "activations_address"_a,
+          "h_next_address"_a, "c_next_address"_a, "h_low_address"_a, "batch"_a, "size"_a, Release(),
+          "h', c' and the activations of gates i, f, g, o, on the calling thread");
+    m.def("lstm_backward", &lstm_backward, "dtype"_a, "activations_address"_a, "c_address"_a, "c_next_address"_a,
+          "grad_h_address"_a, "grad_h_next_address"_a, "grad_c_address"_a, "grad_gates_address"_a,
+          "grad_c_before_address"_a, "batch"_a, "size"_a, Release(), "the gradients of lstm_forward");
     m.def("accumulate", &accumulate, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a,
           "part_offset_bytes"_a, "hidden_size"_a, "h_address"_a, "h_stride"_a, "num_tokens"_a, "y_address"_a,
           "slots_address"_a = 0, Release(), "y[t] += sum over r of h[t, r] * row[r].part");

@@ -32,6 +32,7 @@ inline float sum(Vec v) {
 
 using std::uint16_t;
 #include "row_kernels.inc"
+#include "gate_kernels.inc"
 
 }  // namespace
 

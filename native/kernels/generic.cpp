@@ -42,6 +42,7 @@ inline Vec load_fp16(const uint16_t* p) {
 inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 #include "row_kernels.inc"
+#include "gate_kernels.inc"
 
 }  // namespace
 

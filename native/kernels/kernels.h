@@ -54,13 +54,41 @@ struct WidenArgs {
     float* dst;
 };
 
-// The kernels of one instruction set, by DType. Each works on a range: of rows (project, widen) or columns (accumulate).
+// One step of an LSTM over `[batch, 4 * size]` gates in order i, f, g, o; c and h are [batch, size]. All contiguous; no output
+// is an input. "low" arrays are in the kernel's dtype, the others fp32.
+struct GatesForwardArgs {
+    const void* gates;            // low: before the activations
+    const float* context;         // added to them; may be null
+    const float* c;
+    float* activations;           // what backward needs, as the gates lie; may be null
+    float* h_next;
+    float* c_next;
+    void* h_low;                  // h_next again, low; may be null
+    std::size_t batch, size;
+};
+
+struct GatesBackwardArgs {
+    const float* activations;
+    const float* c;               // before the step
+    const float* c_next;
+    const float* grad_h;          // of this step's output
+    const void* grad_h_next;      // low: what the next step's product gave
+    const float* grad_c;
+    void* grad_gates;             // low
+    float* grad_c_before;
+    std::size_t batch, size;
+};
+
+// The kernels of one instruction set, by DType. Each works on a range: of rows (project, widen, gates) or columns (accumulate).
+// There are no gates in fp16.
 struct KernelTable {
     const char* name;
     std::size_t lanes;
     void (*project[NUM_DTYPES])(const ProjectArgs&, std::size_t row_begin, std::size_t row_end);
     void (*accumulate[NUM_DTYPES])(const AccumulateArgs&, std::size_t col_begin, std::size_t col_end);
     void (*widen[NUM_DTYPES])(const WidenArgs&, std::size_t row_begin, std::size_t row_end);
+    void (*gates_forward[NUM_DTYPES])(const GatesForwardArgs&, std::size_t row_begin, std::size_t row_end);
+    void (*gates_backward[NUM_DTYPES])(const GatesBackwardArgs&, std::size_t row_begin, std::size_t row_end);
 };
 
 extern const KernelTable generic_kernels;

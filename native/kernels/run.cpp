@@ -1,7 +1,6 @@
 #include "run.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../thread_pool.h"
@@ -108,26 +107,8 @@ void run_projects(DType dtype, const ProjectArgs* products, std::size_t num_prod
     });
 }
 
-void run_gates(const GatesArgs& args) {
-    constexpr std::size_t TASK_ELEMENTS = 256;  // some ten microseconds of exponentials
-    parallel_for(
-        ceil_div(args.batch * args.size, TASK_ELEMENTS),
-        [](const void* opaque, std::size_t task) {
-            const auto& a = *static_cast<const GatesArgs*>(opaque);
-            const auto sigmoid = [](float v) { return 1.0f / (1.0f + std::exp(-v)); };
-            const std::size_t end = std::min((task + 1) * TASK_ELEMENTS, a.batch * a.size);
-            for (std::size_t at = task * TASK_ELEMENTS; at < end; ++at) {
-                const std::size_t first = at / a.size * 4 * a.size + at % a.size;
-                float gate[4];
-                for (std::size_t k = 0; k < 4; ++k) {
-                    gate[k] = a.gates[0][first + k * a.size] + a.gates[1][first + k * a.size];
-                }
-                const float c = sigmoid(gate[1]) * a.c[at] + sigmoid(gate[0]) * std::tanh(gate[2]);
-                a.c_next[at] = c;
-                a.h_next[at] = sigmoid(gate[3]) * std::tanh(c);
-            }
-        },
-        &args);
+void run_gates(DType dtype, const GatesForwardArgs& args) {
+    run(Job<GatesForwardArgs>{args, kernels().gates_forward[dtype], args.batch, 1});
 }
 
 void run_accumulate(DType dtype, const AccumulateArgs& args) {

@@ -13,14 +13,7 @@ void run_accumulate(DType dtype, const AccumulateArgs& args);
 void run_accumulates(DType dtype, const AccumulateArgs* products, std::size_t num_products);
 void run_widen(DType dtype, const WidenArgs& args);
 
-// One step of an LSTM: gates are the sum of two [batch, 4 * size] arrays in order i, f, g, o; c and h are [batch, size].
-struct GatesArgs {
-    const float* gates[2];
-    const float* c;
-    float* h_next;
-    float* c_next;
-    std::size_t batch, size;
-};
-void run_gates(const GatesArgs& args);
+// A row of the batch is a task. Only for fp32 and bf16.
+void run_gates(DType dtype, const GatesForwardArgs& args);
 
 }  // namespace flashlm

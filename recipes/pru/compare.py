@@ -2,6 +2,7 @@
 
     python recipes/pru/compare.py --data DATA --out OUT --epochs 8 recipes/pru/standard/*.toml
     python recipes/pru/compare.py --data DATA --out OUT --epochs 8 --seeds 1111,2222 recipes/pru/grid/*.toml
+    python recipes/pru/compare.py --data DATA --out OUT --epochs 8 --set precision=bf16 recipes/pru/standard/*.toml
 
 Resumable: killed and started again it goes on. After each epoch it writes OUT/results.json, OUT/results.md and
 OUT/valid.png from what the runs have measured.
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 
+from flashlm.pru.training.allocator import keep_freed_memory
 from flashlm.pru.training.corpus import Corpus, read_corpus
 from flashlm.pru.training.metrics import METRICS_FILE, read_metrics
-from flashlm.pru.training.settings import Recipe, read_recipe
+from flashlm.pru.training.settings import Recipe, assigned, make_recipe
 from flashlm.pru.training.trainer import Trainer
 
 
@@ -33,14 +35,17 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], help="default: the recipe's"
     )
+    parser.add_argument("--set", dest="assignments", action="append", default=[], help="NAME=VALUE, over all recipes")
     parser.add_argument("--whole-runs", action="store_true", help="each run to its end, not in turns")
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     corpus = read_corpus(arguments.data)
+    changes = assigned(arguments.assignments)
     runs = [
-        (arguments.out / run_name(path, seed), with_seed(read_recipe(path), seed))
+        (arguments.out / run_name(path, seed), with_seed(make_recipe(path, None, *changes), seed))
         for seed in arguments.seeds or [None]
         for path in arguments.recipes
     ]

@@ -41,6 +41,30 @@ def lstm_gates(
     batch: int,
     size: int,
 ) -> None: ...
+def lstm_forward(
+    dtype: int,
+    gates_address: int,
+    c_address: int,
+    activations_address: int,
+    h_next_address: int,
+    c_next_address: int,
+    h_low_address: int,
+    batch: int,
+    size: int,
+) -> None: ...
+def lstm_backward(
+    dtype: int,
+    activations_address: int,
+    c_address: int,
+    c_next_address: int,
+    grad_h_address: int,
+    grad_h_next_address: int,
+    grad_c_address: int,
+    grad_gates_address: int,
+    grad_c_before_address: int,
+    batch: int,
+    size: int,
+) -> None: ...
 def accumulate(
     dtype: int,
     block_address: int,

@@ -55,6 +55,7 @@ def train(
 
     Several processes: torchrun --nproc-per-node N -m flashlm pru train ...
     """
+    from flashlm.pru.training.allocator import keep_freed_memory
     from flashlm.pru.training.corpus import read_corpus, recognise
     from flashlm.pru.training.encoding import TokenizerEncoding
     from flashlm.pru.training.evaluate import exp
@@ -68,6 +69,7 @@ def train(
     made = make_recipe(recipe, preset, model, training)
     corpus = read_corpus(data) if tokenizer is None else read_corpus(data, lambda _: TokenizerEncoding(tokenizer))
     name, warning = recognise(corpus)
+    keep_freed_memory()
     with console.progress_bar(unit="tokens") as progress:
         trainer = Trainer(
             corpus,
@@ -127,11 +129,13 @@ def evaluate(
 ) -> None:
     """Measure perplexity: token-exact, and as the papers' code counts it."""
     from flashlm.errors import ConfigError
+    from flashlm.pru.training.allocator import keep_freed_memory
     from flashlm.pru.training.dynamic import DynamicSettings
     from flashlm.pru.training.reports import evaluate_folder
 
     if grid and not dynamic:
         raise ConfigError("--grid belongs to --dynamic")
+    keep_freed_memory()
     with console.progress_bar(unit="tokens") as progress:
         report = evaluate_folder(
             model,

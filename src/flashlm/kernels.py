@@ -175,36 +175,6 @@ class ProductTable:
         _native.project_many(self._code, table.data_ptr(), len(table), num_tokens)
 
 
-def lstm_gates(
-    input_gates: torch.Tensor, context_gates: torch.Tensor, c: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return h' and c', fp32 (B, M), of an LSTM step.
-
-    Args:
-        input_gates, context_gates: fp32 (B, 4M), contiguous; their sum is i, f, g, o before the activations.
-        c: fp32 (B, M), contiguous.
-
-    Raises:
-        ConfigError: A shape, dtype or layout is not as stated.
-    """
-    batch, size = c.shape
-    for name, tensor, shape in (("input_gates", input_gates, (batch, 4 * size)), ("c", c, (batch, size)),
-                                ("context_gates", context_gates, (batch, 4 * size))):  # fmt: skip
-        if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
-            raise ConfigError(f"{name} must be contiguous float32 {shape}, got {_described(tensor)}")
-    h_next, c_next = torch.empty_like(c), torch.empty_like(c)
-    _native.lstm_gates(
-        input_gates.data_ptr(),
-        context_gates.data_ptr(),
-        c.data_ptr(),
-        h_next.data_ptr(),
-        c_next.data_ptr(),
-        batch,
-        size,
-    )
-    return h_next, c_next
-
-
 def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
     """Add y[t] += sum over r of h[t, r] · row[r].down, rows in ascending order.
 

@@ -275,20 +275,6 @@ def test_many_products_in_one_job_are_those_of_single_ones(sizes, num_tokens, nu
         assert torch.equal(out[:, start : start + len(weight)], alone)
 
 
-@pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 7), (8, 300)])
-def test_the_gates_of_an_lstm_step(batch: int, size: int) -> None:
-    generator = torch.Generator().manual_seed(size)
-    first, second = (4 * torch.randn(batch, 4 * size, generator=generator) for _ in range(2))
-    first[0, 0], first[-1, -1] = 200.0, -200.0  # saturated
-    c = torch.randn(batch, size, generator=generator)
-    h_next, c_next = kernels.lstm_gates(first, second, c)
-    i, f, g, o = (first.double() + second.double()).chunk(4, dim=-1)
-    exact_c = f.sigmoid() * c.double() + i.sigmoid() * g.tanh()
-    exact_h = o.sigmoid() * exact_c.tanh()
-    torch.testing.assert_close(c_next.double(), exact_c, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(h_next.double(), exact_h, rtol=1e-5, atol=1e-5)
-
-
 def test_what_many_products_refuse() -> None:
     matrix = torch.ones(4, 6)
     with pytest.raises(ConfigError, match="one dtype"):
@@ -300,8 +286,6 @@ def test_what_many_products_refuse() -> None:
         table.project(torch.ones(12), torch.empty(2, 3))
     with pytest.raises(ConfigError, match="1 to 16 tokens"):
         table.project(torch.ones(17 * 6), torch.empty(17, 4))
-    with pytest.raises(ConfigError, match="context_gates must be"):
-        kernels.lstm_gates(torch.ones(1, 8), torch.ones(1, 7), torch.ones(1, 2))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -302,7 +302,7 @@ def test_bf16_autocast_keeps_the_cell_state_in_fp32(
 ) -> None:
     pru = PRU(32, 32, groups=4, init="per_group", path=path)  # type: ignore[arg-type]
     if multiplies:
-        monkeypatch.setattr("flashlm.pru.module._emulates_16_bits", lambda device_type: False)
+        monkeypatch.setattr("flashlm.pru.module.emulates_16_bits", lambda device_type: False)
     x = torch.randn(20, 4, 32)
     with torch.autocast("cpu", torch.bfloat16):
         output, (_, c) = pru(x.bfloat16())

@@ -18,7 +18,7 @@ from flashlm.errors import ConfigError
 from flashlm.kernels import choose_strategy
 from flashlm.pru.cell import PRUCell, State
 from flashlm.pru.native_step import NativeWeights, is_served, run_native
-from flashlm.pru.recurrence import run_grouped
+from flashlm.pru.recurrence import run_dense, run_grouped
 from flashlm.pru.shapes import Init, Split, Subsampling, check_choice, check_positive
 
 Path = Literal["auto", "grouped", "folded", "native"]
@@ -241,7 +241,7 @@ class PRU(nn.Module):
         if is_backward:  # padding comes first then, and leaves the state as it was
             x, mask = x.flip(0), None if mask is None else mask.flip(0)
         is_autocast = torch.is_autocast_enabled(x.device.type)
-        if is_autocast and _emulates_16_bits(x.device.type):
+        if is_autocast and emulates_16_bits(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 wide = cell.context_transform.weight.dtype
                 y, h, c = self._run_path(position, x.to(wide), (state[0].to(wide), state[1].to(wide)), mask)
@@ -260,6 +260,8 @@ class PRU(nn.Module):
             return run_native(cell, self._native_weights(position, cell), x, state)
         if path == "folded":
             weights = cell.folded_weights(self.weight_dropout)
+            if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+                return run_dense(x, weights, *state)  # oneDNN's keeps the cell state in 16 bits
             hx = (state[0].unsqueeze(0).contiguous(), state[1].unsqueeze(0).contiguous())
             y, h, c = torch.lstm(x.contiguous(), hx, weights, self.bias, 1, 0.0, self.training, False, False)
             return y, h.squeeze(0), c.squeeze(0)
@@ -306,7 +308,7 @@ def folding_pays(cell: PRUCell, x: torch.Tensor) -> bool:
     return num_weights <= (x.shape[0] - 1) * (FULL_WEIGHTS_PER_STEP if is_full else WEIGHTS_PER_STEP)
 
 
-def _emulates_16_bits(device_type: str) -> bool:
+def emulates_16_bits(device_type: str) -> bool:
     """Whether autocast's products would be emulated: far slower than fp32 (docs/experiments.md)."""
     if device_type != "cpu":
         return False

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from flashlm.kernels import MAX_TOKENS, ProductTable, lstm_gates, one_torch_thread
+from flashlm.kernels import MAX_TOKENS, ProductTable, one_torch_thread
 from flashlm.pru.cell import PRUCell, State
+from flashlm.pru.gate_kernels import lstm_gates
 
 MAX_BATCH = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

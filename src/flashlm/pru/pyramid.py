@@ -104,7 +104,7 @@ class PyramidalTransform(nn.Module):
             parts.append(y.view(*x.shape[:-1], self.num_gates, self.level_outputs[level]))
         joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         if self.has_residual:
-            joined = joined + x.unsqueeze(-2)
+            joined = joined + x.unsqueeze(-2).to(joined.dtype)  # not wider than the products under autocast
         return joined.flatten(-2)
 
     def folded_weight(self) -> torch.Tensor:

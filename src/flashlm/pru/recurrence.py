@@ -3,7 +3,8 @@
 Three things make it faster than stepping through autograd: the loop runs in group-major layout, so that a step is one
 batched product that accumulates onto the input's gates; the backward pass keeps the gates and does no graph
 work; and the gradient of the recurrent weights is one product over all steps after the loop instead of one per step.
-The state is fp32 whatever the products' dtype. No second derivatives.
+On the CPU the gates of a step are one native call; elsewhere, with masks and in compiled graphs they are torch's
+operations, which is the same loop written out. The state is fp32 whatever the products' dtype. No second derivatives.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from flashlm.pru.gate_kernels import StepGates, backward_step, serves_training
 
 
 class _GroupedRecurrence(torch.autograd.Function):
@@ -77,10 +81,47 @@ class _GroupedRecurrence(torch.autograd.Function):
                 dh, dc = dh + held_h, dc + held_c
         d_weight = None
         if ctx.needs_input_grad[1]:
-            before = h_all[:-1].to(weight.dtype).transpose(0, 1).flatten(1, 2)  # (g, T·B, d)
-            d_weight = torch.bmm(before.transpose(1, 2), d_gates.transpose(0, 1).flatten(1, 2))
+            d_weight = _weight_gradient(h_all, d_gates)
         gates_dtype, h_dtype = ctx.dtypes
         return d_gates.to(gates_dtype), d_weight, dh.to(h_dtype), dc, None
+
+
+class _NativeRecurrence(torch.autograd.Function):
+    """The same without a mask, on the CPU, the gates computed natively; the last c alone instead of all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gates: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        steps = StepGates(weight.dtype, h0, c0, gates.shape[0])
+        for t in range(gates.shape[0]):
+            steps.forward(t, torch.baddbmm(gates[t], steps.h_low[t], weight).contiguous())
+        ctx.save_for_backward(steps.activations, steps.h_low, steps.c, weight)
+        ctx.set_materialize_grads(False)
+        return steps.h[1:].clone() if steps.h_low is steps.h else steps.h[1:], steps.c[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: torch.Tensor | None, grad_c: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        activations, h_low, c_all, weight = ctx.saved_tensors
+        num_steps = activations.shape[0]
+        grad_h = torch.zeros_like(c_all[1:]) if grad_h is None else grad_h.contiguous()
+        dc = torch.zeros_like(c_all[0]) if grad_c is None else grad_c.contiguous()
+        dc_before = torch.empty_like(dc)
+        dh = torch.zeros_like(h_low[0])
+        d_gates = torch.empty_like(activations, dtype=weight.dtype)
+        backward_weight = weight.transpose(1, 2)
+        for t in reversed(range(num_steps)):
+            backward_step(activations[t], c_all[t], c_all[t + 1], grad_h[t], dh, dc, d_gates[t], dc_before)
+            dc, dc_before = dc_before, dc if t < num_steps - 1 else torch.empty_like(dc)  # the caller's stays as it is
+            dh = torch.bmm(d_gates[t], backward_weight).contiguous()
+        return d_gates, _weight_gradient(h_low, d_gates) if ctx.needs_input_grad[1] else None, dh.float(), dc
+
+
+def _weight_gradient(h_all: torch.Tensor, d_gates: torch.Tensor) -> torch.Tensor:
+    """Return the recurrent weights' gradient (g, d, 4d) of h before each step (T + 1, g, B, d) and the gates'."""
+    before = h_all[:-1].to(d_gates.dtype).transpose(0, 1).flatten(1, 2)  # (g, T·B, d)
+    return torch.bmm(before.transpose(1, 2), d_gates.transpose(0, 1).flatten(1, 2))
 
 
 def run_grouped(
@@ -104,15 +145,41 @@ def run_grouped(
     """
     groups, size = weight.shape[:2]
     num_steps, batch = gates.shape[:2]
+    device = gates.device.type
     state = torch.promote_types(gates.dtype, torch.float32)
 
     def by_group(x: torch.Tensor) -> torch.Tensor:
         return x.to(state).view(batch, groups, size).transpose(0, 1).contiguous()
 
-    gates = gates.view(num_steps, batch, 4, groups, size).permute(0, 3, 1, 2, 4).flatten(3)
-    steps = None if mask is None else mask.view(num_steps, 1, batch, 1)
-    h, c = _GroupedRecurrence.apply(  # type: ignore[no-untyped-call]
-        gates, weight.to(gates.dtype), by_group(h0), by_group(c0), steps
-    )
-    last_h, last_c = (x[-1].transpose(0, 1).flatten(1) for x in (h, c))
+    products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gates.dtype
+    gates = gates.to(products).view(num_steps, batch, 4, groups, size).permute(0, 3, 1, 2, 4).flatten(3)
+    weight = weight.to(products).contiguous()  # torch would lay a transposed one out anew at every step
+    h0, c0 = by_group(h0), by_group(c0)
+    with torch.autocast(device, enabled=False):  # all is in its dtype; autocast would convert the weights at every step
+        if mask is None and not torch.compiler.is_compiling() and serves_training(weight, c0):
+            h, c = _NativeRecurrence.apply(gates, weight, h0, c0)  # type: ignore[no-untyped-call]
+        else:
+            steps = None if mask is None else mask.view(num_steps, 1, batch, 1)
+            h, all_c = _GroupedRecurrence.apply(gates, weight, h0, c0, steps)  # type: ignore[no-untyped-call]
+            c = all_c[-1]
+    last_h, last_c = (x.transpose(0, 1).flatten(1) for x in (h[-1], c))
     return h.transpose(1, 2).flatten(2), last_h, last_c
+
+
+def run_dense(
+    x: torch.Tensor, weights: list[torch.Tensor], h0: torch.Tensor, c0: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a layer of `torch.nn.LSTM` with the same loop, as one group; its state stays fp32, which torch's does not.
+
+    Args:
+        x: (T, B, N).
+        weights: weight_ih, weight_hh and, with bias, bias_ih and bias_hh.
+        h0: (B, M).
+        c0: (B, M).
+
+    Returns:
+        As `run_grouped`.
+    """
+    weight_ih, weight_hh, *biases = weights
+    bias = biases[0] + biases[1] if biases else None
+    return run_grouped(F.linear(x, weight_ih, bias), weight_hh.t().unsqueeze(0), h0, c0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from flashlm.pru import PRUConfig, PRUForCausalLM
 from flashlm.pru.module import PRU
-from flashlm.pru.training.regularisers import Pass, drop, embed, run_window
+from flashlm.pru.training.regularisers import Pass, drop, embed, keep_mask, run_window
 from flashlm.pru.training.settings import TrainingSettings
 
 PLAIN = {"dropout": 0.0, "dropouth": 0.0, "dropouti": 0.0, "alpha": 0.0, "beta": 0.0}
@@ -90,6 +90,37 @@ def test_plain_dropout_draws_every_element() -> None:
     torch.manual_seed(0)
     y = drop(torch.ones(7, 6, 50), 0.4, is_training=True, is_locked=False)
     assert not torch.equal(y[0], y[1])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.65])
+def test_a_mask_drops_its_share_and_keeps_the_mean(share: float) -> None:
+    torch.manual_seed(0)
+    mask = keep_mask(torch.empty(1001, 999), share)
+    is_dropped = mask == 0
+    error = 5 * (share * (1 - share) / mask.numel()) ** 0.5 + 2**-16
+    assert is_dropped.double().mean().item() == pytest.approx(share, abs=error)
+    assert mask.unique().tolist() == pytest.approx([0.0, 1 / (1 - share)], rel=1e-4)
+    # neighbours share a 64-bit draw; they must not share their fate
+    both = (is_dropped.flatten()[:-1] & is_dropped.flatten()[1:]).double().mean().item()
+    assert both == pytest.approx(share**2, abs=2e-3)
+
+
+def test_masks_come_from_torchs_generator_and_serve_any_shape_and_dtype() -> None:
+    masks = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        masks.append([keep_mask(torch.empty(shape, dtype=torch.bfloat16), 0.4) for shape in [(), (1,), (3, 1, 3)]])
+    for one, other in zip(*masks, strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == torch.bfloat16
+
+
+def test_an_lstm_under_autocast_keeps_its_state_in_fp32_and_agrees(model: PRUForCausalLM) -> None:
+    expected = run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = run(model)
+    assert {part.dtype for state in result.state for part in state} == {torch.float32}
+    torch.testing.assert_close(result.loss, expected.loss, rtol=2e-2, atol=2e-2)
 
 
 def test_embedding_dropout_drops_whole_words_and_scales_the_others() -> None:
