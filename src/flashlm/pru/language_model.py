@@ -19,6 +19,7 @@ from flashlm.errors import ConfigError
 from flashlm.pru.cell import State
 from flashlm.pru.config import PRUConfig
 from flashlm.pru.module import PRU
+from flashlm.pru.products import Linear
 from flashlm.pru.shapes import Init, Split, Subsampling
 
 EMBEDDING_RANGE = 0.1
@@ -59,7 +60,7 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         self.layers = nn.ModuleList(_layer(config, *sizes) for sizes in config.layer_sizes)
-        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
+        self.decoder = Linear(config.embedding_size, config.vocab_size)
         self.post_init()
 
     @classmethod

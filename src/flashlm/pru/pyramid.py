@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flashlm.errors import ConfigError
+from flashlm.pru.products import linear
 from flashlm.pru.shapes import (
     Split,
     Subsampling,
@@ -100,7 +101,7 @@ class PyramidalTransform(nn.Module):
         for level, weight in enumerate(self.weights):
             if level:
                 z = self._halved(z, level - 1)
-            y = F.linear(z, weight, self.biases[level] if len(self.biases) else None)
+            y = linear(z, weight, self.biases[level] if len(self.biases) else None)
             parts.append(y.view(*x.shape[:-1], self.num_gates, self.level_outputs[level]))
         joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         if self.has_residual:

@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from flashlm.pru.gate_kernels import StepGates, backward_step, serves_training
+from flashlm.pru.products import linear
 
 
 class _GroupedRecurrence(torch.autograd.Function):
@@ -182,4 +182,4 @@ def run_dense(
     """
     weight_ih, weight_hh, *biases = weights
     bias = biases[0] + biases[1] if biases else None
-    return run_grouped(F.linear(x, weight_ih, bias), weight_hh.t().unsqueeze(0), h0, c0)
+    return run_grouped(linear(x, weight_ih, bias), weight_hh.t().unsqueeze(0), h0, c0)

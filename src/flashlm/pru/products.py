@@ -1,0 +1,80 @@
+"""fp32 products of many rows on the CPU, by whichever of torch's two libraries is the faster on this processor.
+
+torch multiplies fp32 matrices with MKL, which on AMD's processors with AVX-512 keeps to AVX2; oneDNN, which torch carries
+too, does not: 436 against 216 GFLOP/s on two cores (docs/experiments.md). The choice is by processor and size alone,
+never by timing, so a resumed run multiplies as it did before.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+_LEAST_FLOPS = 1 << 25  # below, a call costs more than it saves
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x @ weight.T (+ bias), differentiable any number of times, as `torch.nn.functional.linear`.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,).
+    """
+    if not _is_for_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    y: torch.Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
+    return (y if bias is None else y + bias).view(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by `linear`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input @ weight.T + bias, (..., out_features)."""
+        return linear(input, self.weight, self.bias)
+
+
+class _Product(torch.autograd.Function):
+    """a (n, k), b (m, k) → a @ b.T (n, m); any strides."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        a, b = ctx.saved_tensors
+        grad_a = _Product.apply(grad, b.t()) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
+        grad_b = _Product.apply(grad.t(), a.t()) if ctx.needs_input_grad[1] else None  # type: ignore[no-untyped-call]
+        return grad_a, grad_b
+
+
+def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and 2 * x.numel() * len(weight) >= _LEAST_FLOPS
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and mkl_is_slow()
+    )
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether this is a processor on which MKL does without the widest vectors that it has, and oneDNN does not."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    try:
+        vendor = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    return vendor and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
