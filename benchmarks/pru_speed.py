@@ -2,11 +2,13 @@
 
     python benchmarks/pru_speed.py [--size 1400] [--groups 4] [--repeats 5] [--out benchmarks/results/pru_speed.json]
 
-Training: batch 20, 70 steps, forward and backward, the input's gradient included, in fp32 and under bf16 autocast. The
-floor beside it is the layer's arithmetic at the rate of one large product in the same run. Inference: one step at batch
-1, 2, 4 and 8 in fp32 under `no_grad`; its bound is the layer's weight bytes at the rate of a plain sum over memory larger
-than any cache, in the same run. Contestants alternate within a repeat; medians; the first repeat warms up. Answers are
-checked first. A contestant that fails is named with its error. `--plot` draws the result.
+Training: batch 20, 70 steps, forward and backward, the input's gradient included, in fp32 and under bf16 autocast, twice:
+in a process as it comes, and once it keeps freed memory as `flashlm pru train` does (`_kept`; the same for all
+contestants). The floor beside it is the layer's arithmetic at the rate of one large product in that dtype in the same
+run. Inference: one step at batch 1, 2, 4 and 8 in fp32 under `no_grad`; its bound is the layer's weight bytes at the rate
+of a plain sum over memory larger than any cache, in the same run. Contestants alternate within a repeat; medians; the
+first repeat warms up. Answers are checked first. A contestant that fails is named with its error. `--plot` draws the
+result.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from published_pru import PublishedPRU
 
 from flashlm import _native
 from flashlm.pru import PRU
+from flashlm.pru.products import linear
+from flashlm.pru.training.allocator import keep_freed_memory
 
 BATCH, STEPS, SUM_BYTES = 20, 70, 512 << 20
 TOKENS_BEFORE = 8
@@ -96,11 +100,12 @@ def training(pru: PRU, lstm: torch.nn.LSTM, is_bf16: bool, repeats: int) -> dict
         except RuntimeError as error:
             failed[name] = str(error).splitlines()[0]
     result: dict[str, Any] = {"seconds": medians(works, repeats, warm_ups=0), "failed": failed}
-    if not is_bf16:
-        a, b = torch.randn(1400, 1400), torch.randn(1400, 5600)
-        rate = 2 * 1400 * 1400 * 5600 / medians({"product": lambda: a @ b}, repeats)["product"]
-        result |= {"product_gflop_per_s": rate / 1e9, "floor_s": training_flops(pru) / rate}
-    return result
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    a, b = torch.randn(1400, 1400, dtype=dtype), torch.randn(5600, 1400, dtype=dtype)
+    with torch.no_grad():
+        product_s = medians({"product": lambda: linear(a, b, None)}, repeats * 3)["product"]
+    rate = 2 * 1400 * 1400 * 5600 / product_s
+    return result | {"product_gflop_per_s": rate / 1e9, "floor_s": training_flops(pru) / rate}
 
 
 FRESH_LSTM = """
@@ -171,8 +176,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [(f"training step, {name}", result[key]["seconds"], result[key].get("floor_s"))
-              for name, key in (("fp32", "training_fp32"), ("bf16 autocast", "training_bf16")) if key in result]  # fmt: skip
+    parts = {"fp32": result.get("training_fp32_kept"), "bf16 autocast": result.get("training_bf16_kept")}
+    panels = [(f"training step, {name}", part["seconds"], part["floor_s"]) for name, part in parts.items() if part]
     panels += [(f"one token, batch {r['batch']}", r["seconds"], r["bound_s"]) for r in result["one_step"][:1]]
     figure, all_axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
     for axes, (title, values, floor) in zip(all_axes, panels, strict=True):
@@ -213,12 +218,14 @@ def main() -> None:
         "load_average_before": Path("/proc/loadavg").read_text().split()[0],
     }
     result["one_step"] = [one_step(pru, lstm, batch, arguments.repeats) for batch in BATCHES]
-    result["training_fp32"] = training(pru, lstm, False, arguments.repeats)
-    if not arguments.skip_bf16:
-        result["training_bf16"] = training(pru, lstm, True, max(1, arguments.repeats // 3))
-    for part in [result["training_fp32"], result.get("training_bf16"), *result["one_step"]]:
-        if part is not None:
-            part["times_faster"] = ratios(part["seconds"])
+    precisions = {"fp32": False} if arguments.skip_bf16 else {"fp32": False, "bf16": True}
+    for suffix in ("", "_kept"):
+        if suffix:
+            result["keeps_freed_memory"] = keep_freed_memory()
+        for name, is_bf16 in precisions.items():
+            result[f"training_{name}{suffix}"] = training(pru, lstm, is_bf16, arguments.repeats)
+    for part in [*(part for name, part in result.items() if name.startswith("training_")), *result["one_step"]]:
+        part["times_faster"] = ratios(part["seconds"])
     print(json.dumps(result, indent=2))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,13 @@ def test_second_derivatives() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_batched_products() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 9, 4).transpose(1, 2), torch.randn(3, 9, 7)
+    got = products.batched_product(a, b)
+    torch.testing.assert_close(got.double(), torch.bmm(a.double(), b.double()), rtol=1e-5, atol=1e-5)
+
+
 def test_strided_inputs() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(6, 8, 3).transpose(0, 2)[:, ::2], torch.randn(6, 10).t()

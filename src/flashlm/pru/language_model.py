@@ -60,7 +60,7 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_size)
         self.layers = nn.ModuleList(_layer(config, *sizes) for sizes in config.layer_sizes)
-        self.decoder = Linear(config.embedding_size, config.vocab_size)
+        self.decoder: nn.Linear = Linear(config.embedding_size, config.vocab_size)
         self.post_init()
 
     @classmethod

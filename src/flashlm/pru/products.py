@@ -32,6 +32,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return (y if bias is None else y + bias).view(*x.shape[:-1], len(weight))
 
 
+def batched_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b of (g, n, k) and (g, k, m) as `torch.bmm`; outside autograd."""
+    if not _is_for_onednn(a[0], b[0].t()):
+        return torch.bmm(a, b)
+    return torch.stack([_onednn_product(one, other.t()) for one, other in zip(a, b, strict=True)])
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear` by `linear`."""
 
@@ -46,8 +53,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(a, b)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return product
+        return _onednn_product(a, b)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -55,6 +61,11 @@ class _Product(torch.autograd.Function):
         grad_a = _Product.apply(grad, b.t()) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
         grad_b = _Product.apply(grad.t(), a.t()) if ctx.needs_input_grad[1] else None  # type: ignore[no-untyped-call]
         return grad_a, grad_b
+
+
+def _onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return product
 
 
 def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -71,10 +82,10 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 @cache
 def mkl_is_slow() -> bool:
     """Whether this is a processor on which MKL does without the widest vectors that it has, and oneDNN does not."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
         vendor = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         return False
-    return vendor and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from flashlm.pru.gate_kernels import StepGates, backward_step, serves_training
-from flashlm.pru.products import linear
+from flashlm.pru.products import batched_product, linear
 
 
 class _GroupedRecurrence(torch.autograd.Function):
@@ -121,7 +121,7 @@ class _NativeRecurrence(torch.autograd.Function):
 def _weight_gradient(h_all: torch.Tensor, d_gates: torch.Tensor) -> torch.Tensor:
     """Return the recurrent weights' gradient (g, d, 4d) of h before each step (T + 1, g, B, d) and the gates'."""
     before = h_all[:-1].to(d_gates.dtype).transpose(0, 1).flatten(1, 2)  # (g, T·B, d)
-    return torch.bmm(before.transpose(1, 2), d_gates.transpose(0, 1).flatten(1, 2))
+    return batched_product(before.transpose(1, 2), d_gates.transpose(0, 1).flatten(1, 2))
 
 
 def run_grouped(
