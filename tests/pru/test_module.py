@@ -352,6 +352,8 @@ def test_native_step_notices_changed_weights() -> None:
         (128, 4, 20, 1, True, "grouped"),
         (128, 4, 1, 1, False, "native"),
         (1400, 4, 8, 1, False, "native"),
+        (400, 4, 1, 16, False, "grouped"),
+        (900, 2, 20, 70, True, "folded"),
         (128, 4, 0, 70, True, "grouped"),
     ],
 )

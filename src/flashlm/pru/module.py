@@ -22,10 +22,11 @@ from flashlm.pru.recurrence import run_dense, run_grouped
 from flashlm.pru.shapes import Init, Split, Subsampling, check_choice, check_positive
 
 Path = Literal["auto", "grouped", "folded", "native"]
-# dense weights that a step of torch's loop makes up for folding (benchmarks/results/pru_paths.json)
-WEIGHTS_PER_STEP = 50_000
-FULL_WEIGHTS_PER_STEP = 250_000  # of a context in one group, which the grouped loop serves badly
-FULL_MIN_BATCH = 8
+# Dense weights that a step of torch's loop makes up for folding, by the context's groups (up to as many), for batches of
+# 8 and more and for smaller ones (benchmarks/results/pru_paths.json).
+WEIGHTS_PER_STEP = ((1, 300_000, 20_000), (3, 110_000, 8_000), (None, 25_000, 8_000))
+LARGE_BATCH = 8
+NATIVE_AUTO_TOKENS = 8  # of a call; with more the grouped loop's products catch up
 
 
 class PRU(nn.Module):
@@ -283,7 +284,8 @@ class PRU(nn.Module):
         is_foldable = cell.input_transform.subsampling != "max"
         if is_foldable and (x.device.type == "cuda" or (not is_compiling and folding_pays(cell, x))):
             return "folded"
-        return "native" if not is_compiling and is_served(cell, *x.shape[:2]) else "grouped"
+        is_short = x.shape[0] * x.shape[1] <= NATIVE_AUTO_TOKENS
+        return "native" if is_short and not is_compiling and is_served(cell, *x.shape[:2]) else "grouped"
 
     def _native_weights(self, position: int, cell: PRUCell) -> NativeWeights:
         weights = self._native.get(position)
@@ -302,10 +304,13 @@ def folding_pays(cell: PRUCell, x: torch.Tensor) -> bool:
     """
     is_fp32 = x.dtype == cell.context_transform.weight.dtype == torch.float32
     if x.device.type != "cpu" or not is_fp32 or torch.is_autocast_enabled("cpu") or not x.shape[1]:
-        return False  # not measured
-    is_full = cell.context_transform.groups == 1 and x.shape[1] >= FULL_MIN_BATCH  # folded, it is no larger than it was
+        return (
+            False  # under autocast `folded` goes through the grouped loop, with more arithmetic; 16 bits not measured
+        )
+    groups = cell.context_transform.groups
+    large, small = next((large, small) for most, large, small in WEIGHTS_PER_STEP if most is None or groups <= most)
     num_weights = 4 * cell.hidden_size * (cell.input_size + cell.hidden_size)
-    return num_weights <= (x.shape[0] - 1) * (FULL_WEIGHTS_PER_STEP if is_full else WEIGHTS_PER_STEP)
+    return num_weights <= (x.shape[0] - 1) * (large if x.shape[1] >= LARGE_BATCH else small)
 
 
 def emulates_16_bits(device_type: str) -> bool:
