@@ -62,11 +62,17 @@ def test_runs_are_compared_in_turns_and_taken_up(
             compare,
             monkeypatch,
             *("--data", text, "--out", tmp_path / "out", "--epochs", epochs, "--seeds", "1,2"),
+            *("--set", "dropout=0.1", "--test"),
             *recipes,
         )
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"machine", "commit", "torch", "threads", "corpus"} <= set(written)
+    results = written["runs"]
     assert [row["run"] for row in results] == ["pru-seed1", "lstm-seed1", "pru-seed2", "lstm-seed2"]
     assert all(row["epochs"] == len(row["valid_perplexity"]) == 2 for row in results)
     assert results[0]["valid_perplexity"] != results[2]["valid_perplexity"]
-    assert (tmp_path / "out" / "results.md").read_text().count("\n") == 6
+    assert (tmp_path / "out" / "results.md").read_text().count(
+        "\n"
+    ) == 6 + 5  # a line a run, a line a recipe, their heads
+    assert all(row["test"]["perplexity"] > 1 for row in results)
     assert (tmp_path / "out" / "valid.png").read_bytes().startswith(b"\x89PNG")
