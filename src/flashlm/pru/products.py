@@ -1,8 +1,8 @@
 """fp32 products of many rows on the CPU, by whichever of torch's two libraries is the faster on this processor.
 
-torch multiplies fp32 matrices with MKL, which on AMD's processors with AVX-512 keeps to AVX2; oneDNN, which torch carries
-too, does not: 436 against 216 GFLOP/s on two cores (docs/experiments.md). The choice is by processor and size alone,
-never by timing, so a resumed run multiplies as it did before.
+torch multiplies fp32 matrices with MKL, which leaves half of the rate of AMD's processors with AVX-512 unused; oneDNN, which
+torch carries too, does not: 436 against 216 GFLOP/s on two cores (docs/experiments.md). The choice is by processor and size
+alone, never by timing, so a resumed run multiplies as it did before.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether this is a processor on which MKL does without the widest vectors that it has, and oneDNN does not."""
+    """Whether this is a processor of the kind on which oneDNN was measured to be twice as fast as MKL."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
