@@ -114,7 +114,7 @@ void lstm_forward(unsigned dtype, size_t gates_address, size_t c_address, size_t
                   size_t h_next_address, size_t c_next_address, size_t h_low_address, size_t batch, size_t size) {
     const auto kernel = kernels().gates_forward[checked_dtype(dtype)];
     require(kernel, "dtype must be 0 (bfloat16) or 2 (float32)");
-    require(gates_address && c_address && activations_address && h_next_address && c_next_address, "an address is null");
+    require(gates_address && c_address && h_next_address && c_next_address, "an address is null");
     require(size > 0, "size must be at least 1, got 0");
     kernel({pointer<const void>(gates_address), nullptr, pointer<const float>(c_address),
             pointer<float>(activations_address), pointer<float>(h_next_address), pointer<float>(c_next_address),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flashlm import _native
 from flashlm.errors import ConfigError
-from flashlm.pru.gate_kernels import StepGates, backward_step, lstm_gates, serves_training
+from flashlm.pru.gate_kernels import StepGates, backward_step, has_native_gates, lstm_gates
 
 BF16_EPS = 2.0**-8  # unit roundoff of bf16's 8 bits
 
@@ -99,7 +99,7 @@ def test_training_forward_and_backward(batch: int, size: int, dtype: torch.dtype
 def test_what_it_refuses() -> None:
     with pytest.raises(ConfigError, match="context_gates must be"):
         lstm_gates(torch.ones(1, 8), torch.ones(1, 7), torch.ones(1, 2))
-    assert not serves_training(torch.ones(1, dtype=torch.float16), torch.ones(1))
+    assert not has_native_gates(torch.ones(1, dtype=torch.float16), torch.ones(1))
     with pytest.raises(ValueError, match="dtype must be 0"):
         _native.lstm_forward(1, 8, 8, 8, 8, 8, 0, 1, 1)
     with pytest.raises(ValueError, match="an address is null"):

@@ -25,7 +25,7 @@ def results(inputs: Tensors, wanted: str, monkeypatch: pytest.MonkeyPatch, is_na
     """Return outputs, last h, last c, and the inputs' gradients by what is `wanted` of the three."""
     with monkeypatch.context() as patch:
         if not is_native:
-            patch.setattr(recurrence, "serves_training", lambda weight, state: False)
+            patch.setattr(recurrence, "has_native_gates", lambda weight, state: False)
         outputs = dict(zip(["y", "h", "c"], run_grouped(*inputs), strict=True))
     loss = sum((outputs[name].float() * torch.arange(1, 1 + outputs[name].numel()).view_as(outputs[name]).sin()).sum()
                for name in wanted)  # fmt: skip
@@ -66,6 +66,17 @@ def test_outputs_may_be_written_to_before_going_backward() -> None:
     y, _, c = run_grouped(*inputs)
     torch.autograd.grad(c, inputs[0], grad_c)
     assert torch.equal(grad_c, torch.ones_like(c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_results_are_the_same(dtype: torch.dtype) -> None:
+    inputs = layer(dtype, 2, 9)
+    expected = run_grouped(*inputs)
+    with torch.no_grad():
+        got = run_grouped(*inputs)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+        assert not one.requires_grad
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

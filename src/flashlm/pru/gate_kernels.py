@@ -47,7 +47,7 @@ def lstm_gates(
     return h_next, c_next
 
 
-def serves_training(weight: torch.Tensor, state: torch.Tensor) -> bool:
+def has_native_gates(weight: torch.Tensor, state: torch.Tensor) -> bool:
     """Return whether `StepGates` takes recurrent weights and a state of these dtypes and devices."""
     is_supported = weight.device.type == "cpu" and weight.dtype in _CODES and state.dtype == torch.float32
     return is_supported and state.numel() > 0
@@ -60,14 +60,17 @@ class StepGates:
         dtype: Of the products: float32 or bfloat16.
         h0, c0: fp32 (..., d).
         num_steps: T.
+        keeps_activations: Whether there will be a backward pass.
 
     Attributes:
         h, c: fp32 (T + 1, ..., d): before each step and after the last.
         h_low: h in the products' dtype; `h` itself in fp32.
-        activations: fp32 (T, ..., 4d).
+        activations: fp32 (T, ..., 4d), or None.
     """
 
-    def __init__(self, dtype: torch.dtype, h0: torch.Tensor, c0: torch.Tensor, num_steps: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, h0: torch.Tensor, c0: torch.Tensor, num_steps: int, *, keeps_activations: bool = True
+    ) -> None:
         self.h = torch.empty(num_steps + 1, *h0.shape)
         self.c = torch.empty_like(self.h)
         self.h[0], self.c[0] = h0, c0
@@ -75,7 +78,7 @@ class StepGates:
         if dtype != torch.float32:
             self.h_low = torch.empty_like(self.h, dtype=dtype)
             self.h_low[0] = h0
-        self.activations = torch.empty(num_steps, *h0.shape[:-1], 4 * h0.shape[-1])
+        self.activations = torch.empty(num_steps, *h0.shape[:-1], 4 * h0.shape[-1]) if keeps_activations else None
 
     def forward(self, t: int, gates: torch.Tensor) -> None:
         """Take step t; gates (..., 4d), contiguous, in the products' dtype, the context's part included."""
@@ -84,7 +87,7 @@ class StepGates:
             _CODES[h_low.dtype],
             gates.data_ptr(),
             self.c[t].data_ptr(),
-            self.activations[t].data_ptr(),
+            0 if self.activations is None else self.activations[t].data_ptr(),
             h.data_ptr(),
             self.c[t + 1].data_ptr(),
             0 if self.h_low is self.h else h_low.data_ptr(),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from flashlm.pru.gate_kernels import StepGates, backward_step, serves_training
+from flashlm.pru.gate_kernels import StepGates, backward_step, has_native_gates
 from flashlm.pru.products import batched_product, linear
 
 
@@ -93,9 +93,7 @@ class _NativeRecurrence(torch.autograd.Function):
     def forward(
         ctx: Any, gates: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        steps = StepGates(weight.dtype, h0, c0, gates.shape[0])
-        for t in range(gates.shape[0]):
-            steps.forward(t, torch.baddbmm(gates[t], steps.h_low[t], weight).contiguous())
+        steps = _run_steps(gates, weight, h0, c0, keeps_activations=True)
         ctx.save_for_backward(steps.activations, steps.h_low, steps.c, weight)
         ctx.set_materialize_grads(False)
         return steps.h[1:].clone() if steps.h_low is steps.h else steps.h[1:], steps.c[-1].clone()
@@ -116,6 +114,15 @@ class _NativeRecurrence(torch.autograd.Function):
             dc, dc_before = dc_before, dc if t < num_steps - 1 else torch.empty_like(dc)  # the caller's stays as it is
             dh = torch.bmm(d_gates[t], backward_weight).contiguous()
         return d_gates, _weight_gradient(h_low, d_gates) if ctx.needs_input_grad[1] else None, dh.float(), dc
+
+
+def _run_steps(
+    gates: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, *, keeps_activations: bool
+) -> StepGates:
+    steps = StepGates(weight.dtype, h0, c0, len(gates), keeps_activations=keeps_activations)
+    for t in range(len(gates)):
+        steps.forward(t, torch.baddbmm(gates[t], steps.h_low[t], weight).contiguous())
+    return steps
 
 
 def _weight_gradient(h_all: torch.Tensor, d_gates: torch.Tensor) -> torch.Tensor:
@@ -156,8 +163,12 @@ def run_grouped(
     weight = weight.to(products).contiguous()  # torch would lay a transposed one out anew at every step
     h0, c0 = by_group(h0), by_group(c0)
     with torch.autocast(device, enabled=False):  # all is in its dtype; autocast would convert the weights at every step
-        if mask is None and not torch.compiler.is_compiling() and serves_training(weight, c0):
-            h, c = _NativeRecurrence.apply(gates, weight, h0, c0)  # type: ignore[no-untyped-call]
+        if mask is None and not torch.compiler.is_compiling() and has_native_gates(weight, c0):
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (gates, weight, h0, c0)):
+                h, c = _NativeRecurrence.apply(gates, weight, h0, c0)  # type: ignore[no-untyped-call]
+            else:
+                done = _run_steps(gates, weight, h0, c0, keeps_activations=False)
+                h, c = done.h[1:], done.c[-1]
         else:
             steps = None if mask is None else mask.view(num_steps, 1, batch, 1)
             h, all_c = _GroupedRecurrence.apply(gates, weight, h0, c0, steps)  # type: ignore[no-untyped-call]
