@@ -276,6 +276,17 @@ def test_compiles_into_one_graph(backend: str) -> None:
     assert _largest_difference_compiled(backend) <= TOLERANCE
 
 
+def test_compiles_into_one_graph_under_autocast() -> None:
+    torch._dynamo.reset()
+    pru = PRU(8, 8, groups=2, init="per_group")
+    x = torch.randn(4, 3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (_, c) = torch.compile(pru, backend="aot_eager", fullgraph=True)(x)
+        expected, _ = pru(x)
+    assert c.dtype == torch.float32
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor() -> None:

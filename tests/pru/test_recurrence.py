@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flashlm.errors import ConfigError
 from flashlm.pru import recurrence
 from flashlm.pru.recurrence import run_dense, run_grouped
 
@@ -55,8 +56,18 @@ def test_native_gates_in_bf16_are_as_near_to_fp32_as_torchs(monkeypatch: pytest.
         assert error <= 1.2 * their_error + 1e-3
 
 
-def test_outputs_may_be_written_to_before_going_backward() -> None:
-    inputs = layer(torch.float32, 1, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # native gates, and torch's
+def test_second_derivatives_are_refused_and_not_wrong(dtype: torch.dtype) -> None:
+    inputs = [x.detach().to(dtype).requires_grad_() for x in layer(torch.float32, 2, 8)]
+    y, _, _ = run_grouped(*inputs)
+    with pytest.raises(ConfigError, match="take path='folded'"):
+        torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_may_be_written_to_before_going_backward(dtype: torch.dtype, groups: int) -> None:
+    inputs = layer(dtype, groups, 8)
     y, _, _ = run_grouped(*inputs)
     expected = torch.autograd.grad(y.sum(), inputs[0])[0]
     y, _, c = run_grouped(*inputs)

@@ -315,9 +315,13 @@ def folding_pays(cell: PRUCell, x: torch.Tensor) -> bool:
 
 def emulates_16_bits(device_type: str) -> bool:
     """Whether autocast's products would be emulated: far slower than fp32 (docs/experiments.md)."""
-    if device_type != "cpu":
-        return False
-    return choose_strategy(str(torch.get_autocast_dtype("cpu")).removeprefix("torch.")) == "widen"
+    return device_type == "cpu" and not _is_multiplied(str(torch.get_autocast_dtype("cpu")))
+
+
+# torch.compile can't look into the processor's flags
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_multiplied(dtype: str) -> bool:
+    return choose_strategy(dtype.removeprefix("torch.")) == "native"
 
 
 def _with_batch(state: torch.Tensor) -> torch.Tensor:

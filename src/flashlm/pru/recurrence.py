@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from flashlm.errors import ConfigError
 from flashlm.pru.gate_kernels import StepGates, backward_step, has_native_gates
 from flashlm.pru.products import batched_product, linear
 
@@ -54,8 +54,8 @@ class _GroupedRecurrence(torch.autograd.Function):
         return h_all[1:].clone(), c_all[1:].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_h: torch.Tensor, grad_c: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _refuse_second_derivatives()
         activations, h_all, c_all, weight, mask = ctx.saved_tensors
         num_steps, size = activations.shape[0], h_all.shape[-1]
         backward_weight = weight.transpose(1, 2).contiguous()
@@ -96,11 +96,11 @@ class _NativeRecurrence(torch.autograd.Function):
         steps = _run_steps(gates, weight, h0, c0, keeps_activations=True)
         ctx.save_for_backward(steps.activations, steps.h_low, steps.c, weight)
         ctx.set_materialize_grads(False)
-        return steps.h[1:].clone() if steps.h_low is steps.h else steps.h[1:], steps.c[-1].clone()
+        return steps.h[1:], steps.c[-1].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_h: torch.Tensor | None, grad_c: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        _refuse_second_derivatives()
         activations, h_low, c_all, weight = ctx.saved_tensors
         num_steps = activations.shape[0]
         grad_h = torch.zeros_like(c_all[1:]) if grad_h is None else grad_h.contiguous()
@@ -114,6 +114,12 @@ class _NativeRecurrence(torch.autograd.Function):
             dc, dc_before = dc_before, dc if t < num_steps - 1 else torch.empty_like(dc)  # the caller's stays as it is
             dh = torch.bmm(d_gates[t], backward_weight).contiguous()
         return d_gates, _weight_gradient(h_low, d_gates) if ctx.needs_input_grad[1] else None, dh.float(), dc
+
+
+def _refuse_second_derivatives() -> None:
+    # create_graph: what was saved would count as constant, and the result be wrong without a word
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise ConfigError("path='grouped' has no second derivatives; take path='folded'")
 
 
 def _run_steps(
@@ -174,7 +180,8 @@ def run_grouped(
             h, all_c = _GroupedRecurrence.apply(gates, weight, h0, c0, steps)  # type: ignore[no-untyped-call]
             c = all_c[-1]
     last_h, last_c = (x.transpose(0, 1).flatten(1) for x in (h[-1], c))
-    return h.transpose(1, 2).flatten(2), last_h, last_c
+    y = h.transpose(1, 2).flatten(2)
+    return (y.clone() if groups == 1 else y), last_h, last_c  # one group is a view: the caller's to write to
 
 
 def run_dense(
