@@ -49,6 +49,15 @@ def test_second_derivatives() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_functional_transforms_work() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4, 6), torch.randn(5, 6)
+    expected = x @ weight.t()
+    torch.testing.assert_close(torch.func.vmap(lambda one: linear(one, weight, None))(x), expected)
+    _, tangent = torch.func.jvp(lambda w: linear(x, w, None), (weight,), (weight,))
+    torch.testing.assert_close(tangent, expected)
+
+
 def test_batched_products() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(3, 9, 4).transpose(1, 2), torch.randn(3, 9, 7)

@@ -64,10 +64,15 @@ def test_second_derivatives_are_refused_and_not_wrong(dtype: torch.dtype) -> Non
         torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("groups", "batch"), [(1, 3), (2, 3), (2, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_may_be_written_to_before_going_backward(dtype: torch.dtype, groups: int) -> None:
-    inputs = layer(dtype, groups, 8)
+def test_outputs_may_be_written_to_before_going_backward(dtype: torch.dtype, groups: int, batch: int) -> None:
+    inputs = layer(dtype, groups, 8, batch=batch)
+    with torch.no_grad():
+        y, h, _ = run_grouped(*inputs)
+        before = h.clone()
+        y.zero_()
+        assert torch.equal(h, before)
     y, _, _ = run_grouped(*inputs)
     expected = torch.autograd.grad(y.sum(), inputs[0])[0]
     y, _, c = run_grouped(*inputs)
@@ -88,6 +93,59 @@ def test_without_gradients_the_results_are_the_same(dtype: torch.dtype) -> None:
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
         assert not one.requires_grad
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype, default: torch.dtype) -> None:
+    inputs = layer(dtype, 2, 40)
+    expected = run_grouped(*inputs)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = run_grouped(*inputs)
+        gradients = torch.autograd.grad(got[0].sum(), inputs)
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(gradients, torch.autograd.grad(expected[0].sum(), inputs), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_going_backward_under_autocast_changes_nothing(
+    dtype: torch.dtype, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(recurrence, "has_native_gates", lambda weight, state: False)
+    inputs = layer(dtype, 2, 40)
+    expected = torch.autograd.grad(run_grouped(*inputs)[0].sum(), inputs)
+    for autocast in (torch.bfloat16, torch.float16):
+        y = run_grouped(*inputs)[0]
+        with torch.autocast("cpu", autocast):
+            got = torch.autograd.grad(y.sum(), inputs)
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_forward_mode_is_refused_and_not_silently_zero() -> None:
+    inputs = [x.detach() for x in layer(torch.float32, 2, 8)]
+    with torch.autograd.forward_ad.dual_level():
+        inputs[0] = torch.autograd.forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        with pytest.raises(RuntimeError, match="jvp"):
+            run_grouped(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*jit.trace.*")
+def test_a_trace_computes_what_was_traced() -> None:
+    inputs = [x.detach() for x in layer(torch.float32, 2, 8)]
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda *x: run_grouped(*x)[0], inputs, check_trace=False)
+        other = [x + 0.1 for x in inputs]
+        torch.testing.assert_close(traced(*other), run_grouped(*other)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

@@ -71,18 +71,21 @@ class StepGates:
     def __init__(
         self, dtype: torch.dtype, h0: torch.Tensor, c0: torch.Tensor, num_steps: int, *, keeps_activations: bool = True
     ) -> None:
-        self.h = torch.empty(num_steps + 1, *h0.shape)
+        self.h = torch.empty(num_steps + 1, *h0.shape, dtype=torch.float32, device=h0.device)
         self.c = torch.empty_like(self.h)
         self.h[0], self.c[0] = h0, c0
         self.h_low = self.h
         if dtype != torch.float32:
             self.h_low = torch.empty_like(self.h, dtype=dtype)
             self.h_low[0] = h0
-        self.activations = torch.empty(num_steps, *h0.shape[:-1], 4 * h0.shape[-1]) if keeps_activations else None
+        self.activations: torch.Tensor | None = None
+        if keeps_activations:
+            self.activations = self.h.new_empty(num_steps, *h0.shape[:-1], 4 * h0.shape[-1])
 
     def forward(self, t: int, gates: torch.Tensor) -> None:
         """Take step t; gates (..., 4d), contiguous, in the products' dtype, the context's part included."""
         h, h_low = self.h[t + 1], self.h_low[t + 1]
+        _check(gates, h_low.dtype, 4 * h.numel())
         _native.lstm_forward(
             _CODES[h_low.dtype],
             gates.data_ptr(),
@@ -117,6 +120,12 @@ def backward_step(
         grad_gates: Output, (..., 4d) in the products' dtype.
         grad_c_before: Output, fp32 (..., d), by c.
     """
+    low, size = grad_gates.dtype, c.numel()
+    for tensor in (c, c_next, grad_h, grad_c, grad_c_before):
+        _check(tensor, torch.float32, size)
+    _check(activations, torch.float32, 4 * size)
+    _check(grad_h_next, low, size)
+    _check(grad_gates, low, 4 * size)
     _native.lstm_backward(
         _CODES[grad_gates.dtype],
         activations.data_ptr(),
@@ -130,3 +139,9 @@ def backward_step(
         c[..., 0].numel(),
         c.shape[-1],
     )
+
+
+def _check(tensor: torch.Tensor, dtype: torch.dtype, num_elements: int) -> None:
+    """Guard the raw addresses below: a caller's mistake must not become a write beyond an array."""
+    if tensor.dtype != dtype or tensor.numel() != num_elements or not tensor.is_contiguous():
+        raise AssertionError(f"expected contiguous {dtype} of {num_elements}, got {tensor.dtype} {tuple(tensor.shape)}")

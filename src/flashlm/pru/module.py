@@ -304,9 +304,7 @@ def folding_pays(cell: PRUCell, x: torch.Tensor) -> bool:
     """
     is_fp32 = x.dtype == cell.context_transform.weight.dtype == torch.float32
     if x.device.type != "cpu" or not is_fp32 or torch.is_autocast_enabled("cpu") or not x.shape[1]:
-        return (
-            False  # under autocast `folded` goes through the grouped loop, with more arithmetic; 16 bits not measured
-        )
+        return False  # under autocast `folded` is the grouped loop with more arithmetic; 16-bit weights: not measured
     groups = cell.context_transform.groups
     large, small = next((large, small) for most, large, small in WEIGHTS_PER_STEP if most is None or groups <= most)
     num_weights = 4 * cell.hidden_size * (cell.input_size + cell.hidden_size)

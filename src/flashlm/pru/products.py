@@ -19,7 +19,7 @@ _LEAST_FLOPS = 1 << 25  # below, a call costs more than it saves
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x @ weight.T (+ bias), differentiable any number of times, as `torch.nn.functional.linear`.
+    """Return x @ weight.T (+ bias), differentiable as often and in all ways as `torch.nn.functional.linear`.
 
     Args:
         x: (..., in).
@@ -71,12 +71,16 @@ def _onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        x.dtype == weight.dtype == torch.float32
+    return bool(
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and 2 * x.numel() * len(weight) >= _LEAST_FLOPS
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.enabled
         and mkl_is_slow()
     )
 

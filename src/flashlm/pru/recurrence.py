@@ -4,7 +4,8 @@ Three things make it faster than stepping through autograd: the loop runs in gro
 batched product that accumulates onto the input's gates; the backward pass keeps the gates and does no graph
 work; and the gradient of the recurrent weights is one product over all steps after the loop instead of one per step.
 On the CPU the gates of a step are one native call; elsewhere, with masks and in compiled graphs they are torch's
-operations, which is the same loop written out. The state is fp32 whatever the products' dtype. No second derivatives.
+operations, which is the same loop written out. The state is fp32 whatever the products' dtype. Without gradients nothing
+but the states is kept. No second derivatives.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class _GroupedRecurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: torch.Tensor, grad_c: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _refuse_second_derivatives()
+        with torch.autocast(grad_h.device.type, enabled=False):
+            return _GroupedRecurrence._go_back(ctx, grad_h, grad_c)
+
+    @staticmethod
+    def _go_back(ctx: Any, grad_h: torch.Tensor, grad_c: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         activations, h_all, c_all, weight, mask = ctx.saved_tensors
         num_steps, size = activations.shape[0], h_all.shape[-1]
         backward_weight = weight.transpose(1, 2).contiguous()
@@ -101,10 +107,15 @@ class _NativeRecurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h: torch.Tensor | None, grad_c: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         _refuse_second_derivatives()
+        with torch.autocast("cpu", enabled=False):  # the caller's would change the products' dtype
+            return _NativeRecurrence._go_back(ctx, grad_h, grad_c)
+
+    @staticmethod
+    def _go_back(ctx: Any, grad_h: torch.Tensor | None, grad_c: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         activations, h_low, c_all, weight = ctx.saved_tensors
         num_steps = activations.shape[0]
-        grad_h = torch.zeros_like(c_all[1:]) if grad_h is None else grad_h.contiguous()
-        dc = torch.zeros_like(c_all[0]) if grad_c is None else grad_c.contiguous()
+        grad_h = torch.zeros_like(c_all[1:]) if grad_h is None else grad_h.resolve_neg().contiguous()
+        dc = torch.zeros_like(c_all[0]) if grad_c is None else grad_c.resolve_neg().contiguous()
         dc_before = torch.empty_like(dc)
         dh = torch.zeros_like(h_low[0])
         d_gates = torch.empty_like(activations, dtype=weight.dtype)
@@ -120,6 +131,16 @@ def _refuse_second_derivatives() -> None:
     # create_graph: what was saved would count as constant, and the result be wrong without a word
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise ConfigError("path='grouped' has no second derivatives; take path='folded'")
+
+
+def _is_recorded() -> bool:
+    """Whether operations are being recorded, so that native calls would go missing."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def _has_tangents() -> bool:
+    """Whether forward-mode differentiation is on, which an autograd function refuses and a native call would not see."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _run_steps(
@@ -164,13 +185,15 @@ def run_grouped(
     def by_group(x: torch.Tensor) -> torch.Tensor:
         return x.to(state).view(batch, groups, size).transpose(0, 1).contiguous()
 
-    products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gates.dtype
+    products = gates.dtype
+    if torch.is_autocast_enabled(device) and products != torch.float64:
+        products = torch.get_autocast_dtype(device)
     gates = gates.to(products).view(num_steps, batch, 4, groups, size).permute(0, 3, 1, 2, 4).flatten(3)
     weight = weight.to(products).contiguous()  # torch would lay a transposed one out anew at every step
     h0, c0 = by_group(h0), by_group(c0)
     with torch.autocast(device, enabled=False):  # all is in its dtype; autocast would convert the weights at every step
-        if mask is None and not torch.compiler.is_compiling() and has_native_gates(weight, c0):
-            if torch.is_grad_enabled() and any(x.requires_grad for x in (gates, weight, h0, c0)):
+        if mask is None and not _is_recorded() and has_native_gates(weight, c0):
+            if torch.is_grad_enabled() or _has_tangents():
                 h, c = _NativeRecurrence.apply(gates, weight, h0, c0)  # type: ignore[no-untyped-call]
             else:
                 done = _run_steps(gates, weight, h0, c0, keeps_activations=False)
@@ -181,7 +204,8 @@ def run_grouped(
             c = all_c[-1]
     last_h, last_c = (x.transpose(0, 1).flatten(1) for x in (h[-1], c))
     y = h.transpose(1, 2).flatten(2)
-    return (y.clone() if groups == 1 else y), last_h, last_c  # one group is a view: the caller's to write to
+    is_view = groups == 1 or batch == 1
+    return (y.clone() if is_view else y), last_h, last_c  # the caller may write to it
 
 
 def run_dense(

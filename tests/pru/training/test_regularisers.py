@@ -123,6 +123,12 @@ def test_an_lstm_under_autocast_keeps_its_state_in_fp32_and_agrees(model: PRUFor
     torch.testing.assert_close(result.loss, expected.loss, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_weight_drop_serves_double_weights(model: PRUForCausalLM, is_training: bool) -> None:
+    model.double().train(is_training)
+    assert run(model, weight_dropout=0.5).state[0][0].dtype == torch.float64
+
+
 def test_embedding_dropout_drops_whole_words_and_scales_the_others() -> None:
     torch.manual_seed(0)
     embedding = torch.nn.Embedding(200, 4)

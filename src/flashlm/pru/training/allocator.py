@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST = 2**31 - 1
+_NEVER = -1  # trim
+_MMAP_FROM_BYTES = (2**31 - 1, 32 << 20)  # all but the largest arrays; what older versions allow at most
 
 
 def keep_freed_memory() -> bool:
@@ -21,6 +22,7 @@ def keep_freed_memory() -> bool:
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018 - AttributeError elsewhere
-        return all(libc.mallopt(option, _LARGEST) == 1 for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+        is_kept = libc.mallopt(_TRIM_THRESHOLD, _NEVER) == 1
+        return any(libc.mallopt(_MMAP_THRESHOLD, size) == 1 for size in _MMAP_FROM_BYTES) and is_kept
     except (OSError, AttributeError, TypeError):
         return False

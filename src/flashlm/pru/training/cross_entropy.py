@@ -44,7 +44,7 @@ class _CrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise ConfigError("the training loss has no second derivatives")
         (gradient,) = ctx.saved_tensors
-        return (gradient if grad_loss.item() == 1.0 else gradient * grad_loss.to(gradient.dtype)), None
+        return (gradient if grad_loss.item() == 1.0 else gradient * grad_loss), None
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,8 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits: (num_tokens, vocab_size).
         targets: int64 (num_tokens,), each within the vocabulary.
     """
-    if logits.device.type != "cpu" or not logits.requires_grad:
+    is_fp16 = logits.dtype == torch.float16  # its small gradients would underflow before the loss's scale reaches them
+    if logits.device.type != "cpu" or is_fp16 or not logits.requires_grad:
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
     loss: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return loss

@@ -88,8 +88,8 @@ def keep_mask(like: torch.Tensor, share: float) -> torch.Tensor:
     number serves four.
     """
     num_elements = like.numel()
-    bits = torch.empty((num_elements + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    num_dropped = round(share * 2**16)  # of the 2^16 values
+    bits = torch.empty((num_elements + 3) // 4, dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    num_dropped = min(round(share * 2**16), 2**16 - 1)  # of the 2^16 values
     is_kept = bits.view(torch.int16)[:num_elements].view(like.shape) >= num_dropped - 2**15
     return is_kept.to(like.dtype).mul_(2**16 / (2**16 - num_dropped))
 
@@ -108,11 +108,11 @@ def _run_layer(
 ) -> tuple[torch.Tensor, State]:
     if isinstance(layer, PRU):
         layer.weight_dropout = weight_dropout
-    if isinstance(layer, PRU) or not (weight_dropout or torch.is_autocast_enabled(x.device.type)):
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    if isinstance(layer, PRU) or not (is_autocast or (layer.training and weight_dropout)):
         result: tuple[torch.Tensor, State] = layer(x, state)
         return result
     assert isinstance(layer, nn.LSTM)
-    is_autocast = torch.is_autocast_enabled(x.device.type)
     if is_autocast and emulates_16_bits(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _run_lstm(layer, x.float(), state, weight_dropout)
@@ -126,7 +126,7 @@ def _run_lstm(
     weight_ih, weight_hh, *biases = cast(list[torch.Tensor], layer.all_weights[0])
     weights = [weight_ih, F.dropout(weight_hh, weight_dropout, layer.training), *biases]
     if state is None:
-        zeros = torch.zeros(1, x.shape[1], layer.hidden_size, device=x.device)
+        zeros = weight_hh.new_zeros(1, x.shape[1], layer.hidden_size)
         state = zeros, zeros
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # oneDNN's is slower (docs/experiments.md)
         y, h, c = run_dense(x, weights, state[0][0], state[1][0])
