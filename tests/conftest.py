@@ -21,3 +21,11 @@ def _no_device_profile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _freed_memory_goes_back() -> Iterator[None]:
+    """Training commands run in this process would keep it, and budgets count what the process has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHLM_KEEP_FREED_MEMORY", "0")
+        yield

@@ -7,6 +7,7 @@ page is faulted in and zeroed in every step: a fifth to a third of the step's ti
 from __future__ import annotations
 
 import ctypes
+import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _NEVER = -1  # trim
@@ -17,8 +18,10 @@ def keep_freed_memory() -> bool:
     """Tell the C library so, for the whole process and from now on; returns whether it could be told.
 
     The process then stays as large as it once was; after some ten steps hardly a page is faulted in. Does nothing where
-    the library is not glibc.
+    the library is not glibc, or where FLASHLM_KEEP_FREED_MEMORY is 0.
     """
+    if os.environ.get("FLASHLM_KEEP_FREED_MEMORY") == "0":
+        return False
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018 - AttributeError elsewhere
