@@ -24,8 +24,9 @@ class _CrossEntropy(torch.autograd.Function):
         num_tokens, vocab_size = logits.shape
         gradient = torch.empty_like(logits)
         losses = []
-        for start in range(0, num_tokens, max(1, _PIECE_ELEMENTS // vocab_size)):
-            piece = slice(start, start + max(1, _PIECE_ELEMENTS // vocab_size))
+        piece_tokens = max(1, _PIECE_ELEMENTS // vocab_size)
+        for start in range(0, num_tokens, piece_tokens):
+            piece = slice(start, start + piece_tokens)
             wide = logits[piece].to(torch.promote_types(logits.dtype, torch.float32), copy=True)
             chosen = targets[piece].unsqueeze(1)
             at_target = wide.gather(1, chosen)
