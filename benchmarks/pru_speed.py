@@ -33,7 +33,7 @@ from flashlm.pru.products import linear
 from flashlm.pru.training.allocator import keep_freed_memory
 
 BATCH, STEPS, SUM_BYTES = 20, 70, 512 << 20
-TOKENS_BEFORE = 8
+TOKENS_BEFORE = 40  # 20 ms: torch's threads spin on for 10 after a product, on the cores of whoever comes next
 BATCHES = (1, 2, 4, 8)
 Work = Callable[[], object]
 
@@ -47,8 +47,7 @@ def seconds(work: Work) -> float:
 def medians(works: dict[str, Work], repeats: int, warm_ups: int = 1, num_before: int = 0) -> dict[str, float]:
     """Return the median time of each, in turns; `num_before` calls go before each one that is timed.
 
-    They are what a token finds in use, another token before it, and not what a contestant leaves behind: torch's threads
-    spin on for a while on the cores.
+    They are what a token finds in use, another token before it, and not what the last contestant left behind.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats + warm_ups):
