@@ -1,4 +1,4 @@
-"""Products by oneDNN against float64, in value, gradient and second derivative."""
+"""Products by oneDNN and by the row kernel against float64; oneDNN's in gradient and second derivative too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from flashlm.pru import products
-from flashlm.pru.products import linear
+from flashlm.pru.products import Linear, RepeatedProduct, linear
 
 EPS = 2.0**-24
 
@@ -18,6 +18,8 @@ def always_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(products, "_LEAST_FLOPS", 1)
+    monkeypatch.setattr(products, "_LEAST_REPEATED_FLOPS", 1)
+    monkeypatch.setattr(products, "_LEAST_REPEATED_ROWS", 1)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -77,3 +79,72 @@ def test_small_products_and_other_dtypes_are_torchs(monkeypatch: pytest.MonkeyPa
     assert type(linear(torch.randn(4, 6), weight, torch.randn(5)).grad_fn).__name__ == "AddmmBackward0"
     wide = weight.detach().double().requires_grad_()
     assert linear(torch.randn(4000, 6, dtype=torch.float64), wide, None).dtype == torch.float64
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(("groups", "rows", "inputs", "outputs"), [(3, 5, 7, 20), (1, 1, 33, 2), (4, 20, 16, 64)])
+def test_repeated_products(groups: int, rows: int, inputs: int, outputs: int, is_transposed: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(groups, inputs, outputs)
+    if is_transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    repeated = RepeatedProduct(weight, rows, 3)
+    assert repeated._laid_out is not None
+    for _ in range(3):
+        x, summand = torch.randn(groups, rows, inputs), torch.randn(groups, rows, outputs)
+        exact, before = torch.bmm(x.double(), weight.double()), summand.clone()
+        for got, expected in ((repeated(x), exact), (repeated(x, summand), exact + before.double())):
+            assert got.is_contiguous()
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(summand, before)
+
+
+@pytest.mark.parametrize("reason", ["few rows", "small", "bf16", "autocast"])
+def test_repeated_products_are_torchs_where_laying_out_does_not_pay(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_LEAST_REPEATED_FLOPS", 2 * 5 * 8 * 12)
+    monkeypatch.setattr(products, "_LEAST_REPEATED_ROWS", 15)
+    weight = torch.randn(2, 8, 12, dtype=torch.bfloat16 if reason == "bf16" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+        repeated = RepeatedProduct(weight, 4 if reason == "small" else 5, 2 if reason == "few rows" else 4)
+    assert repeated._laid_out is None
+    x = torch.randn(2, 5, 8, dtype=weight.dtype)
+    assert torch.equal(repeated(x), torch.bmm(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(37,), (1, 37), (2, 2, 37)])
+def test_a_few_tokens_of_inference_by_the_row_kernel(
+    shape: tuple[int, ...], has_bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(37, 50, bias=has_bias, dtype=dtype), torch.randn(shape, dtype=dtype)
+    monkeypatch.setattr(products, "linear", None)  # not called
+    with torch.no_grad():
+        got = layer(x)
+        expected = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_what_the_row_kernel_does_not_take() -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(6, 5), torch.randn(2, 6)
+    expected = F.linear(x, layer.weight, layer.bias)
+    assert layer(x).requires_grad
+    torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
+    with torch.no_grad():
+        assert layer(torch.randn(0, 6)).shape == (0, 5)
+        torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
+        assert torch.jit.trace(layer, x, check_trace=False)(torch.ones(3, 6)).shape == (3, 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(2, 7))
+        with pytest.raises(RuntimeError):
+            layer(x.double())
+        torch.testing.assert_close(layer(x.t().contiguous().t()), expected)
+        layer.weight.data = layer.weight.t().contiguous().t()
+        torch.testing.assert_close(layer(x), expected)

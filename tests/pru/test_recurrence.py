@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashlm.errors import ConfigError
-from flashlm.pru import recurrence
+from flashlm.pru import products, recurrence
 from flashlm.pru.recurrence import run_dense, run_grouped
 
 Tensors = list[torch.Tensor]
@@ -44,6 +44,26 @@ def test_native_gates_equal_torchs(
         results(inputs, wanted, monkeypatch, True), results(inputs, wanted, monkeypatch, False), strict=True
     ):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(2, 16), (3, 5)])
+def test_weights_laid_out_beforehand_change_nothing(groups: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = layer(torch.float32, groups, size)
+    expected = results(inputs, "yhc", monkeypatch, False)
+    made = []
+
+    class Noted(products.RepeatedProduct):
+        def __call__(self, *args: torch.Tensor) -> torch.Tensor:
+            made.append(self._laid_out is not None)
+            return super().__call__(*args)
+
+    monkeypatch.setattr(recurrence, "RepeatedProduct", Noted)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    monkeypatch.setattr(products, "_LEAST_REPEATED_FLOPS", 1)
+    monkeypatch.setattr(products, "_LEAST_REPEATED_ROWS", 1)
+    for got, reference in zip(results(inputs, "yhc", monkeypatch, True), expected, strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-5)
+    assert made == [products.mkl_is_slow()] * 12  # six steps, both ways
 
 
 def test_native_gates_in_bf16_are_as_near_to_fp32_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
-"""fp32 products of many rows on the CPU, by whichever of torch's two libraries is the faster on this processor.
+"""Products with dense matrices on the CPU, by whoever is fastest at them.
 
-torch multiplies fp32 matrices with MKL, which leaves half of the rate of AMD's processors with AVX-512 unused; oneDNN, which
-torch carries too, does not: 436 against 216 GFLOP/s on two cores (docs/experiments.md). The choice is by processor and size
-alone, never by timing, so a resumed run multiplies as it did before.
+Many rows in fp32: torch multiplies with MKL, which leaves half of the rate of AMD's processors with AVX-512 unused; oneDNN,
+which torch carries too, does not: 436 against 216 GFLOP/s on two cores (docs/experiments.md). The choice is by processor and
+size alone, never by timing, so a resumed run multiplies as it did before.
+
+A few rows in inference: the row kernel. It is as fast as torch by itself; but torch's threads spin on for a while after a
+product, and so do the kernels', so a model that changes between the two loses a third of its time.
 """
 
 from __future__ import annotations
@@ -15,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from flashlm import kernels
+
+# Tokens of a call up to which the row kernel is the faster one in a model (docs/experiments.md).
+FEW_TOKENS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
 _LEAST_FLOPS = 1 << 25  # below, a call costs more than it saves
+_LEAST_REPEATED_FLOPS = 1 << 23  # of one product, where the weight is laid out beforehand
+_LEAST_REPEATED_ROWS = 256  # in all, for what the laying out takes
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -39,11 +48,42 @@ def batched_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack([_onednn_product(one, other.t()) for one, other in zip(a, b, strict=True)])
 
 
+class RepeatedProduct:
+    """x @ weight many times over, outside autograd; the weight is laid out once, where that pays.
+
+    Args:
+        weight: (g, k, m), any strides.
+        num_rows: n, of each x.
+        num_times: How many products there will be.
+    """
+
+    def __init__(self, weight: torch.Tensor, num_rows: int, num_times: int) -> None:
+        self._weight = weight
+        is_large = 2 * num_rows * weight[0].numel() >= _LEAST_REPEATED_FLOPS
+        self._laid_out: list[torch.Tensor] | None = None
+        if is_large and num_rows * num_times >= _LEAST_REPEATED_ROWS and _is_onednn_better(weight):
+            lay_out = torch.ops.mkldnn._reorder_linear_weight
+            self._laid_out = [lay_out(one.t().contiguous(), num_rows) for one in weight]
+
+    def __call__(self, x: torch.Tensor, summand: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x @ weight (+ summand), contiguous (g, n, m), of contiguous x (g, n, k) and summand (g, n, m)."""
+        if self._laid_out is None:
+            result = torch.bmm(x, self._weight) if summand is None else torch.baddbmm(summand, x, self._weight)
+            return result.contiguous()
+        product = torch.ops.mkldnn._linear_pointwise
+        if summand is None:
+            return torch.stack([product(a, w, None, "none", [], "") for a, w in zip(x, self._laid_out, strict=True)])
+        parts = zip(x, summand, self._laid_out, strict=True)
+        return torch.stack([product.binary(a, b, w, None, "add") for a, b, w in parts])
+
+
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by `linear`."""
+    """`torch.nn.Linear` by `linear`, and by the row kernel for a few tokens of inference."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T + bias, (..., out_features)."""
+        if _is_for_row_kernel(input, self.weight, self.bias):
+            return kernels.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
 
 
@@ -70,18 +110,42 @@ def _onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return product
 
 
+def _is_for_row_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return (
+        not torch.is_grad_enabled()
+        and _is_plain(weight)
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+        and x.shape[-1] == weight.shape[1]
+        and x.shape[:-1].numel() <= FEW_TOKENS.get(weight.dtype, 0)
+        and weight.is_contiguous()
+        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+    )
+
+
 def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        _is_onednn_better(weight)
+        and x.dtype == weight.dtype
+        and x.device == weight.device
+        and 2 * x.numel() * len(weight) >= _LEAST_FLOPS
+    )
+
+
+def _is_onednn_better(weight: torch.Tensor) -> bool:
+    is_enabled = bool(torch.backends.mkldnn.enabled)
+    return is_enabled and weight.dtype == torch.float32 and _is_plain(weight) and mkl_is_slow()
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether this is on the CPU, and nothing looks on that must see torch's own operations."""
     return bool(
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and 2 * x.numel() * len(weight) >= _LEAST_FLOPS
+        and weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
-        and mkl_is_slow()
     )
 
 
@@ -94,4 +158,4 @@ def mkl_is_slow() -> bool:
         vendor = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         return False
-    return vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return vendor and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))

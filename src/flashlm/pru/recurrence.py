@@ -16,7 +16,7 @@ import torch
 
 from flashlm.errors import ConfigError
 from flashlm.pru.gate_kernels import StepGates, backward_step, has_native_gates
-from flashlm.pru.products import batched_product, linear
+from flashlm.pru.products import RepeatedProduct, batched_product, linear
 
 
 class _GroupedRecurrence(torch.autograd.Function):
@@ -119,11 +119,11 @@ class _NativeRecurrence(torch.autograd.Function):
         dc_before = torch.empty_like(dc)
         dh = torch.zeros_like(h_low[0])
         d_gates = torch.empty_like(activations, dtype=weight.dtype)
-        backward_weight = weight.transpose(1, 2)
+        product = RepeatedProduct(weight.transpose(1, 2), dh.shape[1], num_steps)
         for t in reversed(range(num_steps)):
             backward_step(activations[t], c_all[t], c_all[t + 1], grad_h[t], dh, dc, d_gates[t], dc_before)
             dc, dc_before = dc_before, dc if t < num_steps - 1 else torch.empty_like(dc)  # the caller's stays as it is
-            dh = torch.bmm(d_gates[t], backward_weight).contiguous()
+            dh = product(d_gates[t])
         return d_gates, _weight_gradient(h_low, d_gates) if ctx.needs_input_grad[1] else None, dh.float(), dc
 
 
@@ -147,8 +147,9 @@ def _run_steps(
     gates: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, *, keeps_activations: bool
 ) -> StepGates:
     steps = StepGates(weight.dtype, h0, c0, len(gates), keeps_activations=keeps_activations)
+    product = RepeatedProduct(weight, gates.shape[2], len(gates))
     for t in range(len(gates)):
-        steps.forward(t, torch.baddbmm(gates[t], steps.h_low[t], weight).contiguous())
+        steps.forward(t, product(steps.h_low[t], gates[t]))
     return steps
 
 
