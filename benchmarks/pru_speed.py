@@ -176,13 +176,20 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     parts = {"fp32": result.get("training_fp32_kept"), "bf16 autocast": result.get("training_bf16_kept")}
-    panels = [(f"training step, {name}", part["seconds"], part["floor_s"]) for name, part in parts.items() if part]
-    panels += [(f"one token, batch {r['batch']}", r["seconds"], r["bound_s"]) for r in result["one_step"][:1]]
+    panels = [
+        (f"training step, {name}", part["seconds"], part["floor_s"], "products alone")
+        for name, part in parts.items()
+        if part
+    ]
+    panels += [
+        (f"one token, batch {row['batch']}", row["seconds"], row["bound_s"], "weights from memory, not cache")
+        for row in result["one_step"][:1]
+    ]
     figure, all_axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
-    for axes, (title, values, floor) in zip(all_axes, panels, strict=True):
+    for axes, (title, values, floor, meaning) in zip(all_axes, panels, strict=True):
         axes.bar(list(values), [1e3 * value for value in values.values()])
         if floor is not None:
-            axes.axhline(1e3 * floor, color="black", linestyle="--", label="floor")
+            axes.axhline(1e3 * floor, color="black", linestyle="--", label=meaning)
             axes.legend()
         axes.set(title=title, ylabel="ms (median)")
     figure.tight_layout()
