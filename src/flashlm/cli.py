@@ -137,7 +137,7 @@ def info(pack: PackArgument, context: ContextOption = None, as_json: JsonOption 
     """Print shapes, what is resident, what is streamed, and the smallest --dram that works."""
     from flashlm.pack.info import describe
     from flashlm.pack.manifest import read_manifest
-    from flashlm.planner.needs import smallest_dram_bytes
+    from flashlm.planner.smallest import smallest_dram_bytes
     from flashlm.sizes import format_size
     from flashlm.sparsity.document import read_sparsity
     from flashlm.sparsity.routing import read_routing

@@ -15,7 +15,7 @@ from tests.models import save_checkpoint
 CGROUP = Path("/sys/fs/cgroup/memory")
 SCRIPT = """
 import sys, torch, flashlm
-from flashlm.planner.needs import smallest_dram_bytes
+from flashlm.planner.smallest import smallest_dram_bytes
 pack, group, num_tokens = sys.argv[1], sys.argv[2], 512
 dram = smallest_dram_bytes(pack, num_tokens) + (40 << 20)
 with open(group + "/memory.limit_in_bytes", "w") as limit:

@@ -8,15 +8,15 @@ weights pass through a fixed set of buffers (about 0.6 GiB) in three overlapping
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
-import torch
 import xxhash
 
 from flashlm import __version__
 from flashlm.errors import ConfigError, StorageError
+from flashlm.kernels import one_torch_thread
 from flashlm.pack.conversion_plan import ConversionPlan, experts_file_name, layer_file_name, plan_conversion
 from flashlm.pack.direct_file import DirectReader, write_small_file
 from flashlm.pack.layer_file import LayerPools, write_layer
@@ -89,7 +89,7 @@ def convert(
     _check_target(folder, target)
     plan = plan_conversion(str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code)
     prepare_folder(target)
-    with only_one(target), _one_torch_thread():
+    with only_one(target), one_torch_thread():  # the other cores read and write
         record = open_record(target, plan.fingerprint)
         if record is None:
             announce(f"{target} is already finished: nothing to do")
@@ -130,17 +130,6 @@ def _describe(plan: ConversionPlan, record: ProgressRecord) -> str:
         f"writing {format_size(sum(sizes.values()))} to {plan.pack}: {format_size(streamed)} in {len(plan.streamed)}"
         f" {what}, {format_size(sizes[RESIDENT_NAME])} resident, {plan.dtype}{going_on}"
     )
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Copy on one thread: the other cores read and write, and torch's own threads would only spin between copies."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _write_files(plan: ConversionPlan, record: ProgressRecord, progress: ProgressCallback) -> None:

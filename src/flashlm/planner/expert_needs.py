@@ -8,7 +8,7 @@ from typing import Any
 
 from flashlm.kernels import WIDEN_PIECE_BYTES
 from flashlm.memory.budget import Needs
-from flashlm.memory.expert_budget import ExpertUse, expert_floor_bytes
+from flashlm.memory.expert_budget import ExpertUse
 from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout
 from flashlm.pack.manifest import Manifest
 from flashlm.planner.needs import measure_needs
@@ -48,9 +48,3 @@ def measure_expert_needs(config: Any, uses: Sequence[ExpertUse], resident_bytes:
     most = max(uses, key=lambda use: use.num_experts)
     routing_bytes = 8 * 4 * most.num_experts + 64 * most.num_active  # scores, their copies, sorted indices
     return replace(needs, working_bytes=needs.working_bytes + context * (vectors_bytes + routing_bytes))
-
-
-def smallest_expert_dram_bytes(config: Any, manifest: Manifest, context: int) -> int:
-    """Return the smallest `dram` with which a process like this one runs a pack of experts."""
-    uses = expert_uses(manifest)
-    return expert_floor_bytes(uses, measure_expert_needs(config, uses, manifest.resident.num_bytes, context))

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from flashlm.errors import ConfigError, PackError
+from flashlm.errors import PackError
 from flashlm.kernels import WIDEN_PIECE_BYTES, choose_strategy
-from flashlm.memory.budget import Needs, floor_bytes
+from flashlm.memory.budget import Needs
 from flashlm.memory.limits import process_bytes
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 from flashlm.pack.manifest import read_manifest
@@ -19,9 +19,6 @@ DEFAULT_CONTEXT = 2048
 # Measured on the families' tests and a 6.7 B model under a cgroup cap: libraries that are imported late (generation,
 # tokenizers), thread stacks, and what the C allocator keeps for itself.
 SLACK_BYTES = 160 << 20
-# What `info` adds to the smallest dram: the libraries of the process that will run weigh a little more or less (a tokenizer
-# is loaded first, for one).
-PROCESS_MARGIN_BYTES = 16 << 20
 # Live hidden-size vectors per token at the peak of a prefill: residual, norm, q, k, v, attention output, their
 # transposed copies, and the streamed layer's fp32 input and output.
 LIVE_VECTORS_PER_TOKEN = 12
@@ -107,34 +104,3 @@ def torch_dtype(name: str) -> torch.dtype:
     """Return torch's dtype for a key of `DTYPE_BYTES`."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
-    """Return the smallest `dram` with which a process like this one runs `pack`.
-
-    It includes a margin of `PROCESS_MARGIN_BYTES`.
-
-    Builds the model without weights, as loading does, so that the libraries that it needs are counted.
-
-    Raises:
-        PackError: Not a finished pack.
-        ConfigError: The context is out of range.
-    """
-    from transformers import AutoModelForCausalLM
-
-    if context is not None and context < 1:
-        raise ConfigError(f"context={context} must be a whole number of tokens, at least 1")
-    manifest = read_manifest(Path(pack))
-    config = read_config(Path(pack))
-    del config.quantization_config
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config)
-    if manifest.experts:
-        from flashlm.planner.expert_needs import smallest_expert_dram_bytes
-
-        return smallest_expert_dram_bytes(config, manifest, context or DEFAULT_CONTEXT) + PROCESS_MARGIN_BYTES
-    layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
-    needs = measure_needs(
-        config, layouts, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT
-    )
-    return floor_bytes(layouts, needs) + PROCESS_MARGIN_BYTES

@@ -6,19 +6,19 @@ compared with the manifest's, so that predictors of another checkpoint, or of an
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from flashlm.errors import PackError
 from flashlm.pack.direct_file import write_small_file
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, Manifest
+from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
 
 SPARSITY_VERSION = 1
 DOCUMENT_NAME = "sparsity.json"
@@ -204,31 +204,13 @@ def read_sparsity(pack: Path, manifest: Manifest) -> Sparsity | None:
         PackError: It is damaged, of an unknown version, or of other weights than the pack holds.
     """
     path = document_path(pack)
-    try:
-        if path.stat().st_size > MAX_DOCUMENT_BYTES:
-            raise PackError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes: run `flashlm calibrate` again")
-        text = path.read_bytes()
-    except FileNotFoundError:
+    found = read_calibration_file(
+        path, Sparsity, version_key="sparsity_version", version=SPARSITY_VERSION, max_bytes=MAX_DOCUMENT_BYTES
+    )
+    if found is None:
         return None
-    except OSError as error:
-        raise PackError(f"{path} can't be read: {error.strerror}") from error
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PackError(f"{path} is not JSON ({error}): run `flashlm calibrate` again") from error
-    version = content.get("sparsity_version") if isinstance(content, dict) else None
-    if type(version) is not int or version != SPARSITY_VERSION:
-        raise PackError(f"{path} has version {version!r}, this flashlm reads {SPARSITY_VERSION}: calibrate again")
-    try:
-        found = Sparsity.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise PackError(f"{path} is invalid at {where}: {first['msg']}. Run `flashlm calibrate` again") from error
     if found.fingerprint != fingerprint(manifest) or len(found.layers) != len(manifest.layers):
-        raise PackError(
-            f"{path} was made for other weights than this pack holds: run `flashlm calibrate {pack}` again, or delete it"
-        )
+        raise other_weights(path, pack)
     return found
 
 

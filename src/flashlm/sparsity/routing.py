@@ -6,16 +6,15 @@ sparsity document it belongs to one content of the weights, by its fingerprint.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flashlm.errors import PackError
 from flashlm.memory.expert_policy import POLICIES, ExpertPolicy
 from flashlm.pack.direct_file import write_small_file
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, MAX_LAYERS, Manifest
+from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
 from flashlm.sparsity.document import fingerprint
 
 ROUTING_VERSION: Literal[1] = 1
@@ -142,32 +141,14 @@ def read_routing(pack: Path, manifest: Manifest) -> Routing | None:
         PackError: It is damaged, of an unknown version, or of other weights than the pack holds.
     """
     path = routing_path(pack)
-    try:
-        if path.stat().st_size > MAX_ROUTING_BYTES:
-            raise PackError(f"{path} is larger than {MAX_ROUTING_BYTES} bytes: run `flashlm calibrate` again")
-        text = path.read_bytes()
-    except FileNotFoundError:
+    found = read_calibration_file(
+        path, Routing, version_key="routing_version", version=ROUTING_VERSION, max_bytes=MAX_ROUTING_BYTES
+    )
+    if found is None:
         return None
-    except OSError as error:
-        raise PackError(f"{path} can't be read: {error.strerror}") from error
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PackError(f"{path} is not JSON ({error}): run `flashlm calibrate` again") from error
-    version = content.get("routing_version") if isinstance(content, dict) else None
-    if type(version) is not int or version != ROUTING_VERSION:
-        raise PackError(f"{path} has version {version!r}, this flashlm reads {ROUTING_VERSION}: calibrate again")
-    try:
-        found = Routing.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise PackError(f"{path} is invalid at {where}: {first['msg']}. Run `flashlm calibrate` again") from error
     shapes = [len(layer.counts) for layer in found.layers]
     if found.fingerprint != fingerprint(manifest) or shapes != [entry.num_experts for entry in manifest.experts]:
-        raise PackError(
-            f"{path} was made for other weights than this pack holds: run `flashlm calibrate {pack}` again, or delete it"
-        )
+        raise other_weights(path, pack)
     return found
 
 

@@ -1,0 +1,48 @@
+"""The smallest budget with which a pack runs, for `flashlm info` and for whoever has been refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from flashlm.errors import ConfigError
+from flashlm.memory.budget import floor_bytes
+from flashlm.memory.expert_budget import expert_floor_bytes
+from flashlm.pack.manifest import read_manifest
+from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
+from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config
+
+# The libraries of the process that will run weigh a little more or less than this one's: a tokenizer, for one.
+PROCESS_MARGIN_BYTES = 16 << 20
+
+
+def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
+    """Return the smallest `dram` with which a process like this one runs `pack`.
+
+    It includes a margin of `PROCESS_MARGIN_BYTES`.
+
+    Builds the model without weights, as loading does, so that the libraries that it needs are counted.
+
+    Raises:
+        PackError: Not a finished pack.
+        ConfigError: The context is out of range.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if context is not None and context < 1:
+        raise ConfigError(f"context={context} must be a whole number of tokens, at least 1")
+    manifest = read_manifest(Path(pack))
+    config = read_config(Path(pack))
+    del config.quantization_config
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+    if manifest.experts:
+        uses = expert_uses(manifest)
+        expert_needs = measure_expert_needs(config, uses, manifest.resident.num_bytes, context or DEFAULT_CONTEXT)
+        return expert_floor_bytes(uses, expert_needs) + PROCESS_MARGIN_BYTES
+    layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
+    needs = measure_needs(
+        config, layouts, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT
+    )
+    return floor_bytes(layouts, needs) + PROCESS_MARGIN_BYTES

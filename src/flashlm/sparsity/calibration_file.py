@@ -1,0 +1,58 @@
+"""Reading the JSON documents that a calibration leaves in a pack: sizes and versions are checked before contents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from flashlm.errors import PackError
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def read_calibration_file(
+    path: Path, document: type[Document], *, version_key: str, version: int, max_bytes: int
+) -> Document | None:
+    """Return the document in `path`, None where there is no file.
+
+    Args:
+        path: The file.
+        document: Its pydantic model.
+        version_key: Where the document keeps its version.
+        version: The one that is read.
+        max_bytes: Larger files are refused unread.
+
+    Raises:
+        PackError: It can't be read, is damaged, or of another version.
+    """
+    try:
+        if path.stat().st_size > max_bytes:
+            raise PackError(f"{path} is larger than {max_bytes} bytes: run `flashlm calibrate` again")
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PackError(f"{path} can't be read: {error.strerror}") from error
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PackError(f"{path} is not JSON ({error}): run `flashlm calibrate` again") from error
+    found = content.get(version_key) if isinstance(content, dict) else None
+    if type(found) is not int or found != version:
+        raise PackError(f"{path} has version {found!r}, this flashlm reads {version}: calibrate again")
+    try:
+        return document.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise PackError(f"{path} is invalid at {where}: {first['msg']}. Run `flashlm calibrate` again") from error
+
+
+def other_weights(path: Path, pack: Path) -> PackError:
+    """Return the error for a calibration of another content of the weights than `pack` holds."""
+    return PackError(
+        f"{path} was made for other weights than this pack holds: run `flashlm calibrate {pack}` again, or delete it"
+    )
