@@ -225,10 +225,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     num_tokens = x.numel() // in_features
     if x.dtype != weight.dtype or x.shape[-1] != in_features or num_tokens > MAX_TOKENS or x.dtype not in _DTYPE_CODES:
         raise ConfigError(f"{weight.dtype} (up to {MAX_TOKENS}, {in_features}) expected, got {_described(x)}")
-    if not weight.is_contiguous() or (bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous())):
-        raise ConfigError(f"weight and bias must be contiguous, of one dtype, got {_described(weight)}")
+    if not weight.is_contiguous():
+        raise ConfigError(f"weight must be contiguous, got {_described(weight)}")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (out_features,) or not bias.is_contiguous()):
+        raise ConfigError(f"bias must be contiguous {x.dtype} ({out_features},), got {_described(bias)}")
     x = x.contiguous()
-    out = torch.empty(*x.shape[:-1], out_features)
+    out = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32, device=x.device)
     if num_tokens:
         _native.linear(
             _DTYPE_CODES[x.dtype],

@@ -67,3 +67,6 @@ def test_what_does_not_fit_is_refused() -> None:
             kernels.linear(x, weight, None)
     with pytest.raises(ConfigError, match="contiguous"):
         kernels.linear(torch.zeros(1, 4).bfloat16(), weight.T, None)
+    for bias in (torch.zeros(3), torch.zeros(1), torch.zeros(4, dtype=torch.bfloat16)):
+        with pytest.raises(ConfigError, match="bias must be"):
+            kernels.linear(torch.zeros(1, 8), torch.zeros(4, 8), bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,24 @@ def test_left_padded_batches(family: str, tiny_pack: Callable[..., TinyPack]) ->
     tokens = torch.tensor([[0, 0, 0, 7, 8, 9], [4, 5, 6, 7, 8, 9], [0, 3, 9, 4, 8, 5]])
     asked = {"input_ids": tokens, "attention_mask": (tokens != 0).long(), **GREEDY}
     assert torch.equal(_streamed(tiny).generate(**asked), tiny.reference("float32").generate(**asked))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["opt", "llama", "mixtral"])
+def test_another_default_dtype_changes_nothing(
+    family: str,
+    dtype: str,
+    default: torch.dtype,
+    tiny_pack: Callable[..., TinyPack],
+    default_dtype: Callable[[torch.dtype], AbstractContextManager[None]],
+) -> None:
+    tiny, tokens = tiny_pack(family, dtype), torch.tensor([[4, 5, 6, 7]])
+    streamed = _streamed(tiny)
+    expected = streamed.generate(tokens, **GREEDY)
+    with default_dtype(default):
+        assert torch.equal(streamed.generate(tokens, **GREEDY), expected)
+        assert torch.equal(_streamed(tiny).generate(tokens, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,20 @@ def test_generate_equals_greedy_search_without_state(model: PRUForCausalLM) -> N
         for _ in range(6):
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(made, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_generate_whatever_dtype_is_default(
+    model: PRUForCausalLM, dtype: torch.dtype, default_dtype: Callable[[torch.dtype], AbstractContextManager[None]]
+) -> None:
+    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    tokens = torch.tensor([[4, 5, 6]])
+    expected = model.generate(tokens, **asked)
+    with default_dtype(dtype):
+        assert torch.equal(model.generate(tokens, **asked), expected)
+        made = PRUForCausalLM(model.config).eval()
+        assert made.dtype == dtype
+        assert made.generate(tokens, **asked).shape == expected.shape
 
 
 def test_generate_samples_a_batch_and_several_sequences_of_it(model: PRUForCausalLM) -> None:

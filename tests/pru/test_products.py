@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from flashlm.pru import products
 from flashlm.pru.products import Linear, RepeatedProduct, linear
 
 EPS = 2.0**-24
+Change = Callable[[torch.dtype], AbstractContextManager[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -129,22 +137,100 @@ def test_a_few_tokens_of_inference_by_the_row_kernel(
     torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_what_the_row_kernel_does_not_take() -> None:
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_row_kernel_whatever_dtype_is_default(default: torch.dtype, default_dtype: Change) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(64, 1000), torch.randn(2, 64)
+    expected = F.linear(x, layer.weight, layer.bias).detach()
+    with torch.no_grad(), default_dtype(default):
+        got = layer(x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def rows_by_kernel(layer: torch.nn.Module, x: torch.Tensor) -> bool:
+    """Whether a call without gradients goes to the row kernel."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(products.kernels, "linear", lambda *args: calls.append(args) or F.linear(*args))
+        layer(x)
+    return bool(calls)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 8), (torch.bfloat16, 4), (torch.float16, 4), (torch.float64, 0)]
+)
+def test_how_many_tokens_go_to_the_row_kernel(dtype: torch.dtype, most: int) -> None:
+    layer = Linear(6, 5, dtype=dtype)
+    found = [count for count in range(1, 12) if rows_by_kernel(layer, torch.randn(count, 6, dtype=dtype))]
+    assert found == list(range(1, most + 1))
+
+
+def test_observers_see_torchs_own_operations() -> None:
     torch.manual_seed(0)
     layer, x = Linear(6, 5), torch.randn(2, 6)
     expected = F.linear(x, layer.weight, layer.bias)
     assert layer(x).requires_grad
     torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
     with torch.no_grad():
-        assert layer(torch.randn(0, 6)).shape == (0, 5)
         torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
+        graph = make_fx(layer)(x)
+        torch.testing.assert_close(graph(x + 1), F.linear(x + 1, layer.weight, layer.bias))
         assert torch.jit.trace(layer, x, check_trace=False)(torch.ones(3, 6)).shape == (3, 5)
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 2 * 6 * 5
+        with FakeTensorMode() as mode:
+            assert Linear(6, 5)(mode.from_tensor(x)).shape == (2, 5)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
+
+
+class Tagged(torch.Tensor):
+    """A subclass, as quantizers and distributed weights are."""
+
+
+def test_what_is_not_in_memory_as_it_reads_is_torchs() -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(6, 5), torch.randn(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(torch._neg_view(x)), F.linear(-x, layer.weight, layer.bias))
+        assert isinstance(layer(x.as_subclass(Tagged)), Tagged)
+        tagged = Linear(6, 5)
+        tagged.weight = torch.nn.Parameter(tagged.weight.as_subclass(Tagged))
+        assert isinstance(tagged(x), Tagged)
+        layer.weight.data = layer.weight.t().contiguous().t()  # not laid out row by row
+    assert not rows_by_kernel(layer, x)
+
+
+def test_sizes_that_do_not_fit_are_torchs_errors() -> None:
+    layer, x = Linear(6, 5), torch.randn(2, 6)
+    with torch.no_grad():
+        for wrong in (torch.randn(2, 7), x.double()):
+            with pytest.raises(RuntimeError):
+                layer(wrong)
+        layer.weight = torch.nn.Parameter(torch.randn(50, 6))  # tied to more words than the bias has
         with pytest.raises(RuntimeError):
-            layer(torch.randn(2, 7))
-        with pytest.raises(RuntimeError):
-            layer(x.double())
-        torch.testing.assert_close(layer(x.t().contiguous().t()), expected)
-        layer.weight.data = layer.weight.t().contiguous().t()
-        torch.testing.assert_close(layer(x), expected)
+            layer(x)
+        layer.bias = torch.nn.Parameter(torch.randn(1))
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        for inputs, outputs in ((0, 5), (6, 0)):
+            with warnings.catch_warnings(action="ignore"):  # nothing to initialise
+                assert Linear(inputs, outputs)(torch.randn(2, inputs)).shape == (2, outputs)
+
+
+def test_rows_with_gaps_and_no_rows() -> None:
+    layer, x = Linear(6, 5), torch.randn(6, 2).t()
+    with torch.no_grad():
+        assert rows_by_kernel(layer, x)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert layer(torch.randn(0, 6)).shape == (0, 5)
+
+
+def test_onednn_switched_off_is_not_used() -> None:
+    x, weight = torch.randn(4, 6), torch.randn(5, 6, requires_grad=True)
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags warns of GPUs
+    try:
+        assert type(linear(x, weight, torch.randn(5)).grad_fn).__name__ == "AddmmBackward0"
+        assert RepeatedProduct(torch.randn(2, 6, 5), 4, 3)._laid_out is None
+    finally:
+        torch._C._set_mkldnn_enabled(True)

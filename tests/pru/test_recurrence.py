@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashlm.errors import ConfigError
 from flashlm.pru import products, recurrence
@@ -58,12 +59,13 @@ def test_weights_laid_out_beforehand_change_nothing(groups: int, size: int, monk
             return super().__call__(*args)
 
     monkeypatch.setattr(recurrence, "RepeatedProduct", Noted)
-    monkeypatch.setattr(products, "mkl_is_slow", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    has_onednn = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: has_onednn)
     monkeypatch.setattr(products, "_LEAST_REPEATED_FLOPS", 1)
     monkeypatch.setattr(products, "_LEAST_REPEATED_ROWS", 1)
     for got, reference in zip(results(inputs, "yhc", monkeypatch, True), expected, strict=True):
         torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-5)
-    assert made == [products.mkl_is_slow()] * 12  # six steps, both ways
+    assert made == [has_onednn] * 12  # six steps, both ways
 
 
 def test_native_gates_in_bf16_are_as_near_to_fp32_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,3 +185,13 @@ def test_an_lstms_layer_through_the_same_loop(has_bias: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_a_recorded_graph_has_the_whole_loop(has_gradients: bool) -> None:
+    """Native calls would not be in it, and what they leave behind in the trace would be passed off as the result."""
+    inputs = [x.detach() for x in layer(torch.float32, 2, 8)]
+    with torch.set_grad_enabled(has_gradients):
+        graph = make_fx(lambda *args: run_grouped(*args)[0])(*inputs)
+        inputs[0] = inputs[0] + 1
+        torch.testing.assert_close(graph(*inputs), run_grouped(*inputs)[0], rtol=1e-5, atol=1e-5)

@@ -123,7 +123,7 @@ def _run_token(
         for group in groups:
             weighted = _run_together(module, bound, group, token) * weights[[places[expert] for expert, _ in group]]
             shares.update(zip((expert for expert, _ in group), weighted, strict=True))
-    output = torch.zeros(token.shape)
+    output = torch.zeros(token.shape, dtype=torch.float32)
     for expert in sorted(shares):
         output += shares[expert]
     return output
@@ -134,7 +134,7 @@ def _run_tokens(
 ) -> torch.Tensor:
     """Return the sums of several tokens, fp32 (num_tokens, hidden_size): one expert after the other."""
     routing = _route(index, weights, len(tokens), bound.layout.num_blocks)
-    output = torch.zeros(tokens.shape)
+    output = torch.zeros(tokens.shape, dtype=torch.float32)
     is_small = len(tokens) <= MAX_KERNEL_TOKENS
     shares: dict[int, torch.Tensor] = {}
     with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as groups:
@@ -175,11 +175,11 @@ def _run_expert(
 ) -> torch.Tensor:
     """Return one expert's output for some tokens: fp32 (num_tokens, hidden_size) in and out."""
     layout = bound.layout
-    output = torch.zeros(tokens.shape)
+    output = torch.zeros(tokens.shape, dtype=torch.float32)
     biases = _biases(module, expert)
     if len(tokens) <= MAX_KERNEL_TOKENS:
         rows = _rows(layout, address, layout.block_rows)
-        parts = [torch.empty(len(tokens), layout.block_rows) for _ in range(layout.num_parts - 1)]
+        parts = [torch.empty(len(tokens), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
         for number, part in enumerate(parts):
             kernels.project(tokens, rows, number, part, biases.inner[number] if biases.inner else None)
         kernels.accumulate(_activate(module, bound, parts), rows, output)
@@ -209,10 +209,10 @@ def _run_together(
     layout = bound.layout
     blocks = [_rows(layout, address, layout.block_rows) for _, address in group]
     biases = [_biases(module, expert) for expert, _ in group]
-    parts = [torch.empty(len(group), layout.block_rows) for _ in range(layout.num_parts - 1)]
+    parts = [torch.empty(len(group), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
     for number, part in enumerate(parts):
         kernels.project_blocks(token, blocks, number, part, [each.inner[number] for each in biases if each.inner])
-    output = torch.zeros(len(group), layout.hidden_size)
+    output = torch.zeros(len(group), layout.hidden_size, dtype=torch.float32)
     kernels.accumulate_blocks(_activate_together(module, bound, parts), blocks, output)
     return _finish(module, output, [each.outer for each in biases if each.outer is not None])
 

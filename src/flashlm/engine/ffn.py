@@ -188,11 +188,11 @@ class FlashFFN(nn.Module):
                 rows = kernels.RowBlock(
                     run.address, len(span), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts
                 )
-                hidden = torch.empty(len(tokens), len(span))
+                hidden = torch.empty(len(tokens), len(span), dtype=torch.float32)
                 kernels.project(tokens, rows, layout.num_parts - 2, hidden, _part(bound.up_bias, span))
                 gate = None
                 if layout.has_gate:
-                    gate = torch.empty(len(tokens), len(span))
+                    gate = torch.empty(len(tokens), len(span), dtype=torch.float32)
                     kernels.project(tokens, rows, 0, gate, _part(bound.gate_bias, span))
                 hidden = self._activate(hidden, gate, span, tokens, allowed)
                 kernels.accumulate(hidden, rows, output)
@@ -216,7 +216,7 @@ class FlashFFN(nn.Module):
                 order = fetch.lookup.order.long()
                 grouped = _Rows(fetch.address, some[order].long(), fetch.lookup.slots[order])
                 allowed = None if len(tokens) == 1 else predicted[:, grouped.rows]
-                hidden = torch.empty(len(tokens), len(some))
+                hidden = torch.empty(len(tokens), len(some), dtype=torch.float32)
                 self._project_rows(bound, grouped, allowed, tokens, slice(0, fetch.lookup.num_held), hidden)
                 sparse.wait(fetch)
                 self._project_rows(bound, grouped, allowed, tokens, slice(fetch.lookup.num_held, len(some)), hidden)
@@ -238,7 +238,7 @@ class FlashFFN(nn.Module):
         if not len(rows):
             return
         has_gate = self.layout.has_gate
-        trigger = torch.empty(len(tokens), len(rows))
+        trigger = torch.empty(len(tokens), len(rows), dtype=torch.float32)
         trigger_bias = bound.gate_bias if has_gate else bound.up_bias
         bias = None if trigger_bias is None else trigger_bias[rows]
         kernels.project(tokens, self._row_block(grouped.address, slots), 0, trigger, bias)
@@ -251,7 +251,7 @@ class FlashFFN(nn.Module):
             hidden[:, part] = activated
             return
         firing = activated.any(dim=0).nonzero().squeeze(1)
-        up = torch.empty(len(tokens), len(firing))
+        up = torch.empty(len(tokens), len(firing), dtype=torch.float32)
         up_bias = None if bound.up_bias is None else bound.up_bias[rows[firing]]
         kernels.project(tokens, self._row_block(grouped.address, slots[firing]), 1, up, up_bias)
         target = hidden[:, part]
@@ -327,7 +327,7 @@ def _evenly(activation: Activation, values: torch.Tensor) -> torch.Tensor:
     count = values.numel()
     if count % ACTIVATION_STEP == 0:
         return activation(values)
-    padded = torch.zeros(round_up(count, ACTIVATION_STEP))
+    padded = torch.zeros(round_up(count, ACTIVATION_STEP), dtype=torch.float32)
     padded[:count] = values.reshape(-1)
     return activation(padded)[:count].view(values.shape)
 

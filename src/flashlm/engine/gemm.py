@@ -31,7 +31,7 @@ class BlockGemm:
         self.strategy: Strategy = strategy or choose_strategy(dtype)
         self._dtype = getattr(torch, dtype)
         self._compute_dtype = self._dtype if self.strategy == "native" else torch.float32
-        self._scratch = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=torch.float32)
 
     def scratch_bytes(self, layout: LayerLayout) -> int:
         """Return the memory that a block of `layout` is widened into."""
@@ -64,7 +64,7 @@ class BlockGemm:
     def _widened(self, layout: LayerLayout, address: int, num_rows: int) -> list[torch.Tensor]:
         needed = layout.num_parts * num_rows * layout.hidden_size
         if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed)
+            self._scratch = torch.empty(needed, dtype=torch.float32)
         parts = self._scratch[:needed].view(layout.num_parts, num_rows, layout.hidden_size)
         rows = kernels.RowBlock(
             address, num_rows, layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts

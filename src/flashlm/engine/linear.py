@@ -22,7 +22,7 @@ class WideningLinear(nn.Linear):
         if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
         tokens = input.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
-        output = torch.empty(len(tokens), self.out_features)
+        output = torch.empty(len(tokens), self.out_features, dtype=torch.float32)
         if len(tokens) <= kernels.MAX_TOKENS:  # in another dtype
             kernels.project(tokens, self._rows(0, self.out_features), 0, output)
         else:
@@ -33,7 +33,7 @@ class WideningLinear(nn.Linear):
 
     def _multiply(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
         step = max(kernels.WIDEN_PIECE_BYTES // (4 * self.in_features), 1)
-        scratch = torch.empty(min(step, self.out_features), self.in_features)
+        scratch = torch.empty(min(step, self.out_features), self.in_features, dtype=torch.float32)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             kernels.widen(self._rows(start, stop), 0, scratch[: stop - start])

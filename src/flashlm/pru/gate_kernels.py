@@ -10,6 +10,7 @@ import torch
 
 from flashlm import _native
 from flashlm.errors import ConfigError
+from flashlm.pru.observers import is_in_memory
 
 _CODES = {torch.bfloat16: 0, torch.float32: 2}
 
@@ -49,8 +50,8 @@ def lstm_gates(
 
 def has_native_gates(weight: torch.Tensor, state: torch.Tensor) -> bool:
     """Return whether `StepGates` takes recurrent weights and a state of these dtypes and devices."""
-    is_supported = weight.device.type == "cpu" and weight.dtype in _CODES and state.dtype == torch.float32
-    return is_supported and state.numel() > 0
+    is_supported = weight.dtype in _CODES and state.dtype == torch.float32
+    return is_supported and is_in_memory(weight) and is_in_memory(state) and state.numel() > 0
 
 
 class StepGates:

@@ -12,6 +12,7 @@ import torch
 from flashlm.kernels import MAX_TOKENS, ProductTable, one_torch_thread
 from flashlm.pru.cell import PRUCell, State
 from flashlm.pru.gate_kernels import lstm_gates
+from flashlm.pru.observers import is_in_memory, is_recorded
 
 MAX_BATCH = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,7 +45,7 @@ class NativeWeights:
     def input_gates(self, cell: PRUCell, x: torch.Tensor) -> torch.Tensor:
         """Return fp32 (num_tokens, 4M), both biases in, of fp32 (num_tokens, N); at most `MAX_TOKENS` tokens."""
         transform = cell.input_transform
-        gates = torch.empty(len(x), 4 * cell.hidden_size)
+        gates = x.new_empty(len(x), 4 * cell.hidden_size)
         self._input.project(torch.cat([z.flatten() for z in transform.level_inputs_of(x)]), gates)
         if transform.has_residual:
             gates.view(len(x), 4, -1).add_(x.unsqueeze(-2))
@@ -52,7 +53,7 @@ class NativeWeights:
 
     def context_gates(self, h: torch.Tensor) -> torch.Tensor:
         """Return fp32 (B, 4M) of contiguous fp32 h (B, M), without bias."""
-        gates = torch.empty(len(h), 4 * h.shape[1])
+        gates = h.new_empty(len(h), 4 * h.shape[1])
         by_group = h if len(h) == 1 else h.view(len(h), self._num_groups, -1).transpose(0, 1).contiguous()
         self._context.project(by_group, gates)
         return gates
@@ -63,7 +64,8 @@ def is_served(cell: PRUCell, num_steps: int, batch: int) -> bool:
     weight = cell.context_transform.weight
     return (
         not torch.is_grad_enabled()
-        and weight.device.type == "cpu"
+        and not is_recorded()
+        and is_in_memory(weight)
         and weight.dtype in _DTYPES
         and 1 <= batch <= MAX_BATCH
         and 1 <= num_steps * batch <= MAX_TOKENS

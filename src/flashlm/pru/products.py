@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from flashlm import kernels
+from flashlm.pru.observers import has_tangents, is_in_memory, is_recorded, is_transformed
 
 # Tokens of a call up to which the row kernel is the faster one in a model (docs/experiments.md).
 FEW_TOKENS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
 _LEAST_FLOPS = 1 << 25  # below, a call costs more than it saves
-_LEAST_REPEATED_FLOPS = 1 << 23  # of one product, where the weight is laid out beforehand
-_LEAST_REPEATED_ROWS = 256  # in all, for what the laying out takes
+# Below these, flops of one product and rows of all, laying the weight out costs more than it saves.
+_LEAST_REPEATED_FLOPS = 1 << 23
+_LEAST_REPEATED_ROWS = 256
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -66,7 +68,7 @@ class RepeatedProduct:
             self._laid_out = [lay_out(one.t().contiguous(), num_rows) for one in weight]
 
     def __call__(self, x: torch.Tensor, summand: torch.Tensor | None = None) -> torch.Tensor:
-        """Return x @ weight (+ summand), contiguous (g, n, m), of contiguous x (g, n, k) and summand (g, n, m)."""
+        """Return x @ weight (+ summand), contiguous (g, n, m), of x (g, n, k) and summand (g, n, m)."""
         if self._laid_out is None:
             result = torch.bmm(x, self._weight) if summand is None else torch.baddbmm(summand, x, self._weight)
             return result.contiguous()
@@ -113,14 +115,21 @@ def _onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _is_for_row_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return (
         not torch.is_grad_enabled()
-        and _is_plain(weight)
+        and _is_unobserved()
+        and is_in_memory(x)
+        and is_in_memory(weight)
         and x.dtype == weight.dtype
-        and x.device == weight.device
+        and weight.numel() > 0
         and x.shape[-1] == weight.shape[1]
         and x.shape[:-1].numel() <= FEW_TOKENS.get(weight.dtype, 0)
         and weight.is_contiguous()
-        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+        and (bias is None or _is_bias(bias, weight))
     )
+
+
+def _is_bias(bias: torch.Tensor, weight: torch.Tensor) -> bool:
+    is_plain = is_in_memory(bias) and bias.is_contiguous()
+    return is_plain and bias.dtype == weight.dtype and bias.shape == weight.shape[:1]
 
 
 def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -133,20 +142,13 @@ def _is_for_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _is_onednn_better(weight: torch.Tensor) -> bool:
-    is_enabled = bool(torch.backends.mkldnn.enabled)
-    return is_enabled and weight.dtype == torch.float32 and _is_plain(weight) and mkl_is_slow()
+    is_fp32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return is_fp32 and _is_unobserved() and bool(torch.backends.mkldnn.enabled) and mkl_is_slow()
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
-    """Whether this is on the CPU, and nothing looks on that must see torch's own operations."""
-    return bool(
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and weight.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-    )
+def _is_unobserved() -> bool:
+    """Whether nothing must see torch's own operations, and none would change their dtype."""
+    return not (is_recorded() or is_transformed() or has_tangents() or torch.is_autocast_enabled("cpu"))
 
 
 @cache

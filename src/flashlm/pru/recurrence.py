@@ -16,6 +16,7 @@ import torch
 
 from flashlm.errors import ConfigError
 from flashlm.pru.gate_kernels import StepGates, backward_step, has_native_gates
+from flashlm.pru.observers import has_tangents, is_recorded
 from flashlm.pru.products import RepeatedProduct, batched_product, linear
 
 
@@ -133,16 +134,6 @@ def _refuse_second_derivatives() -> None:
         raise ConfigError("path='grouped' has no second derivatives; take path='folded'")
 
 
-def _is_recorded() -> bool:
-    """Whether operations are being recorded, so that native calls would go missing."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
-def _has_tangents() -> bool:
-    """Whether forward-mode differentiation is on, which an autograd function refuses and a native call would not see."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
 def _run_steps(
     gates: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor, *, keeps_activations: bool
 ) -> StepGates:
@@ -193,8 +184,8 @@ def run_grouped(
     weight = weight.to(products).contiguous()  # torch would lay a transposed one out anew at every step
     h0, c0 = by_group(h0), by_group(c0)
     with torch.autocast(device, enabled=False):  # all is in its dtype; autocast would convert the weights at every step
-        if mask is None and not _is_recorded() and has_native_gates(weight, c0):
-            if torch.is_grad_enabled() or _has_tangents():
+        if mask is None and not is_recorded() and has_native_gates(weight, c0):
+            if torch.is_grad_enabled() or has_tangents():  # which an autograd function refuses
                 h, c = _NativeRecurrence.apply(gates, weight, h0, c0)  # type: ignore[no-untyped-call]
             else:
                 done = _run_steps(gates, weight, h0, c0, keeps_activations=False)

@@ -58,10 +58,10 @@ class Predictor:
         Returns:
             fp32 (num_tokens, d_ff).
         """
-        scores = torch.empty(len(tokens), len(self.expand))
+        scores = torch.empty(len(tokens), len(self.expand), dtype=torch.float32)
         for start in range(0, len(tokens), kernels.MAX_TOKENS):
             some = tokens[start : start + kernels.MAX_TOKENS]
-            reduced = torch.empty(len(some), len(self.reduce))
+            reduced = torch.empty(len(some), len(self.reduce), dtype=torch.float32)
             kernels.project(some, _rows(self.reduce), 0, reduced)
             kernels.project(reduced, _rows(self.expand), 0, scores[start : start + len(some)], self.bias)
         return scores if self.entry.kind == "trained" else self.activation(scores).abs()

@@ -26,7 +26,7 @@ def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tens
         PackError: `model.safetensors` lacks the bias.
     """
     layout, entry = manifest.layout(layer), manifest.layers[layer]
-    weight = torch.empty(layout.num_rows, layout.hidden_size)
+    weight = torch.empty(layout.num_rows, layout.hidden_size, dtype=torch.float32)
     with Reader() as reader:
         file = reader.open(layer_path(pack, entry), expected_bytes=layout.file_bytes)
         buffer = AlignedBuffer(max(layout.read_bytes(block) for block in range(layout.num_blocks)))
@@ -40,7 +40,7 @@ def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tens
             kernels.widen(rows, 0, weight[span.start : span.stop])
     has_bias = entry.has_gate_bias if layout.has_gate else entry.has_up_bias
     if not has_bias:
-        return weight, torch.zeros(layout.num_rows)
+        return weight, torch.zeros(layout.num_rows, dtype=torch.float32)
     name = f"{entry.module}.{'gate' if layout.has_gate else 'up'}_bias"
     try:
         with safe_open(pack / RESIDENT_NAME, framework="pt") as resident:
