@@ -89,7 +89,8 @@ def test(folder: Path, data: Path) -> None:
     """Score a run's best model on the test text, where that was not done since the model was saved."""
     file = folder / TEST_FILE
     if not file.exists() or file.stat().st_mtime < (folder / BEST).stat().st_mtime:
-        file.write_text(json.dumps(evaluate_folder(folder, data)) + "\n")
+        result = evaluate_folder(folder, data)
+        file.write_text(json.dumps(result | {"text": Path(result["text"]).name}) + "\n")
 
 
 def validations(folder: Path) -> list[dict[str, Any]]:
@@ -105,7 +106,7 @@ def report(out: Path, runs: list[tuple[Path, Recipe]], corpus: Corpus) -> None:
         "date": today(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "corpus": corpus.describe(),
+        "corpus": corpus.describe().removeprefix(f"{corpus.folder.parent}/"),  # no path of this machine
     }
     (out / "results.json").write_text(json.dumps(facts | {"runs": results}, indent=2) + "\n")
     (out / "results.md").write_text(table(results))
