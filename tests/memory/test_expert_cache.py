@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flashlm.errors import BudgetError, ConfigError
@@ -41,6 +41,7 @@ def run(cache, layer, needed, *, fail_at=None):
     capacities=st.lists(st.integers(1, NUM_EXPERTS), min_size=1, max_size=3),
     policy=st.sampled_from(["lru", "lfu"]),
     num_pinned=st.integers(0, 2),
+    num_spare=st.integers(1, 3),
     steps=st.lists(
         st.tuples(
             st.integers(0, 2),
@@ -50,9 +51,16 @@ def run(cache, layer, needed, *, fail_at=None):
         max_size=20,
     ),
 )
-def test_slots_are_never_shared_and_nothing_is_read_twice(capacities, policy, num_pinned, steps):
+@example(  # pinned experts in all spare slots, everything else still to be used
+    capacities=[1, 3],
+    policy="lru",
+    num_pinned=2,
+    num_spare=2,
+    steps=[(0, [0], None), (1, [3, 4, 5], None), (1, [0, 1, 2, 3, 4, 5], None)],
+)
+def test_slots_are_never_shared_and_nothing_is_read_twice(capacities, policy, num_pinned, num_spare, steps):
     pinned = [range(min(num_pinned, capacity - 1)) for capacity in capacities]
-    cache = ExpertCache(capacities, num_spare=2, policy=policy, pinned=pinned)
+    cache = ExpertCache(capacities, num_spare=num_spare, policy=policy, pinned=pinned)
     for number, needed, fail_at in steps:
         layer = number % len(capacities)
         before = cache.held(layer)

@@ -5,7 +5,8 @@ that all layers share: a prompt that needs more experts than a layer can hold re
 expert that is still needed keeps its own, so nothing is read twice. At the end of a pass the spare slots are free again.
 
 Policies: `lru` evicts what was not used for longest; `lfu` what was used least, where a use counts for half as much after
-`HALF_LIFE_STEPS` steps of its layer, so that what was popular long ago does not stay for ever. Pinned experts never go.
+`HALF_LIFE_STEPS` steps of its layer, so that what was popular long ago does not stay for ever. Pinned experts stay, but for
+those of a prompt that has all other slots waiting for their own use: the spare slots must come free.
 """
 
 from __future__ import annotations
@@ -185,7 +186,12 @@ class ExpertStep:
         """Note that `expert` is not needed any more in this step."""
         self._waiting.discard(expert)
         layer = self._layer
-        if len(layer.slot_of) > layer.capacity and (victim := self._victim()) is not None:
+        if len(layer.slot_of) <= layer.capacity:
+            return
+        victim = self._victim()
+        if victim is None and not self._spare and any(each not in layer.slot_of for each in self._waiting):
+            victim = expert  # a pinned one: with its slot kept, one that is still needed would never get any
+        if victim is not None:
             self._spare.append(layer.slot_of.pop(victim))
 
     def forget(self, expert: int) -> None:
