@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,20 @@ def test_imports_go_down(path: Path) -> None:
         return
     for other in imported(path) & set(ORDER):
         assert ORDER.index(other) <= ORDER.index(own), f"{own} must not import {other}"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "recipes"])
+def test_what_is_taken_from_the_package_is_there(folder: str) -> None:
+    """No test runs all benchmarks and recipes, so a name that has moved would go unnoticed."""
+    taken = [
+        (path, node.module, alias.name)
+        for path in sorted((Path(__file__).parents[1] / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flashlm"
+        for alias in node.names
+    ]
+    assert taken
+    for path, module, name in taken:
+        found = importlib.import_module(module)
+        is_module = hasattr(found, "__path__") and importlib.util.find_spec(f"{module}.{name}")
+        assert hasattr(found, name) or is_module, f"{path} takes {name} from {module}"

@@ -19,7 +19,7 @@ from flashlm.engine.generate import Sampling, generate
 from flashlm.errors import FlashError
 from flashlm.pack.convert import convert
 from flashlm.pack.manifest import read_manifest
-from flashlm.planner.needs import smallest_dram_bytes
+from flashlm.planner.smallest import smallest_dram_bytes
 from flashlm.sizes import format_size
 
 MODEL = Path(__file__).parent / "model"
