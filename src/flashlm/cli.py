@@ -24,6 +24,7 @@ from flashlm.cli_pru import app as pru_app
 from flashlm.errors import ConfigError, FlashError
 
 if TYPE_CHECKING:
+    from flashlm.engine.decoding import Decoding
     from flashlm.sparsity.document import Sparsity
     from flashlm.sparsity.routing import Routing
 
@@ -99,7 +100,8 @@ def _root(
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     else:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @app.command()
@@ -169,7 +171,11 @@ def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def generate(
     pack: PackArgument,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.", show_default=False)] = None,
+    text: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="Text to continue. Without one, what is piped in.", show_default=False),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The same, as an option.", show_default=False)] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="File with the text to continue; - reads stdin.", show_default=False)
     ] = None,
@@ -195,8 +201,12 @@ def generate(
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", show_default=False)] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Makes sampling repeatable. Default: one is drawn, and printed.", show_default=False),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the pack's chat template.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the text (and errors).")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="End with a table of what it cost.")] = False,
     stats_file: Annotated[
         Path | None, typer.Option(help="Write the statistics to this JSON file.", show_default=False)
@@ -209,33 +219,38 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming tokens as they come, under a memory bound.
 
+    The text goes to stdout; how the model is held in memory, and the seed of a sampled run, to stderr.
     --stats ends with a table; --stats FILE.json writes the same figures to a file too.
     """
-    from flashlm.engine.generate import Generation, Sampling
+    from transformers.utils.logging import disable_progress_bar
+
+    from flashlm.engine.decoding import Sampling
+    from flashlm.engine.generate import Generation
     from flashlm.engine.generate import generate as run
 
-    if not sys.stderr.isatty():
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
+    disable_progress_bar()  # ours tells bytes, and only on a terminal
     if stats_file is not None:
         _check_writable(stats_file, "the statistics")
     if plot_experts is not None:
         _check_plot_experts(pack, plot_experts)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    result: Generation = run(
-        pack,
-        _read_prompt(prompt, prompt_file),
-        dram=dram,
-        mode=None if mode is ModeChoice.auto else mode.value,
-        context=context,
-        plan=plan,
-        expert_policy=None if expert_policy is ExpertPolicyChoice.auto else expert_policy.value,
-        sampling=sampling,
-        is_chat=chat,
-        on_loaded=lambda flash: console.note(flash.describe()),
-        on_text=None if as_json else _write_text,
-    )
+    note = (lambda message: None) if quiet else console.note
+    with console.passing_bar("layers") as on_prompt:
+        result: Generation = run(
+            pack,
+            _read_prompt(text, prompt, prompt_file),
+            dram=dram,
+            mode=None if mode is ModeChoice.auto else mode.value,
+            context=context,
+            plan=plan,
+            expert_policy=None if expert_policy is ExpertPolicyChoice.auto else expert_policy.value,
+            sampling=sampling,
+            is_chat=chat,
+            on_decided=lambda decoding: _note_decoding(decoding, note),
+            on_loaded=lambda flash: note(flash.describe()),
+            on_prompt=on_prompt,
+            on_text=None if as_json else _write_text,
+        )
     if as_json:
         console.print_json({"text": result.text, "stats": result.stats})
     else:
@@ -297,16 +312,32 @@ def _write_stats(path: Path, stats: dict[str, Any]) -> None:
         raise ConfigError(f"the statistics can't be written to {path}: {error.strerror}") from error
 
 
-def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    if (prompt is None) == (prompt_file is None):
-        raise ConfigError("give the prompt with --prompt TEXT or --prompt-file FILE (one of them)")
-    if prompt is not None:
-        return prompt
-    assert prompt_file is not None
+def _note_decoding(decoding: Decoding, note: Callable[[str], None]) -> None:
+    for line in decoding.notes:
+        note(line)
+    if decoding.seed is not None:
+        note(f"seed {decoding.seed}: the same text again with --seed {decoding.seed}")
+
+
+def _read_prompt(text: str | None, prompt: str | None, prompt_file: Path | None) -> str:
+    """Return the one prompt that was given: as an argument, an option, a file, or through a pipe."""
+    given = [each for each in (text, prompt) if each is not None]
+    if len(given) + (prompt_file is not None) > 1:
+        raise ConfigError(
+            "more than one prompt was given: PROMPT, --prompt and --prompt-file are three ways to give it"
+        )
+    if given:
+        return given[0]
     try:
-        return sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text()
+        if prompt_file is not None and str(prompt_file) != "-":
+            return prompt_file.read_text(encoding="utf-8")
+        if sys.stdin is None or (prompt_file is None and sys.stdin.isatty()):
+            raise ConfigError('no prompt was given: flashlm generate PACK "TEXT", --prompt-file FILE, or a pipe')
+        piped = sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the prompt can't be read from {prompt_file}: {error}") from error
+        raise ConfigError(f"the prompt can't be read from {prompt_file or 'stdin'}: {error}") from error
+    # `echo TEXT |` ends its text with a line break that nobody meant.
+    return piped if prompt_file is not None else piped.removesuffix("\n")
 
 
 def _print_info(
@@ -343,12 +374,21 @@ def _expand_stats(arguments: list[str]) -> list[str]:
     return expanded
 
 
+def _hoist_debug(arguments: list[str]) -> list[str]:
+    """Let `--debug` stand on both sides of the verb. A text that is called --debug is given as `--prompt=--debug`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = arguments[:end]
+    if "--debug" not in options:
+        return arguments
+    return ["--debug", *(each for each in options if each != "--debug"), *arguments[end:]]
+
+
 def main(arguments: list[str] | None = None, is_interrupted: Callable[[], bool] = lambda: False) -> None:
     """Run the command line and exit; the one place that catches errors.
 
     An error after Ctrl-C says nothing: whoever watches for Ctrl-C tells that (`flashlm.__main__`).
     """
-    arguments = _expand_stats(sys.argv[1:] if arguments is None else arguments)
+    arguments = _hoist_debug(_expand_stats(sys.argv[1:] if arguments is None else arguments))
     try:
         app(args=arguments, prog_name="flashlm")
     except BrokenPipeError:
@@ -361,10 +401,10 @@ def main(arguments: list[str] | None = None, is_interrupted: Callable[[], bool] 
 
 
 def _fail(error: Exception, exit_code: int, arguments: list[str]) -> None:
-    if "--debug" in arguments:
+    if arguments[:1] == ["--debug"]:
         raise error
     name = "" if isinstance(error, FlashError) else f"{type(error).__name__}: "
     message = " ".join(str(error).split())
-    hint = "" if isinstance(error, FlashError) else " (--debug before the command shows where)"
+    hint = "" if isinstance(error, FlashError) else " (--debug shows where)"
     sys.stderr.write(f"flashlm: {name}{message}{hint}\n")
     sys.exit(exit_code)

@@ -66,12 +66,12 @@ def plan(
     from flashlm.planner.plan import check_fits, check_mode, make_plan
     from flashlm.planner.published import assume_sparsity
     from flashlm.planner.shape import read_shape
-    from flashlm.sizes import format_size, parse_size_bytes
+    from flashlm.sizes import parse_budget_bytes
 
     budgets = (
         [read_memory_limits().default_dram_bytes]
         if dram is None
-        else [parse_size_bytes(each) for each in dram.split(",")]
+        else [parse_budget_bytes(each) for each in dram.split(",")]
     )
     if mode not in ("auto", "hybrid", "sparse", "naive", "experts"):
         raise ConfigError(f"mode={mode!r} is unknown: choose auto, hybrid, sparse, naive or experts")
@@ -83,7 +83,11 @@ def plan(
     if assume_sparse:
         shape = assume_sparsity(shape)
     check_mode(shape, mode)
-    check_fits(shape, max(budgets), context)
+    try:
+        check_fits(shape, max(budgets), context)  # before the probe, which takes a minute
+    except BudgetError as error:
+        _print_plans([(dram_bytes, error) for dram_bytes in budgets], shape, as_json)
+        raise
     folder = probe_dir or (Path(source) if shape.is_pack else Path.cwd())
     rates = rates_for(folder, shape.dtype, console.note)
     found: list[tuple[int, Plan | BudgetError]] = []
@@ -94,6 +98,7 @@ def plan(
             found.append((dram_bytes, error))
     plans = [plan for _, plan in found if not isinstance(plan, BudgetError)]
     if not plans:
+        _print_plans(found, shape, as_json)
         raise next(error for _, error in found if isinstance(error, BudgetError))
     if save is not None:
         save_plan(plans[0], save)
@@ -101,11 +106,18 @@ def plan(
         from flashlm.planner.plots import plot_latency
 
         plot_latency(shape, rates, context, plot)
+    _print_plans(found, shape, as_json)
+
+
+def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape | ExpertShape, as_json: bool) -> None:
+    from flashlm.sizes import format_size
+
     known = _known(shape)
     if as_json:
         console.print_json(_as_json(found, known))
         return
     print_columns([COLUMNS, *(_row(dram_bytes, plan) for dram_bytes, plan in found)])
+    plans = [plan for _, plan in found if not isinstance(plan, BudgetError)]
     console.print_table(
         [
             ("disk", f"{format_size(shape.total_bytes)} for the pack" + (" (there already)" if shape.is_pack else "")),

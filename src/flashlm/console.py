@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashlm.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
 
 Progress = Callable[[int, int, str], None]
 
@@ -46,6 +49,40 @@ def progress_bar(unit: str = "bytes") -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield lambda done, total, what: None
         return
+    bars = _bars(unit)
+    with bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total, what: bars.update(task, completed=done, total=total, description=what)
+
+
+@contextmanager
+def passing_bar(unit: str = "bytes") -> Iterator[Progress]:
+    """As `progress_bar`, but the bar comes with the first call and goes without a trace once all is done."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    running: list[Any] = []
+
+    def show(done: int, total: int, what: str) -> None:
+        if not running and done < total:
+            bars = _bars(unit, is_transient=True)
+            bars.start()
+            running.append((bars, bars.add_task(what, total=total)))
+        if running:
+            bars, task = running[0]
+            bars.update(task, completed=done, total=total, description=what)
+            if done >= total:
+                bars.stop()
+                running.clear()
+
+    try:
+        yield show
+    finally:
+        for bars, _ in running:
+            bars.stop()
+
+
+def _bars(unit: str, *, is_transient: bool = False) -> Bars:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -61,18 +98,21 @@ def progress_bar(unit: str = "bytes") -> Iterator[Progress]:
     counts: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(unit)]
     if unit == "bytes":
         counts = [DownloadColumn(binary_units=True), TransferSpeedColumn()]
-    bars = Bars(
-        TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn(), console=Console(stderr=True)
+    return Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *counts,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=is_transient,
     )
-    with bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, total, what: bars.update(task, completed=done, total=total, description=what)
 
 
 def stats_rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the table that `generate --stats` ends with."""
     peak, cap = stats["peak_process_bytes"], stats["dram_bytes"]
     rows = [
+        *_time_rows(stats.get("times")),
         ("mode", stats["mode"]),
         ("exactness", stats["exactness"]),
         ("reader", stats["reader"]),
@@ -82,6 +122,13 @@ def stats_rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         rows += _phase_rows(stats[phase], label)
     rows += _expert_rows(stats.get("experts"))
     return [*rows, ("peak memory / dram", f"{format_size(peak)} / {format_size(cap)} ({peak / cap:.0%})")]
+
+
+def _time_rows(times: dict[str, float | None] | None) -> list[tuple[str, str]]:
+    if times is None:
+        return []
+    names = (("load_s", "loading"), ("first_token_s", "then to the first token"), ("generate_s", "then in all"))
+    return [(label, f"{times[name]:.2f} s") for name, label in names if times[name] is not None]
 
 
 def _phase_rows(phase: dict[str, Any], label: str) -> list[tuple[str, str]]:
@@ -101,7 +148,7 @@ def _phase_rows(phase: dict[str, Any], label: str) -> list[tuple[str, str]]:
             f" {phase['read_gb_per_s']:.2f} GB/s",
         ),
         *cached,
-        (f"{label}: waiting / computing", f"{phase['wait_share']:.0%} / {1 - phase['wait_share']:.0%}"),
+        (f"{label}: time waiting for flash / computing", f"{phase['wait_share']:.0%} / {1 - phase['wait_share']:.0%}"),
     ]
 
 
@@ -110,7 +157,7 @@ def _expert_rows(experts: dict[str, Any] | None) -> list[tuple[str, str]]:
     if experts is None:
         return []
     layers = zip(experts["slots"], experts["num_experts"], experts["hits"], experts["misses"], strict=True)
-    pinned = f", {sum(experts['num_pinned'])} for good" if any(experts["num_pinned"]) else ""
+    pinned = f", {sum(experts['num_pinned'])} pinned" if any(experts["num_pinned"]) else ""
     policy = f"{experts['policy']}: {sum(experts['slots'])} of {sum(experts['num_experts'])} fit{pinned}"
     return [
         ("expert cache", policy),

@@ -140,7 +140,11 @@ def test_verify_reports_a_flipped_byte(pack, tmp_path):
     ("arguments", "exit_code", "pattern"),
     [
         (("generate", "PACK", "--prompt", "w3", "--dram", "lots"), 2, "'lots' is not a size"),
-        (("generate", "PACK"), 2, "--prompt TEXT or --prompt-file"),
+        (("generate", "PACK", "w3", "--prompt", "w4"), 2, "more than one prompt was given"),
+        (("generate", "SOURCE", "w3"), 4, "it is a model folder. Convert it: flashlm convert .*source PACK"),
+        (("generate", "PACK", "w3", "--dram", "7"), 2, "did you mean 7GiB?"),
+        (("generate", "PACK", "w3", "--seed", str(1 << 64)), 2, "must fit 64 bits"),
+        (("plan", "no-such-model-anywhere/at-all"), 2, "neither local nor a model whose config the hub gives"),
         (("generate", "PACK", "--prompt", ""), 2, "prompt is empty"),
         (("generate", "PACK", "--prompt", "w3", "--max-new-tokens", 500), 2, "model has 128 positions"),
         (("generate", "PACK", "--prompt", "w3", "--context", 4), 2, "context is 4"),
@@ -153,14 +157,16 @@ def test_verify_reports_a_flipped_byte(pack, tmp_path):
         (("convert", "/nonexistent/model", "/tmp/never"), 2, "not a folder"),
     ],
 )
-def test_mistakes_are_one_line_and_an_exit_code(arguments, exit_code, pattern, pack):
-    done = flashlm(*(pack if argument == "PACK" else argument for argument in arguments))
+def test_mistakes_are_one_line_and_an_exit_code(arguments, exit_code, pattern, pack, source):
+    folders = {"PACK": pack, "SOURCE": source}
+    done = flashlm(*(folders.get(argument, argument) for argument in arguments))
     one_line_error(done, exit_code, pattern)
 
 
 def test_debug_lets_the_error_through():
-    with pytest.raises(PackError, match="not a finished pack"):
-        flashlm("--debug", "generate", "/nonexistent", "--prompt", "w3")
+    for arguments in (("--debug", "generate", "/nonexistent", "w3"), ("generate", "/nonexistent", "w3", "--debug")):
+        with pytest.raises(PackError, match="not a finished pack"):
+            flashlm(*arguments)
 
 
 # `python -m flashlm` where Ctrl-C works even if whoever runs the tests ignores it, as a shell's background jobs do.

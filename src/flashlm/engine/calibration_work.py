@@ -34,7 +34,7 @@ from flashlm.engine.model import load
 from flashlm.errors import BudgetError
 from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.manifest import Manifest
-from flashlm.sizes import format_size, parse_size_bytes
+from flashlm.sizes import format_size, parse_budget_bytes
 from flashlm.sparsity.fitting import FittedPredictor, LayerProblem, fit_layer
 from flashlm.sparsity.operating import LEVEL_RATIO, recall_levels
 from flashlm.sparsity.predictor import Predictor
@@ -57,7 +57,7 @@ def loaded_model(
     pack: Path, text: CalibrationText, *, dram: str | int | None, mode: str, aside_bytes: int = 0
 ) -> Iterator[PreTrainedModel]:
     """Load a pack for passes over a text, and close it; logits and `aside_bytes` of the bound are kept free."""
-    dram_bytes = read_memory_limits().default_dram_bytes if dram is None else parse_size_bytes(dram)
+    dram_bytes = read_memory_limits().default_dram_bytes if dram is None else parse_budget_bytes(dram)
     config = AutoConfig.from_pretrained(pack).get_text_config(decoder=True)
     aside_bytes += text.pass_tokens * int(config.vocab_size) * 4
     try:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from flashlm.errors import ConfigError
 from flashlm.planner.document import load_plan
-from flashlm.sizes import parse_size_bytes
+from flashlm.sizes import parse_budget_bytes, parse_size_bytes
 
 Mode = Literal["auto", "naive", "hybrid", "sparse", "experts"]
 ResolvedMode = Literal["naive", "hybrid", "sparse", "experts"]
@@ -87,7 +87,7 @@ def make_settings(
         dram = planned.dram_bytes if dram is None else dram
         mode = planned.mode if mode is None else mode
         context = planned.context if context is None else context
-        if (mode, parse_size_bytes(dram)) == (planned.mode, planned.dram_bytes):  # else it says nothing of this run
+        if (mode, parse_budget_bytes(dram)) == (planned.mode, planned.dram_bytes):  # else it says nothing of this run
             names = ("max_gap", "staging_bytes", "piece_bytes", "queue_depth")
             planned_settings = {name: getattr(planned, name) for name in names}
     dram = dram if dram is not None else os.environ.get(ENV_DRAM) or None
@@ -97,8 +97,8 @@ def make_settings(
         if not context.isdigit():
             raise ConfigError(f"context={context!r} must be a whole number of tokens, at least 1")
         context = int(context)
-    dram_bytes = None if dram is None else parse_size_bytes(dram)
-    pin_bytes = pin if pin is None or pin == 0 else parse_size_bytes(pin)
+    dram_bytes = None if dram is None else parse_budget_bytes(dram)
+    pin_bytes = None if pin is None else parse_size_bytes(pin, allow_zero=True)
     return Settings(
         dram_bytes=dram_bytes,
         mode=mode,  # type: ignore[arg-type]  # checked there

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashlm.engine.config import make_settings
+from flashlm.engine.decoding import Decoding, Sampling, decide_decoding
 from flashlm.engine.model import FlashModel, load
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.limits import peak_process_bytes
@@ -15,45 +18,6 @@ from flashlm.planner.needs import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen; None leaves a choice to the pack's generation_config.json.
-
-    Attributes:
-        max_new_tokens: Tokens to generate at most.
-        temperature: 0 takes the most likely token always (greedy); above 0 samples.
-        top_p: Sample from the smallest set of tokens with this probability mass, in (0, 1].
-        top_k: Sample from this many most likely tokens, at least 1.
-        seed: Seed of the sampler; the same seed gives the same text.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature} must be 0 (greedy) or above")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k} must be at least 1")
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments for transformers' `generate`."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        if self.temperature == 0:
-            return chosen | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        named = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        given = {name: value for name, value in named.items() if value is not None}
-        return chosen | given | ({"do_sample": True} if given else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +40,9 @@ def generate(
     expert_policy: str | None = None,
     sampling: Sampling | None = None,
     is_chat: bool = False,
+    on_decided: Callable[[Decoding], None] | None = None,
     on_loaded: Callable[[FlashModel], None] | None = None,
+    on_prompt: Callable[[int, int, str], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Load `pack`, continue `prompt`, and report the cost.
@@ -87,8 +53,10 @@ def generate(
         dram, mode, context, pin, plan, expert_policy: As in `load`; context defaults to just what this run needs.
         sampling: How tokens are chosen.
         is_chat: Wrap the prompt in the pack's chat template, as the user's turn.
+        on_decided: Called before loading, with how tokens will be chosen.
         on_loaded: Called once the model is ready.
-        on_text: Called with every piece of new text as it comes.
+        on_prompt: Called with (layers done, layers, "prompt") as the prompt goes through the model.
+        on_text: Called with every piece of new text as it comes; with beams once, at the end.
 
     Raises:
         ConfigError: A setting is out of range, or the prompt does not fit the context or the model.
@@ -101,15 +69,14 @@ def generate(
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("the prompt is not UTF-8 text")
     tokenizer = read_tokenizer(pack)
+    decoding = decide_decoding(pack, sampling)
     inputs = _encode(tokenizer, prompt, is_chat=is_chat)
     num_prompt_tokens = int(inputs["input_ids"].shape[1])
-    wanted = num_prompt_tokens + sampling.max_new_tokens
     _check_positions(pack, num_prompt_tokens, sampling.max_new_tokens)
-    if settings.context is not None and wanted > settings.context:
-        raise ConfigError(
-            f"the prompt has {num_prompt_tokens} tokens and {sampling.max_new_tokens} more are wanted,"
-            f" but context is {settings.context}: raise --context to {wanted} or more, or ask for fewer tokens"
-        )
+    wanted = _wanted_context(num_prompt_tokens, sampling.max_new_tokens, decoding.num_beams, settings.context)
+    if on_decided is not None:
+        on_decided(decoding)
+    started_s = time.perf_counter()
     model = load(
         pack,
         dram=dram,
@@ -119,14 +86,44 @@ def generate(
         plan=plan,
         expert_policy=expert_policy,
     )
+    loaded_s = time.perf_counter()
     if on_loaded is not None:
         on_loaded(model.flash)
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    output = model.generate(**inputs, **sampling.arguments(), streamer=_streamer(tokenizer, on_text))
+    decoding.apply(model.generation_config)
+    if decoding.seed is not None:
+        torch.manual_seed(decoding.seed)
+    arrivals: list[float] = []
+    streamer = _streamer(tokenizer, on_text, arrivals) if decoding.can_stream else None
+    with _watch_prompt(model, on_prompt):
+        output = model.generate(
+            **inputs,
+            streamer=streamer,
+            stopping_criteria=_stopping(tokenizer, decoding.stop_strings, num_prompt_tokens),
+        )
+    done_s = time.perf_counter()
     new_ids = output[0, num_prompt_tokens:]
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
-    return Generation(text=text, stats=collect_stats(model, num_prompt_tokens, len(new_ids)))
+    if streamer is None and on_text is not None:
+        on_text(text)
+    times = {
+        "load_s": loaded_s - started_s,
+        "first_token_s": arrivals[0] - loaded_s if arrivals else None,
+        "generate_s": done_s - loaded_s,
+    }
+    stats = collect_stats(model, num_prompt_tokens, len(new_ids))
+    return Generation(text=text, stats={"seed": decoding.seed, "times": times} | stats)
+
+
+def _wanted_context(num_prompt_tokens: int, max_new_tokens: int, num_beams: int, context: int | None) -> int:
+    """Return the tokens that the KV cache will hold, over all beams; refuse more than `context`."""
+    wanted = (num_prompt_tokens + max_new_tokens) * num_beams
+    if context is None or wanted <= context:
+        return wanted
+    beams = f" in {num_beams} beams" if num_beams > 1 else ""
+    raise ConfigError(
+        f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} more are wanted{beams}, but context is"
+        f" {context} (tokens of all sequences): raise --context to {wanted} or more, or ask for fewer tokens"
+    )
 
 
 def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens: int) -> dict[str, Any]:
@@ -180,15 +177,21 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool) -
 
         message = [{"role": "user", "content": prompt}]
         try:
-            return tokenizer.apply_chat_template(
+            encoded = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         except TemplateError as error:
             raise ConfigError(f"this pack's chat template does not take the prompt: {error}") from error
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        return _model_inputs(encoded)
+    inputs = _model_inputs(tokenizer(prompt, return_tensors="pt"))
     if inputs["input_ids"].shape[1] == 0:
-        raise ConfigError("the prompt is empty: give --prompt or --prompt-file some text")
+        raise ConfigError("the prompt is empty: give it some text")
     return inputs
+
+
+def _model_inputs(encoded: Any) -> dict[str, Any]:
+    """Keep what a decoder takes: some tokenizers give token types and more besides, which `generate` refuses."""
+    return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
 
 
 def _check_positions(pack: Path, num_prompt_tokens: int, max_new_tokens: int) -> None:
@@ -202,14 +205,60 @@ def _check_positions(pack: Path, num_prompt_tokens: int, max_new_tokens: int) ->
         )
 
 
-def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None) -> Any:
-    if on_text is None:
-        return None
-    emit = on_text
+@contextmanager
+def _watch_prompt(model: PreTrainedModel, on_prompt: Callable[[int, int, str], None] | None) -> Iterator[None]:
+    """Report each streamed layer that the first pass has gone through: all that can be told of a long prompt."""
+    if on_prompt is None:
+        yield
+        return
+    manifest = model.flash.manifest
+    names = [entry.module for entry in (manifest.experts or manifest.layers)]
+    done = 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done <= len(names):
+            on_prompt(done, len(names), "prompt")
+
+    hooks = [model.get_submodule(name).register_forward_hook(count) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _stopping(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...], num_prompt_tokens: int) -> Any:
+    """Return what ends a sequence once its new text holds a stop string.
+
+    transformers' own criterion works from the vocabulary alone, and fails for tokenizers that can't spell its test words.
+    """
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class _StopStrings(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped here
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            tail = 4 * max(map(len, stop_strings)) + 8  # a character takes up to four tokens of a byte each
+            new_ids = input_ids[:, max(num_prompt_tokens, input_ids.shape[1] - tail) :]
+            texts = tokenizer.batch_decode(new_ids)
+            return torch.tensor([any(stop in text for stop in stop_strings) for text in texts])
+
+    return StoppingCriteriaList([_StopStrings()] if stop_strings else [])
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None, arrivals: list[float]) -> Any:
+    """Return a streamer that hands text to `on_text` and notes when each token came in `arrivals`, in seconds."""
     from transformers import TextStreamer
 
     class _CallbackStreamer(TextStreamer):  # type: ignore[misc]  # transformers is untyped here
+        def put(self, value: Any) -> None:
+            if not self.next_tokens_are_prompt:
+                arrivals.append(time.perf_counter())
+            super().put(value)
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            emit(text)
+            if on_text is not None:
+                on_text(text)
 
     return _CallbackStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -287,7 +287,7 @@ class FlashModel:
         if policy is None or self.placement.num_slots == 0:  # all are held
             return ""
         num_pinned = sum(len(experts) for experts in policy.pinned)
-        return f", {policy.name}" + (f" ({num_pinned} for good)" if num_pinned else "")
+        return f", {policy.name}" + (f" ({num_pinned} pinned)" if num_pinned else "")
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         num_sequences, num_tokens = _input_shape(args, kwargs)

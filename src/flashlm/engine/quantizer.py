@@ -6,6 +6,7 @@ refused, before a single weight is read.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ def register() -> None:
     known = getattr(quantizers_auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
     if isinstance(known, tuple):
         quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, FlashConfig)
+    # transformers then warns that it did just that, in words which sound as if the settings were ignored.
+    warnings.filterwarnings("ignore", message=r"(?s)You passed `quantization_config`.*\['dram', ", category=UserWarning)
 
 
 register()

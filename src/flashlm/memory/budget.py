@@ -184,11 +184,14 @@ def check_floor(needs: Needs, least_bytes: int, dram_bytes: int, rest: str) -> N
     if dram_bytes >= least_bytes:
         return
     predictors = f" {format_size(needs.predictor_bytes)} predictors," if needs.predictor_bytes else ""
+    # A lower context frees at most the KV cache (working memory depends on it too, but has a part that does not).
+    can_help = least_bytes - needs.kv_cache_bytes - needs.working_bytes <= dram_bytes
+    remedy = "Raise dram or lower the context." if can_help else f"Raise dram to {format_size(least_bytes)} or more."
     raise BudgetError(
         f"dram={format_size(dram_bytes)} is below the {format_size(least_bytes)} that this model needs at least:"
         f" {format_size(needs.process_bytes)} process, {format_size(needs.resident_bytes)} resident weights,{predictors}"
         f" {format_size(needs.kv_cache_bytes)} KV cache, {format_size(needs.working_bytes)} working memory,"
-        f" {format_size(least_bytes - needs.total_bytes)} {rest}. Raise dram or lower the context.",
+        f" {format_size(least_bytes - needs.total_bytes)} {rest}. {remedy}",
         needed_bytes=least_bytes,
         available_bytes=dram_bytes,
     )

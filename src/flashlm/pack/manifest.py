@@ -223,6 +223,14 @@ def order_path(pack: Path, entry: LayerEntry) -> Path:
     return layer_path(pack, entry).with_suffix(".order")
 
 
+def _what_instead(pack: Path) -> str:
+    """Return what to do about a folder without a manifest: convert it where it is a model, else convert into it."""
+    config = pack / "config.json"
+    if config.is_file() and any(pack.glob("*.safetensors")):
+        return f"it is a model folder. Convert it: flashlm convert {pack} PACK"
+    return f"{manifest_path(pack)} is missing. Make one with: flashlm convert SOURCE {pack}"
+
+
 def read_manifest(pack: Path) -> Manifest:
     """Read and check the manifest of `pack`.
 
@@ -235,9 +243,7 @@ def read_manifest(pack: Path) -> Manifest:
             raise PackError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
         text = path.read_bytes()
     except FileNotFoundError:
-        raise PackError(
-            f"{pack} is not a finished pack: {path} is missing. Make one with: flashlm convert SOURCE {pack}"
-        ) from None
+        raise PackError(f"{pack} is not a finished pack: {_what_instead(pack)}") from None
     except OSError as error:
         raise PackError(f"{path} can't be read: {error.strerror}") from error
     try:

@@ -268,21 +268,32 @@ def _read_config(source: str | Path, trust_remote_code: bool) -> Any:
     if not is_local and (path.exists() or path.is_absolute() or str(source).startswith((".", "~"))):
         raise ConfigError(f"{source} is neither a pack, nor a model folder, nor a config.json")
     activations.register()
+    if not is_local:
+        path = _fetch_config(str(source), trust_remote_code)
     try:
-        if is_local:
-            json.loads((path / CONFIG_NAME).read_bytes())
-        config = AutoConfig.from_pretrained(path if is_local else str(source), trust_remote_code=trust_remote_code)
+        json.loads((path / CONFIG_NAME).read_bytes())
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except FileNotFoundError:
         raise PackError(f"{path} is not a model folder: {CONFIG_NAME} is missing") from None
     except json.JSONDecodeError as error:
         raise PackError(f"{path / CONFIG_NAME} is not JSON: {error}") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if is_local:
-            raise UnsupportedModelError(f"{path / CONFIG_NAME} can't be used: {reason}") from error
-        raise ConfigError(f"{source} is neither local nor a model whose config the hub gives: {reason}") from error
+        raise UnsupportedModelError(f"{path / CONFIG_NAME} can't be used: {reason}") from error
     activations.check_parameters(config)
     return config
+
+
+def _fetch_config(source: str, trust_remote_code: bool) -> Path:
+    """Return a folder with the config of a model on the hub: one request, where transformers' own way retries for long."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [CONFIG_NAME, *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError, RuntimeError) as error:  # hub errors derive from these, as do httpx's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{source} is neither local nor a model whose config the hub gives: {reason}") from error
 
 
 def _streamed_names(layers: tuple[FfnLayer, ...]) -> set[str]:
