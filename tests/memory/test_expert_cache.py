@@ -27,9 +27,8 @@ def run(cache, layer, needed, *, fail_at=None):
             read.append(pending.pop(0))
         assert expert in cache.held(layer), "an expert that is needed has no slot"
         if fail_at == position:
-            for each in [each for each in contents if each >= expert]:
-                step.forget(each)
-            step.abandon()
+            cache.break_off((layer, each) for each in step.misses)
+            assert not set(step.misses) & set(cache.held(layer))
             return read
         step.done(expert)
         contents.pop(expert, None)

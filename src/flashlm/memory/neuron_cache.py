@@ -82,8 +82,7 @@ class NeuronCache:
         Raises:
             ConfigError: They do not fit, or are not as stated; nothing has changed.
         """
-        if rows.dtype != torch.int32 or rows.dim() != 1 or not rows.is_contiguous():
-            raise ConfigError(f"rows must be contiguous int32 (num_rows,), got {rows.dtype} {tuple(rows.shape)}")
+        check_rows(rows)
         slots = torch.empty_like(rows)
         order = torch.empty_like(rows)
         try:
@@ -97,3 +96,13 @@ class NeuronCache:
     def forget(self, layer: int, rows: torch.Tensor) -> None:
         """Drop `rows` (int32, contiguous), whose slots hold nothing because their read failed."""
         self._native.forget(layer, rows.data_ptr(), len(rows))
+
+
+def check_rows(rows: torch.Tensor) -> None:
+    """Refuse rows that native code can't take.
+
+    Raises:
+        ConfigError: Not int32 (num_rows,), contiguous.
+    """
+    if rows.dtype != torch.int32 or rows.dim() != 1 or not rows.is_contiguous():
+        raise ConfigError(f"rows must be contiguous int32 (num_rows,), got {rows.dtype} {tuple(rows.shape)}")
