@@ -225,10 +225,11 @@ class BlockStream:
 
     def _check_is_next(self, layer: int, block: int) -> None:
         """Refuse to give fewer blocks than the layer has, or others: a sum that lacks one would be wrong in silence."""
-        wanted = self._first[layer]
-        is_read = wanted is not None and self._num_begun > self._num_consumed
-        if is_read and self._position(self._num_consumed) == wanted + block - len(self._pinned_bytes[layer]):
-            return
+        first = self._first[layer]
+        if first is not None and self._num_begun > self._num_consumed:
+            wanted = first + block - len(self._pinned_bytes[layer])
+            if self._position(self._num_consumed) == wanted:
+                return
         raise StorageError(
             f"layer {layer} gave {block} of its {self._num_blocks[layer]} blocks, and the next one is not being read:"
             " this answer is lost, the next pass reads them anew",
