@@ -2,15 +2,16 @@
 
 A process of its own for one mode: `interrupt_sweep.py PACK MODE` prints a line of JSON. Reads are delayed by the preloaded
 library of `tests/storage/faults.c` (FAULT=late) for the while in which an interrupt falls, so that data is on its way when
-the answer is thrown away, and lands while the next one is computed. Three kinds of interrupt:
+the answer is thrown away, and lands while the next one is computed. Kinds of interrupt:
 
 * at an instruction: a trace function raises KeyboardInterrupt before the n-th bytecode that flashlm's own files execute;
   `double` raises another one while the first is cleaned up after, as does somebody who presses Ctrl-C twice;
-* by a timer: a real signal, whose handler raises.
+* by a timer: a real signal, whose handler raises;
+* while a model is loaded; then it is loaded anew.
 
-The staging is as small as the floor of `dram` makes it. After each interrupt, whose traceback is kept as a notebook keeps it,
-the next answer, of another prompt, must have the bits of an undisturbed one or be an error of flashlm's by name. Every third
-one is asked for by another thread.
+The staging is as small as the floor of `dram` makes it. After each interrupt, whose traceback is kept as a notebook keeps
+it, the next answer, of another prompt, must have the bits of an undisturbed one or be an error of flashlm's by name. Every
+third one is asked for by another thread.
 """
 
 from __future__ import annotations
@@ -180,7 +181,9 @@ def at_calls(places: list[Site], generator: random.Random) -> list[int]:
                     near[code] |= {one.offset} | ({following.offset} if following else set())
         if offset in near[code]:
             found.setdefault((code, offset), []).append(index + 1)
-    return sorted(generator.choice(each) for each in found.values())
+    chosen = [generator.choice(each) for each in found.values()]
+    generator.shuffle(chosen)
+    return chosen
 
 
 class Sweep:
@@ -245,6 +248,31 @@ class Sweep:
         result.num_places = len(result.where)
         return result
 
+    def loads(self, pack: Path, num_tries: int, *, budget_s: float) -> Result:
+        """Interrupt the loading of a model, before a bytecode drawn at random; load it anew, and ask that one."""
+        result, started_s = Result(), time.monotonic()
+        mode = None if self.subject.model.flash.mode == "experts" else self.subject.model.flash.mode
+        ready, expected = self.subject.model, self.subject
+        with Tripwire(None) as wire:
+            flashlm.load(pack, mode=mode, context=160)
+        num_events = wire.count
+        for turn in range(num_tries):
+            if time.monotonic() - started_s > budget_s:
+                break
+            wire = Tripwire(self.generator.randrange(num_events) + 1)
+
+            def ask(wire: Tripwire = wire) -> None:
+                with wire:
+                    flashlm.load(pack, mode=mode, context=160)
+
+            self._interrupt(result, ask, lambda wire=wire: wire.where)
+            expected.model = flashlm.load(pack, mode=mode, context=160)
+            self._check(result, turn % NUM_PROMPTS, wire.where)
+        expected.model = ready
+        result.wall_s = round(time.monotonic() - started_s, 1)
+        result.num_places = len(result.where)
+        return result
+
     def _deepest(self) -> str:
         """Return the last line of flashlm's in the interrupt's traceback."""
         trace, place = self.kept.__traceback__ if self.kept else None, "outside"
@@ -291,7 +319,11 @@ def weight() -> dict[str, int]:
     """Return what may grow: resident bytes, descriptors, Python objects."""
     gc.collect()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return {"rss_bytes": resident, "num_fds": len(os.listdir("/proc/self/fd")), "num_objects": len(gc.get_objects())}
+    return {
+        "rss_bytes": resident,
+        "num_fds": len(list(Path("/proc/self/fd").iterdir())),
+        "num_objects": len(gc.get_objects()),
+    }
 
 
 def main() -> None:
@@ -300,9 +332,10 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("mode", choices=["hybrid", "naive", "sparse", "experts"])
     parser.add_argument("--sites", action="store_true", help="once before and after every call where a pass's state is")
-    parser.add_argument("--points", type=int, default=0, help="so many bytecodes, spread evenly over all")
+    parser.add_argument("--points", type=int, default=0, help="so many bytecodes, drawn from all")
     parser.add_argument("--double", type=int, default=0, help="so many with a second interrupt in the cleanup")
     parser.add_argument("--timer", type=int, default=0, help="so many by a signal")
+    parser.add_argument("--load", type=int, default=0, help="so many while a model is loaded")
     parser.add_argument("--budget-s", type=float, default=1e9, help="time for each of these")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -311,7 +344,7 @@ def main() -> None:
     set_delay("0")
     generator = random.Random(args.seed)
     subject = Subject(args.pack, args.mode)
-    counters = subject.model.flash.telemetry.records[-1]
+    last = subject.model.flash.telemetry.records[-1]
     places = places_of(subject)
     num_events = sum(map(len, places))
     sweep = Sweep(subject, generator)
@@ -321,7 +354,7 @@ def main() -> None:
         points = [(0, at) for at in at_calls(places[0], generator)]
         results["sites"] = sweep.instructions(iter(points), budget_s=args.budget_s)
     if args.points:
-        chosen = sorted(generator.sample(evenly, min(args.points, len(evenly))), key=lambda each: generator.random())
+        chosen = generator.sample(evenly, min(args.points, len(evenly)))
         results["points"] = sweep.instructions(iter(chosen), budget_s=args.budget_s)
     before = weight()
     if args.double:
@@ -329,19 +362,21 @@ def main() -> None:
         results["double"] = sweep.instructions(iter(chosen), is_double=True, budget_s=args.budget_s)
     if args.timer:
         results["timer"] = sweep.timer(args.timer, budget_s=args.budget_s)
+    after = weight()
+    if args.load:
+        results["load"] = sweep.loads(args.pack, args.load, budget_s=args.budget_s)
     faulthandler.cancel_dump_traceback_later()
-    sweep.kept = None
     flash = subject.model.flash
     document = {
         "mode": flash.mode,
         "reader": flash.reader.describe(),
         "num_slots": flash.placement.num_slots,
         "num_pinned": sum(flash.placement.num_pinned),
-        "num_reads_of_a_token": counters.num_reads,
-        "num_missed": counters.miss_rows + counters.miss_experts,
+        "num_reads_of_a_token": last.num_reads,
+        "num_missed": last.miss_rows + last.miss_experts,
         "num_bytecodes": num_events,
         "before": before,
-        "after": weight(),
+        "after": after,
         "results": {name: vars(result) for name, result in results.items()},
     }
     print(json.dumps(document))
