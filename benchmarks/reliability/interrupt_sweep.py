@@ -6,7 +6,7 @@ the answer is thrown away, and lands while the next one is computed. Kinds of in
 
 * at an instruction: a trace function raises KeyboardInterrupt before the n-th bytecode that flashlm's own files execute;
   `double` raises another one while the first is cleaned up after, as does somebody who presses Ctrl-C twice;
-* by a timer: a real signal, whose handler raises;
+* by a timer: a real signal, whose handler raises; `beside` while another thread asks the same model without a pause;
 * while a model is loaded; then it is loaded anew.
 
 The staging is as small as the floor of `dram` makes it. After each interrupt, whose traceback is kept as a notebook keeps
@@ -248,6 +248,28 @@ class Sweep:
         result.num_places = len(result.where)
         return result
 
+    def beside(self, num_tries: int, *, budget_s: float) -> Result:
+        """As `timer`, while another thread asks on and on, and is never to get a wrong answer."""
+        others, is_over = Result(), threading.Event()
+
+        def ask_on() -> None:
+            while not is_over.is_set():
+                others.num_tried += 1
+                self._hold(others, others.num_tried % NUM_PROMPTS, "beside")
+
+        other = threading.Thread(target=ask_on, daemon=True)
+        other.start()
+        try:
+            result = self.timer(num_tries, budget_s=budget_s)
+        finally:
+            is_over.set()
+            other.join()
+        assert others.num_tried > 1
+        result.num_wrong += others.num_wrong
+        result.errors += others.errors
+        result.wrong_at += others.wrong_at
+        return result
+
     def loads(self, pack: Path, num_tries: int, *, budget_s: float) -> Result:
         """Interrupt the loading of a model, before a bytecode drawn at random; load it anew, and ask that one."""
         result, started_s = Result(), time.monotonic()
@@ -335,6 +357,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=0, help="so many bytecodes, drawn from all")
     parser.add_argument("--double", type=int, default=0, help="so many with a second interrupt in the cleanup")
     parser.add_argument("--timer", type=int, default=0, help="so many by a signal")
+    parser.add_argument("--beside", type=int, default=0, help="so many by a signal, beside a busy thread")
     parser.add_argument("--load", type=int, default=0, help="so many while a model is loaded")
     parser.add_argument("--budget-s", type=float, default=1e9, help="time for each of these")
     parser.add_argument("--seed", type=int, default=0)
@@ -362,6 +385,8 @@ def main() -> None:
         results["double"] = sweep.instructions(iter(chosen), is_double=True, budget_s=args.budget_s)
     if args.timer:
         results["timer"] = sweep.timer(args.timer, budget_s=args.budget_s)
+    if args.beside:
+        results["beside"] = sweep.beside(args.beside, budget_s=args.budget_s)
     after = weight()
     if args.load:
         results["load"] = sweep.loads(args.pack, args.load, budget_s=args.budget_s)

@@ -38,8 +38,8 @@ def by_function(where: dict[str, int]) -> dict[str, int]:
 
 def run(pack: Path, mode: str, backend: str, library: Path, quick: bool) -> dict[str, Any]:
     """Return what came of all kinds of interrupts in one mode with one back end."""
-    points, double, timer, load, budget_s = (150, 50, 50, 3, 15) if quick else (1500, 500, 300, 12, 120)
-    arguments = [f"--points={points}", f"--double={double}", f"--timer={timer}", f"--load={load}"]
+    points, double, timer, load, budget_s = (150, 50, 50, 3, 15) if quick else (600, 250, 250, 6, 90)
+    arguments = [f"--points={points}", f"--double={double}", f"--timer={timer}", f"--beside={timer}", f"--load={load}"]
     done = sweep(pack, mode, library, backend, "--sites", *arguments, f"--budget-s={budget_s}")
     for result in done["results"].values():
         result["where"] = by_function(result["where"])
