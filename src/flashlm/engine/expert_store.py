@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from flashlm._native import Turn
 from flashlm.engine.counters import Counters
+from flashlm.engine.turn import Turn, overtaken
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_cache import ExpertCache, ExpertStep
@@ -204,20 +204,25 @@ class ExpertStore:
         return ticket is not None and self._reader.is_done(ticket)
 
     def _group(self, running: _Pass, experts: Sequence[int]) -> list[tuple[int, int]]:
+        self._check_is_open(running)
         if not running.ready.issuperset(experts):
             raise StorageError(f"experts {sorted({*experts} - running.ready)} have not been read: start anew", path="")
         return [(each, self._slab.address + running.step.slot(each) * self._slot_bytes) for each in experts]
 
     def _end(self, layer: int, running: _Pass, experts: Sequence[int]) -> None:
         """Note that a group is used, and begin what has waited for its slots."""
-        if self._open is not running.note:
-            raise StorageError("this pass over a layer was broken off, and another one has begun: start anew", path="")
+        self._check_is_open(running)
         for expert in experts:
             running.step.done(expert)
         if running.pending:
             self._begin(layer, running)
         elif running.begun:  # asking begins the next pieces where some have landed meanwhile
             self._reader.is_done(next(reversed(running.begun.values())))
+
+    def _check_is_open(self, running: _Pass) -> None:
+        """Refuse to go on with a pass whose slots may hold another one's experts."""
+        if self._open is not running.note:
+            raise overtaken()
 
     def _begin(self, layer: int, running: _Pass) -> None:
         """Begin to read as many pending experts as there are slots for."""

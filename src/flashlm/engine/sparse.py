@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flashlm._native import Turn
 from flashlm.engine.counters import Counters
-from flashlm.errors import StorageError
+from flashlm.engine.turn import Turn, overtaken
 from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache, check_rows
 from flashlm.pack.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, RowGeometry, Ticket
@@ -176,8 +175,6 @@ class SparseRows:
         return RowFetch(rows, lookup, self._slab.address + self._offsets[layer], ticket, note)
 
     def _leave(self, fetch: RowFetch, has_failed: bool) -> None:
-        if self._open is not fetch.note:  # overtaken
-            return
         try:
             if not has_failed:
                 self.wait(fetch)
@@ -199,7 +196,7 @@ class SparseRows:
             StorageError: A read failed, or the pass was overtaken by another one of its thread.
         """
         if self._open is not fetch.note:
-            raise StorageError("this pass over a layer was broken off, and another one has begun: start anew", path="")
+            raise overtaken()
         if fetch.ticket is None:
             return
         started_s = time.perf_counter()

@@ -23,8 +23,8 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 
-from flashlm._native import Turn
 from flashlm.engine.counters import Counters
+from flashlm.engine.turn import Turn, overtaken
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.pack.layout import LayerLayout
@@ -221,7 +221,7 @@ class BlockStream:
     def _check_is_open(self, current: _Pass) -> None:
         """Refuse to go on with a pass whose slots hold another one's blocks."""
         if self._open is not current:
-            raise StorageError("this pass over a layer was broken off, and another one has begun: start anew", path="")
+            raise overtaken()
 
     def _check_is_next(self, layer: int, block: int) -> None:
         """Refuse to give fewer blocks than the layer has, or others: a sum that lacks one would be wrong in silence."""
