@@ -19,7 +19,7 @@ import torch
 
 from flashlm.engine.counters import Counters
 from flashlm.engine.turn import Turn, overtaken
-from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache, check_rows
+from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache
 from flashlm.pack.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, RowGeometry, Ticket
 
@@ -148,7 +148,6 @@ class SparseRows:
         return self._turn.take(self._enter, self._leave, layer, rows, is_same_step)
 
     def _enter(self, layer: int, rows: torch.Tensor, is_same_step: bool) -> RowFetch:
-        check_rows(rows)
         if self._open is not None:
             self._settle(self._open)
         started_s = time.perf_counter()
