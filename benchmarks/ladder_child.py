@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.sparse import RowFetch, SparseRows
 from flashlm.memory.cache_plan import plan_capacities
 from flashlm.memory.neuron_cache import LayerCapacity
-from flashlm.storage.reader import AlignedBuffer, Reader, RowGeometry, RowTicket
+from flashlm.storage.reader import AlignedBuffer, Reader, RowGeometry, Ticket
 
 
 class SerialRows(SparseRows):
@@ -58,9 +58,7 @@ class Unbundled:
     A mix-in before `SparseRows`.
     """
 
-    _first: list[RowTicket]
-
-    def _submit(self, layer: int, rows: torch.Tensor, slots: torch.Tensor) -> RowTicket:
+    def _submit(self, layer: int, rows: torch.Tensor, slots: torch.Tensor, ticket: Ticket) -> None:
         layout = self._layouts[layer]
         num_parts = layout.num_parts
         geometry = RowGeometry(
@@ -68,36 +66,19 @@ class Unbundled:
             block_rows=layout.block_rows * num_parts,
             block_stride_bytes=layout.block_stride_bytes,
         )
-        tickets = []
         for part in range(num_parts):
             apart = (rows.long() + part * (layout.num_rows // num_parts)) % layout.num_rows
             apart, order = apart.sort()
-            tickets.append(
-                self._reader.submit_rows(
-                    self._files[layer],
-                    geometry,
-                    (apart * num_parts + part).to(torch.int32),
-                    (slots[order] * num_parts + part).contiguous(),
-                    self._slab,
-                    buffer_offset=self._offsets[layer],
-                    max_gap=0,
-                )
+            self._reader.submit_rows(
+                self._files[layer],
+                geometry,
+                (apart * num_parts + part).to(torch.int32),
+                (slots[order] * num_parts + part).contiguous(),
+                self._slab,
+                buffer_offset=self._offsets[layer],
+                max_gap=0,
+                ticket=ticket,
             )
-        self._first = tickets[:-1]
-        last = tickets[-1]
-        return replace(
-            last,
-            num_reads=sum(ticket.num_reads for ticket in tickets),
-            num_bytes=sum(ticket.num_bytes for ticket in tickets),
-        )
-
-    def wait(self, fetch: RowFetch) -> None:
-        if fetch.ticket is not None:
-            started_s = time.perf_counter()
-            for ticket in self._first:
-                self._reader.wait(ticket)
-            self.counters.wait_s += time.perf_counter() - started_s
-        super().wait(fetch)
 
 
 class UnbundledForgetfulRows(Unbundled, ForgetfulRows):
@@ -202,7 +183,7 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
     states = []
     for token in range(spec["num_tokens"]):
         if state is not None and token % spec["watch_device"] == 0:
-            flash._stream._restart_at(None)  # nothing in flight while the device is measured
+            flash._stream.settle()  # nothing in flight while the device is measured
             states.append(state.measure())
             recorder.note(states=states)
         with torch.inference_mode():

@@ -23,7 +23,8 @@ namespace flashlm {
 namespace {
 
 using Bytes = nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>;
-using RawRequest = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
+// File id, offset, length, buffer, offset in the buffer.
+using RawRequest = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, const AlignedBuffer*, std::uint64_t>;
 
 constexpr std::chrono::milliseconds SIGNAL_CHECK_EVERY{100};
 
@@ -108,37 +109,60 @@ std::tuple<std::uint64_t, bool, std::uint32_t> file_info(ReaderHandle& handle, s
     return {file->num_bytes, file->is_direct, file->alignment};
 }
 
+// What Python holds of a ticket. Pieces in flight share the state and not this object: they end on other threads, which
+// may not touch a reference count of Python's.
+struct TicketHandle {
+    const std::shared_ptr<Ticket> state = std::make_shared<Ticket>();
+    std::uint64_t num_reads = 0;  // of scattered rows: what they became
+    std::uint64_t num_bytes = 0;  // gaps that are read through included
+};
+
+std::uint64_t address_in(const AlignedBuffer* buffer, std::uint64_t offset, std::uint64_t length) {
+    if (!buffer || offset > buffer->num_bytes() || length > buffer->num_bytes() - offset) {
+        throw std::invalid_argument("a read must land within its buffer");
+    }
+    return reinterpret_cast<std::uint64_t>(buffer->data()) + offset;
+}
+
 // Raises ValueError(why, index of the refused request).
-std::uint64_t begin(ReaderHandle& handle, const std::vector<Request>& requests) {
+void begin(ReaderHandle& handle, const TicketHandle& ticket, const std::vector<Request>& requests, Memory memory) {
     const std::shared_ptr<Reader> reader = handle.get();
     try {
         nb::gil_scoped_release release;
-        return reader->submit(requests);
+        reader->submit(ticket.state, requests, std::move(memory));
     } catch (const RefusedRequest& refused) {
         PyErr_SetObject(PyExc_ValueError, nb::make_tuple(refused.what(), refused.index).ptr());
         throw nb::python_error();
     }
 }
 
-std::uint64_t submit(ReaderHandle& handle, const std::vector<RawRequest>& raw) {
+void submit(ReaderHandle& handle, const TicketHandle& ticket, const std::vector<RawRequest>& raw) {
     std::vector<Request> requests;
     requests.reserve(raw.size());
-    for (const auto& [file_id, offset, length, address] : raw) requests.push_back({file_id, offset, length, address});
-    return begin(handle, requests);
+    Memory memory;
+    const AlignedBuffer* last = nullptr;
+    for (const auto& [file_id, offset, length, buffer, at] : raw) {
+        requests.push_back({file_id, offset, length, address_in(buffer, at, length)});
+        if (buffer != last) memory.push_back(buffer->share());
+        last = buffer;
+    }
+    begin(handle, ticket, requests, std::move(memory));
 }
 
-std::uint64_t submit_one(ReaderHandle& handle, std::uint64_t file_id, std::uint64_t offset, std::uint64_t length,
-                         std::uint64_t address) {
-    return begin(handle, {{file_id, offset, length, address}});
+void submit_one(ReaderHandle& handle, const TicketHandle& ticket, std::uint64_t file_id, std::uint64_t offset,
+                std::uint64_t length, const AlignedBuffer& buffer, std::uint64_t at) {
+    begin(handle, ticket, {{file_id, offset, length, address_in(&buffer, at, length)}}, {buffer.share()});
 }
 
-// Returns (ticket, reads, bytes). Raises ValueError like `begin`.
-std::tuple<std::uint64_t, std::size_t, std::uint64_t> submit_rows(
-    ReaderHandle& handle, std::uint64_t file_id, std::uint64_t row_stride, std::uint64_t block_rows,
-    std::uint64_t block_stride, std::size_t rows, std::size_t slots, std::size_t num_rows, std::size_t slab,
-    std::size_t scratch, std::size_t max_gap, std::size_t max_bytes) {
+// Rows to buffer + buffer_offset + slot * row_stride, gaps to buffer + scratch_offset. Raises ValueError like `begin`.
+void submit_rows(ReaderHandle& handle, TicketHandle& ticket, std::uint64_t file_id, std::uint64_t row_stride,
+                 std::uint64_t block_rows, std::uint64_t block_stride, std::size_t rows, std::size_t slots,
+                 std::size_t num_rows, const AlignedBuffer& buffer, std::uint64_t buffer_offset,
+                 std::uint64_t scratch_offset, std::size_t max_gap, std::size_t max_bytes) {
     const std::shared_ptr<Reader> reader = handle.get();
     if (!row_stride || !block_rows) throw std::invalid_argument("row_stride and block_rows must be above zero");
+    const std::uint64_t slab = address_in(&buffer, buffer_offset, 0);
+    const std::uint64_t scratch = address_in(&buffer, scratch_offset, row_stride);
     try {
         nb::gil_scoped_release release;
         RowReads reads = plan_row_reads({file_id, row_stride, block_rows, block_stride},
@@ -147,28 +171,30 @@ std::tuple<std::uint64_t, std::size_t, std::uint64_t> submit_rows(
                                         reinterpret_cast<unsigned char*>(slab),
                                         reinterpret_cast<unsigned char*>(scratch), max_gap, max_bytes);
         const std::size_t num_reads = reads.requests.size();
-        return {reader->submit_scatter(std::move(reads.requests)), num_reads, reads.num_bytes};
+        reader->submit_scatter(ticket.state, std::move(reads.requests), {buffer.share()});
+        ticket.num_reads += num_reads;
+        ticket.num_bytes += reads.num_bytes;
     } catch (const RefusedRequest& refused) {
         PyErr_SetObject(PyExc_ValueError, nb::make_tuple(refused.what(), refused.index).ptr());
         throw nb::python_error();
     }
 }
 
-bool is_done(ReaderHandle& handle, std::uint64_t ticket) {
+bool is_done(ReaderHandle& handle, const TicketHandle& ticket) {
     const std::shared_ptr<Reader> reader = handle.get();
     nb::gil_scoped_release release;
-    return reader->is_done(ticket);
+    return reader->is_done(*ticket.state);
 }
 
 // Returns None, or (errno, path, offset, wanted, got) of the ticket's first failure. Signals are served meanwhile.
-nb::object wait(ReaderHandle& handle, std::uint64_t ticket) {
+nb::object wait(ReaderHandle& handle, const TicketHandle& ticket) {
     const std::shared_ptr<Reader> reader = handle.get();
     Failure failure;
     for (;;) {
         WaitResult result;
         {
             nb::gil_scoped_release release;
-            result = reader->wait(ticket, SIGNAL_CHECK_EVERY, failure);
+            result = reader->wait(*ticket.state, SIGNAL_CHECK_EVERY, failure);
         }
         if (result == WaitResult::done) return nb::none();
         if (result == WaitResult::failed) {
@@ -187,6 +213,11 @@ void bind_reader(nb::module_& m) {
         .def_prop_ro("num_bytes", &AlignedBuffer::num_bytes)
         .def("numpy", [](AlignedBuffer& self) { return Bytes(self.data(), {self.num_bytes()}, nb::find(&self)); },
              nb::rv_policy::reference_internal, "The memory as uint8 (num_bytes,), without a copy.");
+    nb::class_<TicketHandle>(m, "Ticket")
+        .def(nb::init<>())
+        .def_prop_ro("is_in_flight", [](const TicketHandle& self) { return self.state->pieces_left != 0; })
+        .def_ro("num_reads", &TicketHandle::num_reads)
+        .def_ro("num_bytes", &TicketHandle::num_bytes);
     nb::class_<ReaderHandle>(m, "Reader")
         .def(nb::init<const std::string&, std::size_t, std::size_t, std::size_t>(), "backend"_a, "queue_depth"_a,
              "num_threads"_a, "piece_bytes"_a)
@@ -197,10 +228,11 @@ void bind_reader(nb::module_& m) {
         .def("open", &open, "path"_a, "direct"_a, "(errno, 0) or (0, file id).")
         .def("file_info", &file_info, "file_id"_a, "(bytes, is direct, alignment).")
         .def("close_file", &close_file_of, "file_id"_a)
-        .def("submit", &submit, "requests"_a)
-        .def("submit_one", &submit_one, "file_id"_a, "offset"_a, "length"_a, "address"_a)
-        .def("submit_rows", &submit_rows, "file_id"_a, "row_stride"_a, "block_rows"_a, "block_stride"_a, "rows_address"_a,
-             "slots_address"_a, "num_rows"_a, "slab_address"_a, "scratch_address"_a, "max_gap"_a, "max_bytes"_a)
+        .def("submit", &submit, "ticket"_a, "requests"_a)
+        .def("submit_one", &submit_one, "ticket"_a, "file_id"_a, "offset"_a, "length"_a, "buffer"_a, "buffer_offset"_a)
+        .def("submit_rows", &submit_rows, "ticket"_a, "file_id"_a, "row_stride"_a, "block_rows"_a, "block_stride"_a,
+             "rows_address"_a, "slots_address"_a, "num_rows"_a, "buffer"_a, "buffer_offset"_a, "scratch_offset"_a,
+             "max_gap"_a, "max_bytes"_a)
         .def("is_done", &is_done, "ticket"_a)
         .def("wait", &wait, "ticket"_a)
         .def("close", &ReaderHandle::close);

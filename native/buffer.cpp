@@ -14,12 +14,13 @@ constexpr std::size_t HUGE_PAGE_BYTES = std::size_t{2} << 20;
 AlignedBuffer::AlignedBuffer(std::size_t num_bytes, bool huge_pages) : num_bytes_(num_bytes) {
     if (num_bytes > PTRDIFF_MAX) throw std::bad_alloc();  // the sum below must not wrap around
     const bool wants_huge = huge_pages && num_bytes >= HUGE_PAGE_BYTES;
-    mapped_bytes_ = (num_bytes ? num_bytes : 1) + (wants_huge ? HUGE_PAGE_BYTES : 0);
-    mapping_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-    data_ = mapping_;
+    const std::size_t mapped_bytes = (num_bytes ? num_bytes : 1) + (wants_huge ? HUGE_PAGE_BYTES : 0);
+    void* mapping = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    mapping_ = std::shared_ptr<void>(mapping, [mapped_bytes](void* start) { munmap(start, mapped_bytes); });
+    data_ = mapping;
     if (wants_huge) {
-        const auto start = reinterpret_cast<std::uintptr_t>(mapping_);
+        const auto start = reinterpret_cast<std::uintptr_t>(mapping);
         const auto aligned = (start + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
         data_ = reinterpret_cast<void*>(aligned);
 #ifdef MADV_HUGEPAGE
@@ -28,7 +29,5 @@ AlignedBuffer::AlignedBuffer(std::size_t num_bytes, bool huge_pages) : num_bytes
 #endif
     }
 }
-
-AlignedBuffer::~AlignedBuffer() { munmap(mapping_, mapped_bytes_); }
 
 }  // namespace flashlm

@@ -9,6 +9,8 @@ namespace flashlm {
 namespace {
 
 constexpr unsigned MAX_RESTARTS = 16;  // a bad address gives EFAULT, too
+constexpr unsigned MAX_RETRIES = 1000;  // of what passes by itself (EAGAIN, EINTR), without a byte: about a second
+constexpr unsigned MAX_QUICK_RETRIES = 16;  // the others pause before
 constexpr std::size_t MAX_PARTS = 1024;  // IOV_MAX of Linux and macOS
 
 // Drops the first `landed` bytes of a scattered read's destinations.
@@ -28,7 +30,12 @@ struct FileCloser {
     }
 };
 
+std::atomic<std::uint64_t> num_readers = 0;
+
 }  // namespace
+
+Reader::Reader(std::size_t queue_depth, std::size_t piece_bytes)
+    : queue_depth_(queue_depth), piece_bytes_(piece_bytes), id_(++num_readers) {}
 
 std::uint64_t Reader::add_file(File file) {
     std::shared_ptr<File> shared(new File(std::move(file)), FileCloser());
@@ -62,11 +69,23 @@ const std::shared_ptr<File>& Reader::check(const Request& request, std::size_t i
                                     std::to_string(request.address));
 }
 
-std::uint64_t Reader::submit(const std::vector<Request>& requests) {
+void Reader::check(const Ticket& ticket, bool may_be_new) const {
+    if (ticket.reader_id == id_ || (may_be_new && ticket.reader_id == 0)) return;
+    throw std::invalid_argument(ticket.reader_id ? "the ticket is of another reader" : "nothing was begun for this ticket");
+}
+
+// From here on the ticket answers for what is begun.
+void Reader::own(Ticket& ticket, Memory memory) const {
+    for (auto& each : memory) ticket.memory.push_back(std::move(each));
+    ticket.reader_id = id_;
+}
+
+void Reader::submit(const std::shared_ptr<Ticket>& ticket, const std::vector<Request>& requests, Memory memory) {
     Lock lock(mutex_);
     if (is_drained_) throw std::invalid_argument("the reader is closed");
+    check(*ticket, true);
     for (std::size_t index = 0; index < requests.size(); ++index) check(requests[index], index);
-    auto ticket = std::make_shared<Ticket>();
+    own(*ticket, std::move(memory));
     for (const Request& request : requests) {
         const auto& file = files_[request.file_id];
         for (std::uint64_t done = 0; done < request.length; done += piece_bytes_) {
@@ -76,12 +95,13 @@ std::uint64_t Reader::submit(const std::vector<Request>& requests) {
             ++ticket->pieces_left;
         }
     }
-    return begin(lock, std::move(ticket));
+    start_pieces(lock);
 }
 
-std::uint64_t Reader::submit_scatter(std::vector<ScatterRequest> requests) {
+void Reader::submit_scatter(const std::shared_ptr<Ticket>& ticket, std::vector<ScatterRequest> requests, Memory memory) {
     Lock lock(mutex_);
     if (is_drained_) throw std::invalid_argument("the reader is closed");
+    check(*ticket, true);
     std::vector<std::uint64_t> lengths(requests.size(), 0);
     for (std::size_t index = 0; index < requests.size(); ++index) {
         const ScatterRequest& request = requests[index];
@@ -95,47 +115,36 @@ std::uint64_t Reader::submit_scatter(std::vector<ScatterRequest> requests) {
         }
         lengths[index] = offset - request.offset;
     }
-    auto ticket = std::make_shared<Ticket>();
+    own(*ticket, std::move(memory));
     for (std::size_t index = 0; index < requests.size(); ++index) {
         ScatterRequest& request = requests[index];
         const auto& file = files_[request.file_id];
         pending_.push_back(std::make_unique<Piece>(
-            Piece{file, ticket, request.offset, lengths[index], nullptr, 0, 0, std::move(request.parts)}));
+            Piece{file, ticket, request.offset, lengths[index], nullptr, 0, 0, 0, std::move(request.parts)}));
         ++ticket->pieces_left;
     }
-    return begin(lock, std::move(ticket));
-}
-
-std::uint64_t Reader::begin(Lock& lock, std::shared_ptr<Ticket> ticket) {
-    const std::uint64_t id = next_ticket_++;
-    tickets_[id] = std::move(ticket);
     start_pieces(lock);
-    return id;
 }
 
-bool Reader::is_done(std::uint64_t id) {
+bool Reader::is_done(const Ticket& ticket) {
     Lock lock(mutex_);
-    const auto found = tickets_.find(id);
-    if (found == tickets_.end()) return true;
-    if (found->second->pieces_left) make_progress(lock, std::chrono::milliseconds(0));
-    return found->second->pieces_left == 0;
+    check(ticket, false);
+    if (ticket.pieces_left) make_progress(lock, std::chrono::milliseconds(0));
+    return ticket.pieces_left == 0;
 }
 
-WaitResult Reader::wait(std::uint64_t id, std::chrono::milliseconds timeout, Failure& failure) {
+WaitResult Reader::wait(const Ticket& ticket, std::chrono::milliseconds timeout, Failure& failure) {
     const auto deadline = std::chrono::steady_clock::now() + timeout;
     Lock lock(mutex_);
-    const auto found = tickets_.find(id);
-    if (found == tickets_.end()) return WaitResult::done;
-    const std::shared_ptr<Ticket> ticket = found->second;
-    while (ticket->pieces_left) {
+    check(ticket, false);
+    while (ticket.pieces_left) {
         const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline -
                                                                                 std::chrono::steady_clock::now());
         if (left.count() <= 0) return WaitResult::timed_out;
         make_progress(lock, left);
     }
-    tickets_.erase(id);
-    if (!ticket->has_failed) return WaitResult::done;
-    failure = ticket->failure;
+    if (!ticket.has_failed) return WaitResult::done;
+    failure = ticket.failure;
     return WaitResult::failed;
 }
 
@@ -157,7 +166,10 @@ void Reader::cancel_pending() {
 }
 
 bool Reader::land(Piece& piece, long result) {
-    if (result == -EINTR || result == -EAGAIN) return true;
+    if ((result == -EINTR || result == -EAGAIN) && piece.num_retries < MAX_RETRIES) {
+        ++piece.num_retries;
+        return true;
+    }
     // io_uring fails reads so whose submitting thread ended before they did; another thread begins them again.
     const bool is_orphaned = result == -ECANCELED || result == -EFAULT;
     if (is_orphaned && piece.num_restarts < MAX_RESTARTS) {
@@ -171,9 +183,10 @@ bool Reader::land(Piece& piece, long result) {
         bytes_read_ += usable;
         if (usable < wanted) usable -= usable % piece.file->alignment;  // go on where a read may start
         piece.landed += usable;
+        piece.num_retries = 0;
         if (!piece.address) advance(piece.parts, usable);
         if (piece.landed == piece.length) {
-            --piece.ticket->pieces_left;
+            finish_piece(*piece.ticket);
             return false;
         }
         if (usable > 0) return true;
@@ -189,8 +202,14 @@ void Reader::fail(const Piece& piece, int error, std::uint64_t got) {
     const bool is_earlier = ticket.failure.path == piece.file->path && ticket.failure.offset > piece.offset;
     if (!ticket.has_failed || is_earlier) ticket.failure = {error, piece.file->path, piece.offset, piece.length, got};
     ticket.has_failed = true;
-    --ticket.pieces_left;
+    finish_piece(ticket);
 }
+
+void Reader::finish_piece(Ticket& ticket) {
+    if (--ticket.pieces_left == 0) ticket.memory.clear();
+}
+
+bool Reader::needs_pause(const Piece& piece) { return piece.num_retries > MAX_QUICK_RETRIES; }
 
 std::uint64_t Reader::bytes_read() {
     Lock lock(mutex_);

@@ -55,6 +55,7 @@ class ThreadReader final : public Reader {
             bool goes_on = true;
             while (goes_on) {
                 lock.unlock();
+                if (needs_pause(*piece)) std::this_thread::sleep_for(RETRY_PAUSE);
                 const auto offset = static_cast<off_t>(piece->offset + piece->landed);
                 const ssize_t count =
                     piece->address ? pread(piece->file->fd, piece->address + piece->landed,

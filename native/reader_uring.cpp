@@ -17,6 +17,7 @@
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 #endif
 
 namespace flashlm {
@@ -202,7 +203,7 @@ class UringReader final : public Reader {
 
     // Takes all completions; returns whether there was one.
     bool reap(Lock& lock) {
-        bool any = false;
+        bool any = false, is_refused = false;
         std::uint64_t tag;
         int result;
         while (ring_.pop(tag, result)) {
@@ -210,11 +211,13 @@ class UringReader final : public Reader {
             auto* piece = reinterpret_cast<Piece*>(tag);
             --in_flight_;
             if (land(*piece, result)) {
+                is_refused |= needs_pause(*piece);
                 pending_.emplace_front(piece);
             } else {
                 delete piece;
             }
         }
+        if (is_refused) std::this_thread::sleep_for(RETRY_PAUSE);  // with the lock: nothing else could be begun either
         if (any) start_pieces(lock);
         return any;
     }

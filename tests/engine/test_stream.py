@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashlm.engine.stream import BlockStream
+from flashlm.errors import StorageError
 from flashlm.memory.budget import Needs, Placement
 from flashlm.pack.layout import RUN_BYTES, LayerLayout
 from flashlm.storage.reader import Reader
@@ -70,3 +71,42 @@ def test_runs_hold_the_files_bytes_in_order(
     if num_pinned[0]:
         assert longest == LAYERS[0].run_blocks == 8
     assert LAYERS[2].run_blocks == 1
+
+
+def test_a_layer_with_fewer_blocks_than_it_has_is_an_error_and_the_next_pass_is_whole(tmp_path: Path) -> None:
+    for index, layout in enumerate(LAYERS):
+        (tmp_path / f"{index}").write_bytes(bytes([index + 1]) * layout.file_bytes)
+    with Reader() as reader:
+        files = [reader.open(tmp_path / f"{index}") for index in range(len(LAYERS))]
+        stream = BlockStream(reader, files, LAYERS, placement((4, 0, 0), 2))
+
+        def blocks(layer: int) -> list[int]:
+            with stream.layer(layer) as runs:
+                return [block for run in runs for block in run.blocks]
+
+        def lose_a_slot() -> None:
+            with stream.layer(0) as runs:
+                for run in runs:
+                    if run.blocks.start == 4:
+                        stream._num_consumed += 1  # as if its block had gone another way
+
+        def take_another_layer_in_between() -> None:
+            with stream.layer(0) as runs:
+                assert next(runs).blocks == range(4)
+                assert blocks(1) == list(range(LAYERS[1].num_blocks))
+                next(runs)
+
+        def stop_early() -> None:
+            with stream.layer(0) as runs:
+                next(runs)
+
+        whole = list(range(LAYERS[0].num_blocks))
+        assert blocks(0) == whole
+        with pytest.raises(StorageError, match="layer 0 gave 5 of its 63 blocks"):
+            lose_a_slot()
+        assert blocks(0) == whole
+        with pytest.raises(StorageError, match="was broken off, and another one has begun"):
+            take_another_layer_in_between()
+        stop_early()
+        assert blocks(0) == whole
+        stream.close()

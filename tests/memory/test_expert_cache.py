@@ -27,9 +27,8 @@ def run(cache, layer, needed, *, fail_at=None):
             read.append(pending.pop(0))
         assert expert in cache.held(layer), "an expert that is needed has no slot"
         if fail_at == position:
-            for each in [each for each in contents if each >= expert]:
-                step.forget(each)
-            step.abandon()
+            cache.break_off((layer, each) for each in step.misses)
+            assert not set(step.misses) & set(cache.held(layer))
             return read
         step.done(expert)
         contents.pop(expert, None)
@@ -87,6 +86,26 @@ def test_lru_evicts_what_was_not_used_for_longest():
     policy.use([3, 1])
     policy.use([2])
     assert [policy.victim({1, 2, 3}), policy.victim({1, 2}), policy.victim({0, 1})] == [3, 1, 0]
+
+
+def test_a_step_broken_off_anywhere_loses_no_slot():
+    """Whatever a step has popped and not yet put elsewhere is found again, also where finding it is broken off itself."""
+    cache = ExpertCache([3, 2], num_spare=1)
+    for layer in (0, 1):
+        run(cache, layer, [0, 1])
+    step = cache.begin(0, [1, 5, 6, 7], [1, 5, 6, 7])
+    step.take(5)
+    cache._layers[0].free.clear()  # popped, and then an interrupt
+    cache._spare.clear()
+    cache._layers[0].slot_of.pop(0)
+    for _ in range(2):
+        cache.break_off((0, expert) for expert in step.misses)
+        slots = [slot for layer in (0, 1) for slot in cache.held(layer).values()]
+        free = [slot for each in cache._layers for slot in each.free] + cache._spare
+        assert sorted(slots + free) == list(range(cache.num_slots))
+        assert [len(each.free) + len(each.slot_of) for each in cache._layers] == [3, 2]
+        assert cache.held(0).keys() == {1}
+    run(cache, 0, list(range(NUM_EXPERTS)))
 
 
 def test_lfu_evicts_what_was_used_least_and_forgets_old_fame():

@@ -79,12 +79,10 @@ def run_script(random_file: Path, backend: Backend) -> Run:
 @pytest.fixture(scope="session")
 def run_faultily(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Run a script as `run_script` does, under the faults of `faults.c`."""
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("faults are injected by a preloaded library: needs Linux and cc")
     folder = tmp_path_factory.mktemp("faults")
-    source, library = Path(__file__).with_name("faults.c"), folder / "faults.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    library = build_faults(folder)
+    if library is None:
+        pytest.skip("faults are injected by a preloaded library: needs Linux and cc")
     path = write_random(folder / "random.faulty", 1024 * KIB, seed=1)
 
     def run(script: str, fault: str, **environment: str) -> str:
@@ -92,6 +90,16 @@ def run_faultily(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return _run(script, path, {"LD_PRELOAD": preload, "FAULT": fault, **environment})
 
     return run
+
+
+def build_faults(folder: Path) -> Path | None:
+    """Compile `faults.c` for LD_PRELOAD; None where that can't be done."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        return None
+    source, library = Path(__file__).with_name("faults.c"), folder / "faults.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
 
 
 def _run(script: str, path: Path, environment: dict[str, str]) -> str:

@@ -22,6 +22,33 @@ def test_partial_and_interrupted_reads_go_on(run_faultily: Run, fault: str, dire
     assert num_reads > 16 if fault != "eintr" else num_reads == 16
 
 
+@pytest.mark.parametrize(("times", "is_passing"), [(40, True), (1 << 40, False)])
+def test_a_device_that_is_busy_is_asked_again_but_not_for_ever(
+    run_faultily: Run, backend: str, times: int, is_passing: bool
+) -> None:
+    run_faultily(
+        f"""
+        reader = make_reader(piece_bytes=1 << 20)
+        buffer = AlignedBuffer(len(content))
+        ticket = begin(reader, reader.open(path), buffer)
+        start = time.monotonic()
+        for _ in range(2):  # waiting again gives the same again
+            try:
+                reader.wait(ticket)
+            except StorageError as error:
+                assert not {is_passing}
+                assert error.errno == 11 and "Resource temporarily unavailable" in str(error), error
+                assert (error.wanted_bytes, error.got_bytes, error.offset) == (len(content), 0, 0)
+            else:
+                assert {is_passing} and buffer.numpy().tobytes() == content
+        assert time.monotonic() - start < 20
+        """,
+        "eagain",
+        FAULT_TIMES=str(times),
+        FLASHLM_IO_BACKEND=backend,
+    )
+
+
 def test_device_error_names_file_and_place_and_spares_other_tickets(run_faultily: Run) -> None:
     run_faultily(
         """
@@ -157,7 +184,7 @@ def test_close_under_a_waiting_thread_ends_its_wait_with_an_error(run_faultily: 
     )
 
 
-@pytest.mark.parametrize("how", ["del reader", "reader.close()", "reader.loop = reader; del reader"])
+@pytest.mark.parametrize("how", ["pass", "del reader", "reader.close()", "reader.loop = reader; del reader"])
 def test_reads_of_a_reader_that_is_gone_do_not_land_in_others_memory(run_script: Run, how: str) -> None:
     run_script(
         f"""

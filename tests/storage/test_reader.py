@@ -222,6 +222,33 @@ def test_file_closed_with_reads_in_flight_lets_them_land(reader: Reader, random_
     assert buffer.numpy().tobytes() == random_file.read_bytes()
 
 
+def test_a_ticket_owns_its_reads_from_before_they_begin(reader: Reader, random_file: Path) -> None:
+    file, content = reader.open(random_file), random_file.read_bytes()
+    buffer, ticket = AlignedBuffer(1024 * KIB), Ticket()
+    reader.settle([ticket])  # nothing was begun, nothing is waited for
+    for call in (reader.wait, reader.is_done):
+        with pytest.raises(StorageError, match="nothing was begun for this ticket"):
+            call(ticket)
+    for half in (0, 512 * KIB):  # one ticket for two batches
+        assert reader.submit([ReadRequest(file, half, 512 * KIB, buffer, half)], ticket) is ticket
+    reader.settle([ticket])
+    assert not ticket.is_in_flight
+    assert buffer.numpy().tobytes() == content
+    with Reader(backend="threads") as other, pytest.raises(StorageError, match="the ticket is of another reader"):
+        other.submit([ReadRequest(other.open(random_file), 0, 4 * KIB, buffer)], ticket)
+
+
+def test_a_failure_is_told_as_often_as_it_is_asked_for(reader: Reader, tmp_path: Path) -> None:
+    path = write_random(tmp_path / "short.bin", 64 * KIB, seed=3)
+    file = reader.open(path)
+    os.truncate(path, 8 * KIB)
+    ticket = reader.submit([ReadRequest(file, 0, 64 * KIB, AlignedBuffer(64 * KIB))])
+    for _ in range(2):
+        with pytest.raises(StorageError, match="gave 8192: the file ended"):
+            reader.wait(ticket)
+    reader.settle([ticket])  # what has failed is not in flight
+
+
 def test_closed_reader_refuses_every_call(backend: Backend, random_file: Path) -> None:
     reader = Reader(backend=backend)
     file = reader.open(random_file)

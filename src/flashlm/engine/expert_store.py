@@ -3,19 +3,24 @@
 One pass of one layer: the reads of all missing experts are begun together (each in pieces, so that many are in flight), each
 landing in its slot; the caller computes on experts as they come. Where a layer needs more experts at once than it can hold,
 a prompt mostly, the next ones are begun as soon as others are done: every needed expert is read once.
+
+A pass may be broken off at any instruction, by an interrupt above all, and what should clean up after it, too. So it is
+noted before anything changes, with a ticket of every read before it begins; a note that is there still when the next pass
+begins is settled first: the reads land, what the pass missed is forgotten, and the cache finds its slots again.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flashlm.engine.counters import Counters
+from flashlm.engine.turn import Turn, overtaken
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_cache import ExpertCache, ExpertStep
@@ -34,12 +39,22 @@ class LayerTraffic:
     num_misses: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class _Note:
+    """What has not come to its end: experts that may be in the cache without having landed, and their reads."""
+
+    misses: list[tuple[int, int]] = field(default_factory=list)  # (layer, expert)
+    tickets: list[Ticket] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
 class _Pass:
-    """Reads under way for one pass: `begun` by expert, and the experts still `pending` for want of a slot."""
+    """One pass: reads under way by expert, experts still `pending` for want of a slot, and those that may be used."""
 
     step: ExpertStep
     pending: deque[int]
+    ready: set[int]
+    note: _Note
     begun: dict[int, Ticket] = field(default_factory=dict)
 
 
@@ -81,7 +96,8 @@ class ExpertStore:
         self._layouts = layouts
         self._slot_bytes = placement.slot_bytes
         self._slab = AlignedBuffer(self.cache.num_slots * placement.slot_bytes)
-        self._lock = threading.RLock()
+        self._turn = Turn()
+        self._open: _Note | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return policy, slots and traffic of each layer, as JSON-ready values."""
@@ -95,11 +111,10 @@ class ExpertStore:
             "misses": [each.num_misses for each in self.traffic],
         }
 
-    @contextmanager
     def experts(
         self, layer: int, needed: Sequence[int], by_recency: Sequence[int], *, held_first: bool
-    ) -> Iterator[Iterator[list[tuple[int, int]]]]:
-        """Yield groups of (expert, address of its block), of all `needed` ones; addresses are valid until the next group.
+    ) -> AbstractContextManager[Iterator[list[tuple[int, int]]]]:
+        """Give groups of (expert, address of its block), of all `needed` ones; addresses are valid until the next group.
 
         Only one forward pass at a time gets a layer; others wait. An error or an interrupt leaves no expert in the cache
         that did not land.
@@ -112,25 +127,41 @@ class ExpertStore:
                 landed; else one by one in the order of `needed`.
 
         Raises:
-            StorageError: An expert can't be read.
+            StorageError: An expert can't be read; or fewer would be given than are needed, or the pass was overtaken by
+                another one of its thread.
         """
-        with self._lock:
-            started_s = time.perf_counter()
-            step = self.cache.begin(layer, needed, by_recency)
-            self.counters.hit_experts += len(step.hits)
-            self.counters.miss_experts += len(step.misses)
-            self.traffic[layer].num_hits += len(step.hits)
-            self.traffic[layer].num_misses += len(step.misses)
-            running = _Pass(step, deque(step.misses))
-            self.counters.manage_s += time.perf_counter() - started_s
-            is_whole = False
-            try:
-                self._begin(layer, running)
-                yield self._serve_held_first(layer, running) if held_first else self._serve(layer, running, needed)
-                is_whole = True
-            finally:
-                if not is_whole:
-                    self._abandon(running)
+        note = _Note()
+        enter = partial(self._enter, note, layer, needed, by_recency, held_first)
+        return self._turn.take(enter, partial(self._leave, note))
+
+    def _enter(
+        self, note: _Note, layer: int, needed: Sequence[int], by_recency: Sequence[int], held_first: bool
+    ) -> Iterator[list[tuple[int, int]]]:
+        started_s = time.perf_counter()
+        self._settle()
+        step = self.cache.begin(layer, needed, by_recency)
+        note.misses = [(layer, expert) for expert in step.misses]
+        self._open = note  # before slots change hands
+        self.counters.hit_experts += len(step.hits)
+        self.counters.miss_experts += len(step.misses)
+        self.traffic[layer].num_hits += len(step.hits)
+        self.traffic[layer].num_misses += len(step.misses)
+        running = _Pass(step, deque(step.misses), set(step.hits), note)
+        self.counters.manage_s += time.perf_counter() - started_s
+        self._begin(layer, running)
+        return self._serve_held_first(layer, running) if held_first else self._serve(layer, running, needed)
+
+    def _leave(self, note: _Note, groups: Iterator[list[tuple[int, int]]] | None, has_failed: bool) -> None:
+        if self._open is note:  # it has not come to its end, and was not overtaken
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the reads of a pass that was broken off land, and forget its experts."""
+        note = self._open
+        if note is not None:
+            self._reader.settle(note.tickets)
+            self.cache.break_off(note.misses)
+            self._open = None
 
     def _serve(self, layer: int, running: _Pass, needed: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         for expert in needed:
@@ -138,6 +169,7 @@ class ExpertStore:
                 self._wait(layer, running, expert)
             yield self._group(running, [expert])
             self._end(layer, running, [expert])
+        self._finish(layer, running)
 
     def _serve_held_first(self, layer: int, running: _Pass) -> Iterator[list[tuple[int, int]]]:
         landing = running.step.misses
@@ -154,22 +186,43 @@ class ExpertStore:
             yield self._group(running, landing[first:last])
             self._end(layer, running, landing[first:last])
             first = last
+        self._finish(layer, running)
+
+    def _finish(self, layer: int, running: _Pass) -> None:
+        """Note that all was given, and used."""
+        step = running.step
+        if running.pending or running.begun or len(running.ready) != len(step.hits) + len(step.misses):
+            raise StorageError(
+                f"layer {layer} gave {len(running.ready)} of {len(step.hits) + len(step.misses)} experts: this answer is"
+                " lost, the next pass reads them anew",
+                path=str(self._files[layer].path),
+            )
+        self._open = None
 
     def _has_landed(self, running: _Pass, expert: int) -> bool:
         ticket = running.begun.get(expert)
         return ticket is not None and self._reader.is_done(ticket)
 
     def _group(self, running: _Pass, experts: Sequence[int]) -> list[tuple[int, int]]:
+        self._check_is_open(running)
+        if not running.ready.issuperset(experts):
+            raise StorageError(f"experts {sorted({*experts} - running.ready)} have not been read: start anew", path="")
         return [(each, self._slab.address + running.step.slot(each) * self._slot_bytes) for each in experts]
 
     def _end(self, layer: int, running: _Pass, experts: Sequence[int]) -> None:
         """Note that a group is used, and begin what has waited for its slots."""
+        self._check_is_open(running)
         for expert in experts:
             running.step.done(expert)
         if running.pending:
             self._begin(layer, running)
         elif running.begun:  # asking begins the next pieces where some have landed meanwhile
             self._reader.is_done(next(reversed(running.begun.values())))
+
+    def _check_is_open(self, running: _Pass) -> None:
+        """Refuse to go on with a pass whose slots may hold another one's experts."""
+        if self._open is not running.note:
+            raise overtaken()
 
     def _begin(self, layer: int, running: _Pass) -> None:
         """Begin to read as many pending experts as there are slots for."""
@@ -179,11 +232,9 @@ class ExpertStore:
             if slot is None:
                 break
             expert = running.pending.popleft()
-            try:
-                running.begun[expert] = self._reader.submit([self._request(layer, expert, slot)])
-            except BaseException:
-                running.step.forget(expert)
-                raise
+            running.begun[expert] = ticket = Ticket()
+            running.note.tickets.append(ticket)  # before its read begins: from here on the slot is waited for
+            self._reader.submit([self._request(layer, expert, slot)], ticket)
         self.counters.submit_s += time.perf_counter() - started_s
 
     def _request(self, layer: int, expert: int, slot: int) -> ReadRequest:
@@ -195,17 +246,10 @@ class ExpertStore:
         started_s = time.perf_counter()
         self._reader.wait(running.begun[expert])
         del running.begun[expert]
+        running.ready.add(expert)
         self.counters.wait_s += time.perf_counter() - started_s
         self.counters.bytes_read += self._layouts[layer].read_bytes(0)
         self.counters.num_reads += 1
-
-    def _abandon(self, running: _Pass) -> None:
-        """Let reads under way land, and forget their experts."""
-        for expert, ticket in running.begun.items():
-            with suppress(StorageError):
-                self._reader.wait(ticket)
-            running.step.forget(expert)
-        running.step.abandon()
 
     def warm(self) -> None:
         """Fill every layer's slots with the experts that the policy names, in the order of the file.
@@ -213,15 +257,30 @@ class ExpertStore:
         Raises:
             StorageError: An expert can't be read.
         """
+        note = _Note()
+        with self._turn.take(partial(self._fill, note), partial(self._leave, note)):
+            pass
+
+    def _fill(self, note: _Note) -> None:
+        self._settle()
+        self._open = note
         batch: list[ReadRequest] = []
         for layer, experts in enumerate(self.policy.warm):
             step = self.cache.begin(layer, sorted(experts), experts)
+            note.misses += [(layer, expert) for expert in step.misses]
             for expert in step.misses:
                 slot = step.take(expert)
                 assert slot is not None
                 batch.append(self._request(layer, expert, slot))
                 step.done(expert)
                 if len(batch) * self._slot_bytes >= WARM_BYTES:
-                    self._reader.read(batch)
+                    self._read(batch, note)
                     batch = []
-        self._reader.read(batch)
+        self._read(batch, note)
+        self._open = None
+
+    def _read(self, batch: list[ReadRequest], note: _Note) -> None:
+        ticket = Ticket()
+        note.tickets.append(ticket)
+        self._reader.submit(batch, ticket)
+        self._reader.wait(ticket)

@@ -26,6 +26,7 @@ from flashlm.engine.expert_loading import (
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.kv_pass import begin_pass, end_pass
 from flashlm.engine.linear import widen_linears
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
@@ -302,6 +303,7 @@ class FlashModel:
                 needed_bytes=wanted * per_token,
                 available_bytes=self.context * per_token,
             )
+        begin_pass(cache)
         assert self.telemetry is not None
         self._yield_cores(num_sequences * num_tokens, wanted)
         self.telemetry.begin()
@@ -320,6 +322,7 @@ class FlashModel:
             torch.set_num_threads(before)
         if output is None:  # the pass failed
             return
+        end_pass(kwargs.get("past_key_values"))
         num_sequences, num_tokens = _input_shape(args, kwargs)
         self.telemetry.end(num_sequences=num_sequences, num_tokens=num_tokens)
 

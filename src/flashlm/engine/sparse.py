@@ -2,23 +2,35 @@
 
 One pass of one layer: the rows asked for are looked up; those that are missing are submitted together, each landing in its
 slot; the caller computes on the rows that were held while they land, then on the rest (paper §3, design "Sparse decode").
+
+A pass may be broken off at any instruction, by an interrupt above all, and what should clean up after it, too. So it is
+noted before anything changes, with the ticket that its reads will have; a note that is there still when the next pass
+begins is settled first: the reads land, and the rows are forgotten.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 
 from flashlm.engine.counters import Counters
-from flashlm.errors import StorageError
+from flashlm.engine.turn import Turn, overtaken
 from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache
 from flashlm.pack.layout import LayerLayout
-from flashlm.storage.reader import AlignedBuffer, File, Reader, RowGeometry, RowTicket
+from flashlm.storage.reader import AlignedBuffer, File, Reader, RowGeometry, Ticket
+
+
+@dataclass(slots=True, eq=False)
+class _Note:
+    """A pass that has not come to its end: rows of `layer` that may be in the cache without having landed."""
+
+    layer: int
+    rows: torch.Tensor
+    ticket: Ticket = field(default_factory=Ticket)
 
 
 @dataclass(slots=True)
@@ -30,12 +42,14 @@ class RowFetch:
         lookup: Their slots; those that were held come first in `lookup.order`.
         address: Where slot 0 of the layer is.
         ticket: The reads under way; None once they have landed.
+        note: What the store goes by where the pass is broken off.
     """
 
     rows: torch.Tensor
     lookup: Lookup
     address: int
-    ticket: RowTicket | None
+    ticket: Ticket | None
+    note: _Note
 
 
 class SparseRows:
@@ -71,7 +85,8 @@ class SparseRows:
         self._reader = reader
         self._files = files
         self._layouts = layouts
-        self._lock = threading.RLock()
+        self._turn = Turn()
+        self._open: _Note | None = None
         self._offsets = [0]
         for capacity, layout in zip(capacities, layouts, strict=True):
             self._offsets.append(self._offsets[-1] + capacity.num_slots * layout.row_stride_bytes)
@@ -92,10 +107,12 @@ class SparseRows:
         for layer, capacity in enumerate(capacities):
             rows = torch.arange(capacity.num_pinned, dtype=torch.int32)
             if len(rows):
-                self._reader.wait(self._submit(layer, rows, rows))
+                ticket = Ticket()
+                self._submit(layer, rows, rows, ticket)
+                self._reader.wait(ticket)
 
-    def _submit(self, layer: int, rows: torch.Tensor, slots: torch.Tensor) -> RowTicket:
-        return self._reader.submit_rows(
+    def _submit(self, layer: int, rows: torch.Tensor, slots: torch.Tensor, ticket: Ticket) -> None:
+        self._reader.submit_rows(
             self._files[layer],
             self._geometries[layer],
             rows,
@@ -103,6 +120,7 @@ class SparseRows:
             self._slab,
             buffer_offset=self._offsets[layer],
             max_gap=self.max_gap,
+            ticket=ticket,
         )
 
     def chunks(self, layer: int, rows: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -118,43 +136,66 @@ class SparseRows:
         for start in range(stop, len(rows), room):
             yield rows[start : start + room]
 
-    @contextmanager
-    def fetch(self, layer: int, rows: torch.Tensor, *, is_same_step: bool = False) -> Iterator[RowFetch]:
+    def fetch(self, layer: int, rows: torch.Tensor, *, is_same_step: bool = False) -> AbstractContextManager[RowFetch]:
         """Look `rows` (int32, ascending) up and begin to read what is missing; call `wait` before using that.
 
         The slots are valid until the context ends. An error or an interrupt leaves no row in the cache that did not land.
 
         Raises:
+            ConfigError: The rows are not as stated, or do not fit.
             StorageError: A read is refused or fails (from `wait`).
         """
-        with self._lock:
-            counters = self.counters
-            started_s = time.perf_counter()
-            lookup = self.cache.acquire(layer, rows, is_same_step=is_same_step)
-            missing = lookup.order[lookup.num_held :]
-            fetch = RowFetch(rows, lookup, self._slab.address + self._offsets[layer], None)
-            is_landed = not len(missing)
-            try:
-                managed_s = time.perf_counter()
-                counters.manage_s += managed_s - started_s
-                counters.hit_rows += lookup.num_held
-                counters.miss_rows += len(missing)
-                if not is_landed:
-                    fetch.ticket = self._submit(layer, rows[missing], lookup.slots[missing])
-                    counters.submit_s += time.perf_counter() - managed_s
-                yield fetch
+        return self._turn.take(self._enter, self._leave, layer, rows, is_same_step)
+
+    def _enter(self, layer: int, rows: torch.Tensor, is_same_step: bool) -> RowFetch:
+        if self._open is not None:
+            self._settle(self._open)
+        started_s = time.perf_counter()
+        self._open = note = _Note(layer, rows)  # before the cache says that rows are there which have yet to be read
+        try:
+            return self._begin(note, started_s, is_same_step)
+        except BaseException:
+            self._settle(note)
+            raise
+
+    def _begin(self, note: _Note, started_s: float, is_same_step: bool) -> RowFetch:
+        counters, layer, rows = self.counters, note.layer, note.rows
+        lookup = self.cache.acquire(layer, rows, is_same_step=is_same_step)
+        missing = lookup.order[lookup.num_held :]
+        note.rows = rows[missing]
+        managed_s = time.perf_counter()
+        counters.manage_s += managed_s - started_s
+        counters.hit_rows += lookup.num_held
+        counters.miss_rows += len(missing)
+        if len(missing):
+            self._submit(layer, note.rows, lookup.slots[missing], note.ticket)
+            counters.submit_s += time.perf_counter() - managed_s
+        ticket = note.ticket if len(missing) else None
+        return RowFetch(rows, lookup, self._slab.address + self._offsets[layer], ticket, note)
+
+    def _leave(self, fetch: RowFetch, has_failed: bool) -> None:
+        try:
+            if not has_failed:
                 self.wait(fetch)
-                is_landed = True
-            finally:
-                if not is_landed:
-                    self._abandon(layer, fetch, rows[missing])
+                self._open = None
+        finally:
+            if self._open is fetch.note:
+                self._settle(fetch.note)
+
+    def _settle(self, note: _Note) -> None:
+        """Let the reads of a pass that was broken off land, and forget its rows."""
+        self._reader.settle([note.ticket])
+        self.cache.forget(note.layer, note.rows)
+        self._open = None
 
     def wait(self, fetch: RowFetch) -> None:
         """Wait until the missing rows of `fetch` have landed.
 
         Raises:
-            StorageError: A read failed.
+            StorageError: A read failed, or the pass was overtaken by another one of its thread.
         """
+        if self._open is not fetch.note:
+            raise overtaken()
         if fetch.ticket is None:
             return
         started_s = time.perf_counter()
@@ -164,26 +205,13 @@ class SparseRows:
         self.counters.num_reads += fetch.ticket.num_reads
         fetch.ticket = None
 
-    def _abandon(self, layer: int, fetch: RowFetch, missing: torch.Tensor) -> None:
-        """Let reads under way land, and forget their rows."""
-        self.cache.forget(layer, missing)
-        if fetch.ticket is not None:
-            with suppress(StorageError):
-                self._reader.wait(fetch.ticket)
-            fetch.ticket = None
-
     def warm(self) -> None:
         """Fill every layer's free slots with its first rows, sequentially: the hottest, where rows are ordered by use."""
         for layer, capacity in enumerate(self.cache.layers):
             rows = torch.arange(capacity.num_pinned, capacity.num_slots, dtype=torch.int32)
             if len(rows):
-                lookup = self.cache.acquire(layer, rows)
-                missing = lookup.order[lookup.num_held :]
-                try:
-                    self._reader.wait(self._submit(layer, rows[missing], lookup.slots[missing]))
-                except BaseException:
-                    self.cache.forget(layer, rows)
-                    raise
+                with self.fetch(layer, rows) as fetch:
+                    self.wait(fetch)
 
 
 def slab_bytes(layouts: Sequence[LayerLayout], capacities: Sequence[LayerCapacity]) -> int:

@@ -3,7 +3,11 @@
 Streamed blocks are read in the order in which forward passes consume them, over and over: layer after layer, and from the
 last layer into the next token's first. Whenever a block has been consumed its slot is handed to the next read at once, so
 the device stays busy while anything else (attention, sampling, Python) runs; no thread of ours is needed for that. A caller
-that jumps (an aborted forward pass) is noticed and the ring restarts at the layer that is asked for.
+that jumps is noticed and the ring restarts at the layer that is asked for.
+
+A pass may be broken off at any instruction, by an interrupt above all, and what should clean up after it, too. So nothing
+depends on that: every slot has the ticket of its last read from before the read begins, which slots are free follows from
+two counts, and a pass that did not come to its end is known by its mark, on which the next one lets all reads land first.
 
 Blocks that lie one behind the other in memory are given together, as a run: small blocks would cost more in calls than in
 bytes.
@@ -13,14 +17,14 @@ bytes.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from flashlm.engine.counters import Counters
+from flashlm.engine.turn import Turn, overtaken
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.pack.layout import LayerLayout
@@ -50,13 +54,11 @@ class _Step:
     num_bytes: int
 
 
-@dataclass(slots=True)
-class _Landing:
-    """A read on its way into a slot."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """One pass over one layer."""
 
-    position: int
-    slot: int
-    ticket: Ticket
+    layer: int
 
 
 class BlockStream:
@@ -89,7 +91,7 @@ class BlockStream:
         self.counters = counters or Counters()
         self._reader = reader
         self._read_ahead = read_ahead
-        self._lock = threading.RLock()
+        self._turn = Turn()
         self._pinned_bytes = [
             [layout.read_bytes(block) for block in range(count)]
             for layout, count in zip(layouts, placement.num_pinned, strict=True)
@@ -98,12 +100,18 @@ class BlockStream:
         self._run_blocks = [layout.run_blocks for layout in layouts]
         self._pinned, self._pinned_addresses = self._read_pinned(files, layouts, placement)
         self._steps, self._first = _schedule(files, layouts, placement)
+        self._files = files
+        self._num_blocks = [layout.num_blocks for layout in layouts]
         self._slot_bytes = placement.slot_bytes
         self._ring = AlignedBuffer(placement.staging_bytes) if placement.num_slots else None
         self._num_slots = placement.num_slots
-        self._free_slots = deque(range(placement.num_slots))  # taken and given back in turn: neighbours hold neighbours
-        self._landings: deque[_Landing] = deque()
-        self._next_step = 0
+        # Reads are numbered since the last restart. Read n is of step (first_step + n) % steps and goes to slot n % slots;
+        # those from num_consumed to num_begun hold their slots.
+        self._tickets: list[Ticket | None] = [None] * placement.num_slots  # of each slot's last read
+        self._first_step = 0
+        self._num_begun = 0
+        self._num_consumed = 0
+        self._open: _Pass | None = None  # the pass that has not come to its end
 
     def _read_pinned(
         self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement
@@ -124,25 +132,38 @@ class BlockStream:
         self._reader.read(requests)
         return pool, addresses
 
-    @contextmanager
-    def layer(self, layer: int) -> Iterator[Iterator[BlockRun]]:
-        """Yield the blocks of `layer`, in file order; each run is valid until the next one is taken.
+    def layer(self, layer: int) -> AbstractContextManager[Iterator[BlockRun]]:
+        """Give the blocks of `layer`, in file order; each run is valid until the next one is taken.
 
-        Only one forward pass at a time gets a layer; others wait.
+        Only one forward pass at a time gets a layer; others wait. One that ends early costs what was read ahead.
 
         Raises:
-            StorageError: A block can't be read.
+            StorageError: A block can't be read; or there are fewer than the layer has, or the pass was overtaken by
+                another one of its thread.
         """
-        with self._lock:
-            try:
-                if self._steps:
-                    self._aim(layer)
-                yield self._runs(layer)
-            except BaseException:
-                self._restart_at(None)
-                raise
+        current = _Pass(layer)
+        return self._turn.take(self._enter, partial(self._leave, current), current)
 
-    def _runs(self, layer: int) -> Iterator[BlockRun]:
+    def _enter(self, current: _Pass) -> Iterator[BlockRun]:
+        if self._open is not None:
+            self._restart_at(0)
+        self._open = current
+        if self._steps:
+            self._aim(current.layer)
+        return self._runs(current)
+
+    def _leave(self, current: _Pass, runs: Iterator[BlockRun], has_failed: bool) -> None:
+        if self._open is current:  # it has not come to its end, and was not overtaken
+            self.settle()
+
+    def settle(self) -> None:
+        """Let all reads land and forget them: nothing is in flight then."""
+        self._restart_at(0)
+        self._open = None
+
+    def _runs(self, current: _Pass) -> Iterator[BlockRun]:
+        layer = current.layer
+        self._check_is_open(current)
         counters = self.counters
         sizes, addresses = self._pinned_bytes[layer], self._pinned_addresses[layer]
         for start in range(0, len(sizes), self._run_blocks[layer]):
@@ -150,22 +171,20 @@ class BlockStream:
             counters.pinned_bytes += sum(sizes[start : blocks.stop])
             counters.num_pinned += len(blocks)
             yield BlockRun(blocks, addresses[start])
-            if self._landings:  # asking begins the next pieces where some have landed meanwhile
-                self._reader.is_done(self._landings[-1].ticket)
+            self._check_is_open(current)
+            if self._num_begun > self._num_consumed:  # asking begins the next pieces where some have landed meanwhile
+                self._reader.is_done(self._ticket(self._num_begun - 1))
         next_block = len(sizes)
-        while self._landings and self._steps[self._landings[0].position].layer == layer:
+        while next_block < self._num_blocks[layer]:
             assert self._ring is not None
-            last = self._landings[0].position
+            self._check_is_next(layer, next_block)
             run = range(next_block, next_block + self._land(layer))
-            yield BlockRun(run, self._ring.address + self._landings[0].slot * self._slot_bytes)
-            for _ in run:
-                landing = self._landings.popleft()
-                last = landing.position
-                self._free_slots.append(landing.slot)
+            yield BlockRun(run, self._ring.address + self._num_consumed % self._num_slots * self._slot_bytes)
+            self._check_is_open(current)
+            self._num_consumed += len(run)
             next_block = run.stop
             self._submit(layer)
-            if last + 1 == len(self._steps) or self._steps[last + 1].layer != layer:
-                return
+        self._open = None
 
     def _land(self, layer: int) -> int:
         """Wait for the next block of `layer`; return how many there are by then, in neighbouring slots."""
@@ -173,58 +192,82 @@ class BlockStream:
         joins = self._slot_bytes == self._strides[layer]
         most = min(self._run_blocks[layer], self._num_slots // 4) if joins else 1
         count = 0
-        before: _Landing | None = None
-        for landing in self._landings:
-            step = self._steps[landing.position]
-            if before is None:
+        for number in range(self._num_consumed, self._num_begun):
+            position = self._position(number)
+            step, ticket = self._steps[position], self._ticket(number)
+            if count == 0:
                 started_s = time.perf_counter()
-                self._reader.wait(landing.ticket)
+                self._reader.wait(ticket)
                 counters.wait_s += time.perf_counter() - started_s
             else:
-                follows = landing.position == before.position + 1 and landing.slot == before.slot + 1
-                if count >= most or not follows or step.layer != layer or not self._reader.is_done(landing.ticket):
+                follows = position > 0 and number % self._num_slots > 0  # of its neighbour, in the order and in memory
+                if count >= most or not follows or step.layer != layer or not self._reader.is_done(ticket):
                     break
-                self._reader.wait(landing.ticket)
+                self._reader.wait(ticket)
             counters.bytes_read += step.num_bytes
             counters.num_reads += 1
             count += 1
-            before = landing
         return count
+
+    def _position(self, number: int) -> int:
+        """Return the step of a read."""
+        return (self._first_step + number) % len(self._steps)
+
+    def _ticket(self, number: int) -> Ticket:
+        ticket = self._tickets[number % self._num_slots]
+        assert ticket is not None
+        return ticket
+
+    def _check_is_open(self, current: _Pass) -> None:
+        """Refuse to go on with a pass whose slots hold another one's blocks."""
+        if self._open is not current:
+            raise overtaken()
+
+    def _check_is_next(self, layer: int, block: int) -> None:
+        """Refuse to give fewer blocks than the layer has, or others: a sum that lacks one would be wrong in silence."""
+        first = self._first[layer]
+        if first is not None and self._num_begun > self._num_consumed:
+            wanted = first + block - len(self._pinned_bytes[layer])
+            if self._position(self._num_consumed) == wanted:
+                return
+        raise StorageError(
+            f"layer {layer} gave {block} of its {self._num_blocks[layer]} blocks, and the next one is not being read:"
+            " this answer is lost, the next pass reads them anew",
+            path=str(self._files[layer].path),
+        )
 
     def _aim(self, layer: int) -> None:
         """Make the ring's next landing the first streamed block of `layer`, and fill it."""
         first = self._first[layer]
         if first is None:
             return
-        if not self._landings or self._landings[0].position != first:
+        if self._num_begun == self._num_consumed or self._position(self._num_consumed) != first:
             self._restart_at(first)
         self._submit(layer)
 
-    def _restart_at(self, position: int | None) -> None:
-        """Let all reads land, forget them, and continue at `position` (None: wherever the next layer asks)."""
-        while self._landings:
-            # A failed read is somebody else's error by now; an interrupt leaves the rest for the next restart.
-            with suppress(StorageError):
-                self._reader.wait(self._landings[0].ticket)
-            self._free_slots.append(self._landings.popleft().slot)
-        self._next_step = position or 0
+    def _restart_at(self, position: int) -> None:
+        """Let all reads land, forget them, and continue at `position`. An interrupt leaves it to the next one."""
+        self._reader.settle(ticket for ticket in self._tickets if ticket is not None)
+        self._num_begun = self._num_consumed = 0
+        self._first_step = position
 
     def _submit(self, layer: int) -> None:
         """Give every free slot the next read."""
         assert self._ring is not None
-        while self._free_slots:
-            step = self._steps[self._next_step]
+        while self._num_begun - self._num_consumed < self._num_slots:
+            step = self._steps[self._position(self._num_begun)]
             if not self._read_ahead and step.layer != layer:
                 return
-            slot = self._free_slots.popleft()
+            slot = self._num_begun % self._num_slots
             request = ReadRequest(step.file, step.offset, step.num_bytes, self._ring, slot * self._slot_bytes)
-            self._landings.append(_Landing(self._next_step, slot, self._reader.submit([request])))
-            self._next_step = (self._next_step + 1) % len(self._steps)
+            self._tickets[slot] = ticket = Ticket()  # before its read begins: from here on the slot is waited for
+            self._reader.submit([request], ticket)
+            self._num_begun += 1
 
     def close(self) -> None:
         """Let the reads in flight land and release the buffers' readers."""
-        with self._lock:
-            self._restart_at(None)
+        with suppress(StorageError), self._turn.take(self.settle, lambda nothing, has_failed: None):
+            pass
 
 
 def _schedule(

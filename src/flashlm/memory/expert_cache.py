@@ -148,6 +148,24 @@ class ExpertCache:
         found.policy.use(by_recency)
         return ExpertStep(found, self._spare, needed)
 
+    def break_off(self, misses: Iterable[tuple[int, int]]) -> None:
+        """End steps that failed, wherever they stood: their `misses` are held no more, and no slot is lost.
+
+        What was half done is not asked for: who has a slot is the truth, and whose it will be follows from that. So this may
+        be broken off itself, and done again.
+
+        Args:
+            misses: (layer, expert).
+        """
+        for layer, expert in misses:
+            self._layers[layer].slot_of.pop(expert, None)
+        taken = {slot for each in self._layers for slot in each.slot_of.values()}
+        free = [slot for slot in reversed(range(self.num_slots)) if slot not in taken]
+        for each in self._layers:
+            # A layer held no more than its capacity when the step began, and without its misses it holds no more.
+            each.free = [free.pop() for _ in range(each.capacity - len(each.slot_of))]
+        self._spare[:] = free
+
 
 class ExpertStep:
     """One pass of one layer: gives slots to missing experts, and takes them from those that are not needed (any more).
@@ -169,7 +187,7 @@ class ExpertStep:
         return self._layer.slot_of[expert]
 
     def take(self, expert: int) -> int | None:
-        """Give a missing expert a slot, which must then be filled or `forget`-ed; None: there is none before a `done`."""
+        """Give a missing expert a slot, to be filled, or the step broken off; None: there is none before a `done`."""
         layer = self._layer
         if layer.free:
             slot = layer.free.pop()
@@ -192,25 +210,6 @@ class ExpertStep:
         if victim is None and not self._spare and any(each not in layer.slot_of for each in self._waiting):
             victim = expert  # a pinned one: with its slot kept, one that is still needed would never get any
         if victim is not None:
-            self._spare.append(layer.slot_of.pop(victim))
-
-    def forget(self, expert: int) -> None:
-        """Take back the slot of an expert whose read failed."""
-        self._waiting.discard(expert)
-        layer = self._layer
-        slot = layer.slot_of.pop(expert)
-        if len(layer.slot_of) + len(layer.free) < layer.capacity:
-            layer.free.append(slot)
-        else:
-            self._spare.append(slot)
-
-    def abandon(self) -> None:
-        """End a step that failed: whatever is over the layer's capacity goes."""
-        self._waiting.clear()
-        layer = self._layer
-        while len(layer.slot_of) > layer.capacity:
-            victim = self._victim()
-            assert victim is not None
             self._spare.append(layer.slot_of.pop(victim))
 
     def _victim(self) -> int | None:

@@ -82,7 +82,7 @@ class NeuronCache:
         Raises:
             ConfigError: They do not fit, or are not as stated; nothing has changed.
         """
-        if rows.dtype != torch.int32 or rows.dim() != 1 or not rows.is_contiguous():
+        if not _is_native(rows):
             raise ConfigError(f"rows must be contiguous int32 (num_rows,), got {rows.dtype} {tuple(rows.shape)}")
         slots = torch.empty_like(rows)
         order = torch.empty_like(rows)
@@ -95,5 +95,12 @@ class NeuronCache:
         return Lookup(slots, order, num_held)
 
     def forget(self, layer: int, rows: torch.Tensor) -> None:
-        """Drop `rows` (int32, contiguous), whose slots hold nothing because their read failed."""
+        """Drop `rows`, whose slots hold nothing because their read failed; what `acquire` would refuse is not there."""
+        if not _is_native(rows):
+            return
         self._native.forget(layer, rows.data_ptr(), len(rows))
+
+
+def _is_native(rows: torch.Tensor) -> bool:
+    """Return whether native code can take them: int32 (num_rows,), contiguous."""
+    return rows.dtype == torch.int32 and rows.dim() == 1 and rows.is_contiguous()

@@ -2,13 +2,17 @@
 
 A thin typed face of the native reader. The back end is io_uring where the kernel allows it, else a pool of threads with
 `pread`; a file on a file system that refuses direct reads (tmpfs, some overlays) is read through the page cache. Which of
-these is in use can be asked. Buffers of reads in flight are kept alive here until the reads have landed.
+these is in use can be asked. The native reader keeps buffers alive until reads that were begun have landed in them.
+
+Whoever uses a part of a buffer again must know that no read into it is on its way any more, also where an exception, an
+interrupt above all, came between: such an owner makes the `Ticket`, puts it where it is found again, and only then submits
+with it. Before the next use it asks `settle` to let whatever was begun land.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +21,10 @@ from typing import Literal, Self, get_args
 import torch
 
 from flashlm import _native
-from flashlm._native import AlignedBuffer
+from flashlm._native import AlignedBuffer, Ticket
 from flashlm.errors import ConfigError, StorageError
 
-__all__ = ["AlignedBuffer", "Backend", "File", "ReadRequest", "Reader", "RowGeometry", "RowTicket", "Ticket"]
+__all__ = ["AlignedBuffer", "Backend", "File", "ReadRequest", "Reader", "RowGeometry", "Ticket"]
 
 Backend = Literal["auto", "io_uring", "threads"]
 ENV_BACKEND = "FLASHLM_IO_BACKEND"
@@ -74,13 +78,6 @@ class ReadRequest:
     buffer_offset: int = 0
 
 
-@dataclass(slots=True, frozen=True)
-class Ticket:
-    """A batch of reads under way."""
-
-    number: int
-
-
 @dataclass(slots=True, frozen=True, kw_only=True)
 class RowGeometry:
     """Where rows lie in a file: row i at (i // block_rows) * block_stride_bytes + (i % block_rows) * row_stride_bytes."""
@@ -88,14 +85,6 @@ class RowGeometry:
     row_stride_bytes: int
     block_rows: int
     block_stride_bytes: int
-
-
-@dataclass(slots=True, frozen=True, kw_only=True)
-class RowTicket(Ticket):
-    """A batch of scattered rows under way: how many reads it became, and their bytes, gaps read through included."""
-
-    num_reads: int
-    num_bytes: int
 
 
 class Reader:
@@ -130,8 +119,6 @@ class Reader:
             raise ConfigError(f"{error}; got {got}") from error
         self._queue_depth = queue_depth if self.backend == "io_uring" else num_threads
         self._files: list[File] = []
-        self._buffers: dict[int, list[AlignedBuffer]] = {}
-        self._buffers_submitting: list[list[AlignedBuffer]] = []
 
     @property
     def backend(self) -> str:
@@ -185,12 +172,19 @@ class Reader:
         self._files.append(file)
         return file
 
-    def submit(self, requests: Sequence[ReadRequest]) -> Ticket:
+    def submit(self, requests: Sequence[ReadRequest], ticket: Ticket | None = None) -> Ticket:
         """Begin a batch of reads and return at once.
 
+        Args:
+            requests: The reads.
+            ticket: Made before by the owner of the buffers, to whom these reads then belong from before they begin; it may
+                have others. None makes one.
+
         Raises:
-            StorageError: A request is not aligned as its file needs, lies outside its buffer, or its file is closed.
+            StorageError: A request is not aligned as its file needs, lies outside its buffer, or its file is closed; or the
+                ticket is another reader's.
         """
+        ticket = Ticket() if ticket is None else ticket
         for request in requests:
             if not 0 <= request.offset < 1 << 63 or request.num_bytes <= 0:
                 raise _refused(request, "the offset must be from 0 to 2^63 - 1, the length more than 0")
@@ -199,31 +193,21 @@ class Reader:
                 raise _refused(request, where)
             if request.file._reader is not self._native:
                 raise _refused(request, "the file was opened by another reader")
-        # Held before the first read begins: an interrupt may fall between any two of these lines.
-        buffers = [request.buffer for request in requests]
-        self._buffers_submitting.append(buffers)
         try:
             if len(requests) == 1:
                 one = requests[0]
-                number = self._native.submit_one(
-                    one.file._id, one.offset, one.num_bytes, one.buffer.address + one.buffer_offset
-                )
+                self._native.submit_one(ticket, one.file._id, one.offset, one.num_bytes, one.buffer, one.buffer_offset)
             else:
-                number = self._native.submit(
-                    [
-                        (one.file._id, one.offset, one.num_bytes, one.buffer.address + one.buffer_offset)
-                        for one in requests
-                    ]
+                self._native.submit(
+                    ticket,
+                    [(one.file._id, one.offset, one.num_bytes, one.buffer, one.buffer_offset) for one in requests],
                 )
         except ValueError as error:
-            self._buffers_submitting.remove(buffers)
             if not requests:
                 raise StorageError(str(error), path="") from error
             why, index = error.args if len(error.args) == 2 else (error, 0)
             raise _refused(requests[index], str(why)) from error
-        self._buffers[number] = buffers
-        self._buffers_submitting.remove(buffers)
-        return Ticket(number)
+        return ticket
 
     def submit_rows(
         self,
@@ -235,7 +219,8 @@ class Reader:
         *,
         buffer_offset: int = 0,
         max_gap: int = 0,
-    ) -> RowTicket:
+        ticket: Ticket | None = None,
+    ) -> Ticket:
         """Begin reads of scattered rows, each to its slot of `buffer`, in one submission; return at once.
 
         Neighbouring rows are one read with several destinations.
@@ -248,6 +233,7 @@ class Reader:
             buffer: Where they land. Its last row_stride_bytes are scratch for gaps.
             buffer_offset: Where slot 0 is.
             max_gap: Rows between two wanted ones that are read through rather than begin another read.
+            ticket: As in `submit`. It counts the reads that rows become, and their bytes, gaps included.
 
         Raises:
             StorageError: Not aligned as the file needs, a slot outside the buffer, or the file or the reader is closed.
@@ -266,10 +252,10 @@ class Reader:
             raise ConfigError(f"slots {low} to {high} do not fit a buffer of {buffer.num_bytes} bytes")
         if file._reader is not self._native:
             raise StorageError(f"{file.path}: the file was opened by another reader", path=str(file.path))
-        buffers = [buffer]
-        self._buffers_submitting.append(buffers)
+        ticket = Ticket() if ticket is None else ticket
         try:
-            number, num_reads, num_bytes = self._native.submit_rows(
+            self._native.submit_rows(
+                ticket,
                 file._id,
                 stride_bytes,
                 geometry.block_rows,
@@ -277,44 +263,42 @@ class Reader:
                 rows.data_ptr(),
                 slots.data_ptr(),
                 len(rows),
-                buffer.address + buffer_offset,
-                buffer.address + scratch,
+                buffer,
+                buffer_offset,
+                scratch,
                 max_gap,
                 MAX_MERGED_BYTES,
             )
         except ValueError as error:
-            self._buffers_submitting.remove(buffers)
             why = error.args[0] if error.args else error
             raise StorageError(
                 f"{file.path}: a read of {len(rows)} rows is refused: {why}", path=str(file.path)
             ) from error
-        self._buffers[number] = buffers
-        self._buffers_submitting.remove(buffers)
-        return RowTicket(number, num_reads=num_reads, num_bytes=num_bytes)
+        return ticket
 
     def is_done(self, ticket: Ticket) -> bool:
         """Return whether the reads of `ticket` have landed or failed.
 
         Raises:
-            StorageError: The reader is closed.
+            StorageError: The reader is closed, or has begun nothing for this ticket.
         """
         try:
-            return self._native.is_done(ticket.number)
+            return self._native.is_done(ticket)
         except (ValueError, RuntimeError) as error:
             raise StorageError(str(error), path="") from error
 
     def wait(self, ticket: Ticket) -> None:
-        """Wait until all reads of `ticket` have landed. An interrupted wait can be taken up again.
+        """Wait until all reads of `ticket` have landed. An interrupted wait can be taken up again; each gives the same.
 
         Raises:
             StorageError: A read failed, the file ended too early or the reader was closed before the read began; none of
                 the ticket's reads is in flight any more. Offset, wanted and got are those of the piece that failed.
+                Or the reader is closed, or has begun nothing for this ticket.
         """
         try:
-            failure = self._native.wait(ticket.number)
+            failure = self._native.wait(ticket)
         except (ValueError, RuntimeError) as error:
             raise StorageError(str(error), path="") from error
-        self._buffers.pop(ticket.number, None)
         if failure is None:
             return
         code, path, offset, wanted, got = failure
@@ -327,6 +311,23 @@ class Reader:
             got_bytes=got,
             errno=code or None,
         )
+
+    def settle(self, tickets: Iterable[Ticket]) -> None:
+        """Let all reads of `tickets` land or fail, whatever they are, so that their memory may be used again.
+
+        May be interrupted, and taken up again.
+
+        Raises:
+            StorageError: The device gives no more answers; reads are in flight still.
+        """
+        for ticket in tickets:
+            if not ticket.is_in_flight:
+                continue
+            try:
+                self.wait(ticket)
+            except StorageError:
+                if ticket.is_in_flight:
+                    raise
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
         """Read a batch: `submit` and `wait`."""
@@ -360,7 +361,6 @@ class Reader:
     def close(self) -> None:
         """Let reads in flight land, fail those not begun, and close all files. Closing twice does nothing."""
         self._native.close()
-        self._buffers.clear()
         self._files.clear()
 
     def __enter__(self) -> Self:
@@ -372,7 +372,7 @@ class Reader:
         self.close()
 
     def __del__(self) -> None:
-        # Before the buffers: files keep the native reader, and its reads in flight, beyond this object.
+        # Files keep the native reader, and its reads in flight, beyond this object.
         if hasattr(self, "_native"):
             self.close()
 
