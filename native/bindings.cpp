@@ -5,6 +5,7 @@ namespace flashlm {
 void bind_reader(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
 void bind_cache(nanobind::module_& m);
+void bind_threads(nanobind::module_& m);
 }  // namespace flashlm
 
 NB_MODULE(_native, m) {
@@ -14,4 +15,5 @@ NB_MODULE(_native, m) {
     flashlm::bind_reader(m);
     flashlm::bind_kernels(m);
     flashlm::bind_cache(m);
+    flashlm::bind_threads(m);
 }

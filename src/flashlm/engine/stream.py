@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from flashlm.engine.counters import Counters
+from flashlm.engine.forward_pass import counting
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.pack.layout import LayerLayout
@@ -70,7 +71,7 @@ class BlockStream:
         layouts: Their geometry.
         placement: What is pinned, and the staging.
         read_ahead: False begins a layer's reads only when it is reached.
-        counters: Where traffic and time are added up.
+        counters: The model's totals; what a forward pass causes is counted in the pass.
 
     Raises:
         StorageError: A pinned block can't be read.
@@ -86,7 +87,7 @@ class BlockStream:
         read_ahead: bool = True,
         counters: Counters | None = None,
     ) -> None:
-        self.counters = counters or Counters()
+        self._totals = counters or Counters()
         self._reader = reader
         self._read_ahead = read_ahead
         self._lock = threading.RLock()
@@ -104,6 +105,11 @@ class BlockStream:
         self._free_slots = deque(range(placement.num_slots))  # taken and given back in turn: neighbours hold neighbours
         self._landings: deque[_Landing] = deque()
         self._next_step = 0
+
+    @property
+    def counters(self) -> Counters:
+        """Where to count: the pass that runs in this thread, or the totals outside of one."""
+        return counting(self._totals)
 
     def _read_pinned(
         self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement
