@@ -40,6 +40,17 @@ public:
         if (set_mkl_ != nullptr) set_mkl_(mkl_before_);
     }
 
+    // Calls with the threads held; nothing of Python runs between the call and the leaving.
+    nb::object run(const nb::callable& call) {
+        struct Leaving {
+            ThreadHold& hold;
+            ~Leaving() { hold.leave(); }
+        };
+        enter();
+        const Leaving leaving{*this};
+        return call();
+    }
+
 private:
     int (*get_omp_)();
     void (*set_omp_)(int);
@@ -57,6 +68,7 @@ void bind_threads(nb::module_& m) {
         .def(nb::init<std::uintptr_t, std::uintptr_t, std::uintptr_t, int>(), "omp_get_max_threads"_a,
              "omp_set_num_threads"_a, "mkl_set_num_threads_local"_a, "num_threads"_a,
              "Addresses of the libraries' functions, 0 for one that is not there.")
+        .def("run", &ThreadHold::run, "call"_a, "Return what call() returns, with the threads held meanwhile.")
         .def("__enter__", &ThreadHold::enter)
         .def("__exit__", [](ThreadHold& hold, nb::args) { hold.leave(); });
 }

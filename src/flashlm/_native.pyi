@@ -1,5 +1,10 @@
+from collections.abc import Callable
+from typing import TypeVar
+
 from numpy import uint8
 from numpy.typing import NDArray
+
+_T = TypeVar("_T")
 
 # --- row kernels (native/bindings_kernels.cpp): addresses of float32 x, h, y, out, bias, dst; uint32 slots; 0: none ---
 # dtype of the rows: 0 bfloat16, 1 float16, 2 float32. ValueError where a number is out of range.
@@ -154,5 +159,6 @@ class ThreadHold:
     def __init__(
         self, omp_get_max_threads: int, omp_set_num_threads: int, mkl_set_num_threads_local: int, num_threads: int
     ) -> None: ...
+    def run(self, call: Callable[[], _T]) -> _T: ...
     def __enter__(self) -> None: ...
     def __exit__(self, *details: object) -> None: ...

@@ -10,12 +10,12 @@ gets the same bits alone and in a batch. They do depend on the instruction set (
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ MAX_TOKENS: int = _native.MAX_TOKENS
 WIDEN_PIECE_BYTES = 16 << 20  # fp32 scratch of one piece of a resident matrix; as fast as larger ones
 
 Strategy = Literal["native", "widen"]
+T = TypeVar("T")
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -44,6 +45,15 @@ def one_torch_thread() -> AbstractContextManager[None]:
     Other threads, also those that begin meanwhile, keep their number; the caller gets its own back whatever ends the
     context, an interrupt too. A torch without OpenMP is left alone.
     """
+    return _hold()
+
+
+def on_one_torch_thread(call: Callable[[], T]) -> T:
+    """Return what `call` returns, torch held to one thread as by `one_torch_thread`, with no step of Python in between."""
+    return _hold().run(call)
+
+
+def _hold() -> _native.ThreadHold:
     torch.get_num_threads()  # torch sets a new thread's number up on first use: after ours it would undo it
     return _native.ThreadHold(*_thread_settings(), 1)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from flashlm.engine.counters import Counters
-from flashlm.kernels import MAX_TOKENS, one_torch_thread
+from flashlm.kernels import MAX_TOKENS, on_one_torch_thread
 
 Phase = Literal["prompt", "decode", "verify"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -72,10 +72,7 @@ class Pass:
 
     def _inside(self, call: Callable[[], Any], on_one_thread: bool) -> Any:
         _running.set(self)
-        if not on_one_thread:
-            return call()
-        with one_torch_thread():
-            return call()
+        return on_one_torch_thread(call) if on_one_thread else call()
 
 
 _running: ContextVar[Pass | None] = ContextVar("flashlm_pass", default=None)
