@@ -29,6 +29,7 @@ from flashlm.engine.forward_pass import Phase
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.linear import widen_linears
 from flashlm.engine.phases import CallSize, Passes, num_cached_tokens
+from flashlm.engine.plan_use import check_plan
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
 from flashlm.engine.stream import BlockStream
@@ -115,6 +116,7 @@ class FlashModel:
                 f"dtype {dtype} was asked for, but {pack} holds {manifest.dtype}: leave dtype out, or convert again"
                 " with --dtype"
             )
+        check_plan(settings.plan, pack, manifest)
         check_mode(manifest, settings)
         context = settings.context or DEFAULT_CONTEXT
         if manifest.experts:
@@ -419,7 +421,7 @@ def load(
         An ordinary transformers model; `model.flash` tells mode, placement and telemetry.
 
     Raises:
-        ConfigError: A setting is out of range.
+        ConfigError: A setting is out of range, or the plan is another model's.
         PackError: The folder is not a finished pack.
         BudgetError: The model does not fit `dram`; nothing was read.
         StorageError: A file can't be read, or is damaged in length.

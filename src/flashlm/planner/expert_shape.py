@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from typing import Any
 
 from flashlm.memory.expert_budget import ExpertUse
@@ -70,6 +71,11 @@ class ExpertShape:
         return self.uses[0].layout.dtype
 
     @property
+    def outline(self) -> str:
+        """Model type, dtype and layers of experts, in words that differ where any of these do."""
+        return outline(self.model_type, [(use.layout, use.num_active) for use in self.uses])
+
+    @property
     def streamed_bytes(self) -> int:
         """Bytes of all experts' files."""
         return sum(use.layout.file_bytes for use in self.uses)
@@ -78,6 +84,28 @@ class ExpertShape:
     def total_bytes(self) -> int:
         """Disk that the pack takes, a few small files aside."""
         return self.resident_bytes + self.streamed_bytes
+
+
+def outline(model_type: str, layers: Sequence[tuple[LayerLayout, int | None]]) -> str:
+    """Return model type, dtype and streamed layers in words that differ where any of these do.
+
+    Args:
+        model_type: The transformers model type.
+        layers: Of each its geometry, and how many of its blocks are active experts of a token; None where it has none.
+    """
+    groups = []
+    for (layout, num_active), alike in groupby(layers, key=_geometry_of):
+        rows = f"{layout.num_rows} rows"
+        if num_active is not None:
+            rows = f"{layout.num_blocks} experts ({num_active} active) of {layout.block_rows} rows"
+        groups.append(f"{len(list(alike))} layers of {rows} of {layout.num_parts} x {layout.hidden_size}")
+    return f"{model_type}, {layers[0][0].dtype}, " + ", ".join(groups)
+
+
+def _geometry_of(layer: tuple[LayerLayout, int | None]) -> tuple[LayerLayout, int | None]:
+    """Return a layer without how its rows are cut into blocks, which a conversion may choose; experts are blocks."""
+    layout, num_active = layer
+    return (layout if num_active is not None else replace(layout, block_rows=1)), num_active
 
 
 def uses_of_layers(layers: tuple[ExpertLayer, ...], dtype: str) -> tuple[ExpertUse, ...]:
