@@ -10,7 +10,7 @@ from pathlib import Path
 from flashlm.errors import ConfigError
 from flashlm.pack.manifest import Manifest
 from flashlm.planner.document import Plan
-from flashlm.planner.shape import outline_of_pack
+from flashlm.planner.outline import outline_of_pack
 from flashlm.sizes import format_size
 
 logger = logging.getLogger(__name__)

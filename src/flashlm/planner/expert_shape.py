@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from flashlm.memory.expert_budget import ExpertUse
 from flashlm.pack.experts import ExpertLayer
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
+from flashlm.planner.outline import outline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,28 +84,6 @@ class ExpertShape:
     def total_bytes(self) -> int:
         """Disk that the pack takes, a few small files aside."""
         return self.resident_bytes + self.streamed_bytes
-
-
-def outline(model_type: str, layers: Sequence[tuple[LayerLayout, int | None]]) -> str:
-    """Return model type, dtype and streamed layers in words that differ where any of these do.
-
-    Args:
-        model_type: The transformers model type.
-        layers: Of each its geometry, and how many of its blocks are active experts of a token; None where it has none.
-    """
-    groups = []
-    for (layout, num_active), alike in groupby(layers, key=_geometry_of):
-        rows = f"{layout.num_rows} rows"
-        if num_active is not None:
-            rows = f"{layout.num_blocks} experts ({num_active} active) of {layout.block_rows} rows"
-        groups.append(f"{len(list(alike))} layers of {rows} of {layout.num_parts} x {layout.hidden_size}")
-    return f"{model_type}, {layers[0][0].dtype}, " + ", ".join(groups)
-
-
-def _geometry_of(layer: tuple[LayerLayout, int | None]) -> tuple[LayerLayout, int | None]:
-    """Return a layer without how its rows are cut into blocks, which a conversion may choose; experts are blocks."""
-    layout, num_active = layer
-    return (layout if num_active is not None else replace(layout, block_rows=1)), num_active
 
 
 def uses_of_layers(layers: tuple[ExpertLayer, ...], dtype: str) -> tuple[ExpertUse, ...]:

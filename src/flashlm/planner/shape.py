@@ -21,7 +21,8 @@ from flashlm.pack.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
 from flashlm.pack.source import canonical_dtype
 from flashlm.planner.expert_needs import expert_uses
-from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, outline, resident_bytes, uses_of_layers
+from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, resident_bytes, uses_of_layers
+from flashlm.planner.outline import outline
 from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
 
@@ -167,13 +168,6 @@ def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape | ExpertShape
     if manifest.experts:
         return _expert_pack_shape(pack, model, manifest)
     return shape_of_model(model, pack, manifest, _pack_sparsity(pack, manifest))
-
-
-def outline_of_pack(manifest: Manifest) -> str:
-    """Return the outline that the shape of a pack has, without building its model."""
-    if manifest.experts:
-        return outline(manifest.model_type, [(use.layout, use.num_active) for use in expert_uses(manifest)])
-    return outline(manifest.model_type, [(manifest.layout(layer), None) for layer in range(len(manifest.layers))])
 
 
 def _expert_shape(name: str, model: PreTrainedModel, layers: tuple[ExpertLayer, ...], dtype: str) -> ExpertShape:
