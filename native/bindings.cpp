@@ -6,6 +6,7 @@ void bind_reader(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
 void bind_cache(nanobind::module_& m);
 void bind_turn(nanobind::module_& m);
+void bind_threads(nanobind::module_& m);
 }  // namespace flashlm
 
 NB_MODULE(_native, m) {
@@ -16,4 +17,5 @@ NB_MODULE(_native, m) {
     flashlm::bind_kernels(m);
     flashlm::bind_cache(m);
     flashlm::bind_turn(m);
+    flashlm::bind_threads(m);
 }

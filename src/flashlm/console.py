@@ -118,7 +118,7 @@ def stats_rows(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("reader", stats["reader"]),
         ("resident / pinned", f"{format_size(stats['resident_bytes'])} / {format_size(stats['pinned_bytes'])}"),
     ]
-    for phase, label in (("prefill", "prompt"), ("decode", "decode")):
+    for phase, label in (("prefill", "prompt"), ("decode", "decode"), ("verify", "verify")):
         rows += _phase_rows(stats[phase], label)
     rows += _expert_rows(stats.get("experts"))
     return [*rows, ("peak memory / dram", f"{format_size(peak)} / {format_size(cap)} ({peak / cap:.0%})")]

@@ -10,10 +10,12 @@ gets the same bits alone and in a batch. They do depend on the instruction set (
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 
@@ -24,6 +26,7 @@ MAX_TOKENS: int = _native.MAX_TOKENS
 WIDEN_PIECE_BYTES = 16 << 20  # fp32 scratch of one piece of a resident matrix; as fast as larger ones
 
 Strategy = Literal["native", "widen"]
+T = TypeVar("T")
 
 _DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -36,15 +39,39 @@ def choose_strategy(dtype: str) -> Strategy:
     return "native" if dtype == "bfloat16" and multiplies_bf16 else "widen"
 
 
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Hold torch to one thread: after a small product its threads spin on the cores that our kernels' threads want."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_torch_thread() -> AbstractContextManager[None]:
+    """Hold torch to one thread in the calling thread: after a small product its threads spin on the cores of our kernels.
+
+    Other threads, also those that begin meanwhile, keep their number; the caller gets its own back whatever ends the
+    context, an interrupt too. A torch without OpenMP is left alone.
+    """
+    return _hold()
+
+
+def on_one_torch_thread(call: Callable[[], T]) -> T:
+    """Return what `call` returns, torch held to one thread as by `one_torch_thread`, with no step of Python in between."""
+    return _hold().run(call)
+
+
+def _hold() -> _native.ThreadHold:
+    torch.get_num_threads()  # torch sets a new thread's number up on first use: after ours it would undo it
+    return _native.ThreadHold(*_thread_settings(), 1)
+
+
+@cache
+def _thread_settings() -> tuple[int, int, int]:
+    """Return the addresses of the functions by which torch's own OpenMP and MKL are set, 0 for one that is not there."""
+    folder = Path(torch.__file__).parent / "lib"
+    path = next((folder / name for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (folder / name).exists()), None)
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        library = ctypes.CDLL(None if path is None else str(path))  # loaded already; looks in what it links to as well
+    except OSError:
+        return 0, 0, 0
+    # MKL's name in small letters is there as well: it is Fortran's, and takes a pointer.
+    names = ("omp_get_max_threads", "omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+    found = [getattr(library, name, None) for name in names]
+    get_omp, set_omp, set_mkl = (ctypes.cast(each, ctypes.c_void_p).value or 0 if each else 0 for each in found)
+    return get_omp, set_omp, set_mkl
 
 
 @dataclass(slots=True)

@@ -55,7 +55,8 @@ def test_calibrated_and_run_sparse(
     tokens = torch.arange(3, 15)[None]
     thresholds = [layer.activation_threshold for layer in sparsity.layers]
     selections = [predictor.predict for predictor in predictors]
-    with torch.no_grad(), masked(streamed_layers(dense), selections, thresholds):
+    as_drafted = model.flash.phase("verify")  # several tokens at once with predicted rows: a prompt takes them all
+    with torch.no_grad(), as_drafted, masked(streamed_layers(dense), selections, thresholds):
         torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
     generated = model.generate(tokens, max_new_tokens=12, min_new_tokens=12, do_sample=False)
     assert generated.shape == (1, 24)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_WINDOW_TOKENS = 512
-MIN_WINDOW_TOKENS = 32  # above what takes the decode kernels
+MIN_WINDOW_TOKENS = 32  # above what takes the row kernels, so that passes read each block once for products
 MIN_WINDOWS = 8
 GOOD_WINDOWS = 16  # windows are halved until there are so many
 PIECE_WINDOWS = 8  # of which each part gets its run
@@ -151,7 +151,7 @@ def token_losses(
 ) -> npt.NDArray[np.float64]:
     """Return the negative log-likelihood of every token of a part but each window's first, in nats."""
     losses = []
-    with torch.inference_mode():
+    with torch.inference_mode(), model.flash.phase("prompt"):
         for batch in _batches(text, part):
             windows = text.windows[batch.start : batch.stop]
             logits = model(input_ids=windows, use_cache=False).logits
@@ -243,7 +243,7 @@ def _observe(
 def run_windows(model: PreTrainedModel, text: CalibrationText, part: range, on_window: Callable[[int], None]) -> None:
     """Run a part of the text through a model, for those who look on; logits are left out where the model can do without."""
     kept = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    with torch.inference_mode():
+    with torch.inference_mode(), model.flash.phase("prompt"):
         for batch in _batches(text, part):
             model(input_ids=text.windows[batch.start : batch.stop], use_cache=False, **kept)
             on_window(batch.stop - part.start)

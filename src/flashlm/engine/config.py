@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from flashlm.engine.plan_use import PlanUse, use_plan
 from flashlm.errors import ConfigError
-from flashlm.planner.document import load_plan
+from flashlm.planner.document import Plan, load_plan
 from flashlm.sizes import parse_budget_bytes, parse_size_bytes
 
 Mode = Literal["auto", "naive", "hybrid", "sparse", "experts"]
@@ -36,6 +38,7 @@ class Settings:
             planner says, from the device's profile; without one, defaults.
         staging_bytes: How far blocks are read ahead.
         piece_bytes, queue_depth: Size of a read and reads in flight.
+        plan: The plan that some of this comes from, and what of it does not count; None without one.
     """
 
     dram_bytes: int | None = None
@@ -47,6 +50,7 @@ class Settings:
     staging_bytes: int | None = None
     piece_bytes: int | None = None
     queue_depth: int | None = None
+    plan: PlanUse | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -81,22 +85,24 @@ def make_settings(
     Raises:
         ConfigError: A value that can't be read or is out of range.
     """
-    planned_settings: dict[str, int] = {}
+    used: PlanUse | None = None
     if plan is not None:
         planned = load_plan(Path(plan))
+        asked = {
+            "dram_bytes": None if dram is None else parse_budget_bytes(dram),
+            "mode": mode,
+            "context": _as_number(context),
+        }
+        used = use_plan(Path(plan), planned, asked, _overruled(planned, asked))
         dram = planned.dram_bytes if dram is None else dram
         mode = planned.mode if mode is None else mode
         context = planned.context if context is None else context
-        if (mode, parse_budget_bytes(dram)) == (planned.mode, planned.dram_bytes):  # else it says nothing of this run
-            names = ("max_gap", "staging_bytes", "piece_bytes", "queue_depth")
-            planned_settings = {name: getattr(planned, name) for name in names}
     dram = dram if dram is not None else os.environ.get(ENV_DRAM) or None
     mode = mode if mode is not None else os.environ.get(ENV_MODE) or "auto"
     context = context if context is not None else os.environ.get(ENV_CONTEXT) or None
+    context = _as_number(context)
     if isinstance(context, str):
-        if not context.isdigit():
-            raise ConfigError(f"context={context!r} must be a whole number of tokens, at least 1")
-        context = int(context)
+        raise ConfigError(f"context={context!r} must be a whole number of tokens, at least 1")
     dram_bytes = None if dram is None else parse_budget_bytes(dram)
     pin_bytes = None if pin is None else parse_size_bytes(pin, allow_zero=True)
     return Settings(
@@ -105,5 +111,24 @@ def make_settings(
         context=context,
         pin_bytes=pin_bytes,
         expert_policy="auto" if expert_policy is None else expert_policy,  # type: ignore[arg-type]  # checked there
-        **planned_settings,
+        plan=used,
+        **({} if used is None else used.reads),
     )
+
+
+def _overruled(planned: Plan, asked: Mapping[str, object]) -> dict[str, str]:
+    """Return the environment variables that a plan goes before, of those that say another thing."""
+    said = {"dram_bytes": ENV_DRAM, "mode": ENV_MODE, "context": ENV_CONTEXT}
+    found = {}
+    for name, variable in said.items():
+        text = os.environ.get(variable)
+        if not text or asked[name] is not None:
+            continue
+        value = parse_size_bytes(text) if name == "dram_bytes" else text
+        if str(value) != str(getattr(planned, name)):
+            found[variable] = text
+    return found
+
+
+def _as_number(context: int | str | None) -> int | str | None:
+    return int(context) if isinstance(context, str) and context.isdigit() else context

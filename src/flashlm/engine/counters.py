@@ -1,8 +1,8 @@
-"""Running totals of one model's traffic and time; telemetry takes differences of snapshots."""
+"""Traffic and time: of one forward pass, or a model's totals."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(slots=True)
@@ -36,3 +36,8 @@ class Counters:
     submit_s: float = 0.0
     manage_s: float = 0.0
     predict_s: float = 0.0
+
+    def add(self, other: Counters) -> None:
+        """Add what another has counted; callers see to it that nobody else adds meanwhile."""
+        for each in fields(Counters):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashlm.engine.forward_pass import Phase
 from flashlm.engine.generate import read_tokenizer
 from flashlm.engine.model import FlashModel, load
 from flashlm.errors import ConfigError
@@ -131,10 +132,11 @@ def _evaluate(model: PreTrainedModel, ids: torch.Tensor, window: int, progress: 
     import torch
 
     flash: FlashModel = model.flash
+    phase: Phase = "decode" if flash.mode == "sparse" else "prompt"
     piece = 1 if flash.mode == "sparse" else PIECE_TOKENS
     total_nll, num_tokens = 0.0, 0
     started_s = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), flash.phase(phase):
         for inputs, targets, past in _pieces(model, ids, window, piece):
             output = model(input_ids=inputs[None], past_key_values=past.cache, use_cache=True)
             past.cache = output.past_key_values

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from flashlm.engine.counters import Counters
+from flashlm.engine.forward_pass import counting
 from flashlm.engine.turn import Turn, overtaken
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
@@ -67,7 +68,7 @@ class ExpertStore:
         layouts: Their geometry: block e is expert e.
         placement: Slots of each layer, and spare ones.
         policy: What goes when room is needed, what never goes, and what is there in the beginning.
-        counters: Where traffic and time are added up.
+        counters: The model's totals; what a forward pass causes is counted in the pass.
 
     Attributes:
         traffic: Hits and misses of each layer since loading.
@@ -84,7 +85,7 @@ class ExpertStore:
         counters: Counters | None = None,
     ) -> None:
         assert placement.experts is not None
-        self.counters = counters or Counters()
+        self._totals = counters or Counters()
         self.traffic = [LayerTraffic() for _ in layouts]
         self.policy = policy
         self.cache = ExpertCache(
@@ -98,6 +99,11 @@ class ExpertStore:
         self._slab = AlignedBuffer(self.cache.num_slots * placement.slot_bytes)
         self._turn = Turn()
         self._open: _Note | None = None
+
+    @property
+    def counters(self) -> Counters:
+        """Where to count: the pass that runs in this thread, or the totals outside of one."""
+        return counting(self._totals)
 
     def describe(self) -> dict[str, Any]:
         """Return policy, slots and traffic of each layer, as JSON-ready values."""

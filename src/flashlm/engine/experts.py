@@ -4,8 +4,9 @@ The family's own experts module stays in the model, with its activation, gate, b
 weights; the interface (`config._experts_implementation`) leads its calls here. Rows of an expert come from an `ExpertStore`.
 The order of summation depends on nothing that the cache does:
 
-* within an expert up to `MAX_KERNEL_TOKENS` tokens take the row kernels, more take matrix products (prompts), and how many
-  there are is the router's choice alone;
+* tokens that are decoded or verified, and short prompts, take the row kernels, in tiles of what those take at once: a token
+  gets the same bits alone and in a batch of any size. In a longer prompt an expert with up to `MAX_KERNEL_TOKENS` tokens
+  takes them too, one with more takes matrix products: exact both, but there a token's last bits depend on its company;
 * a token's experts are added up in fp32 in ascending order of their numbers, whatever landed first.
 """
 
@@ -22,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flashlm import kernels
 from flashlm.engine.expert_store import ExpertStore
+from flashlm.engine.forward_pass import Where, split_tokens, tiles
 from flashlm.engine.gemm import BlockGemm
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout
@@ -108,7 +110,8 @@ def flash_experts_forward(
     if chosen and len(set(chosen)) == len(chosen):
         output = _run_token(module, bound, tokens, chosen, top_k_weights)
     else:
-        output = _run_tokens(module, bound, tokens, top_k_index, top_k_weights)
+        many = split_tokens(hidden_states.shape, has_predictor=False).many
+        output = _run_tokens(module, bound, tokens, top_k_index, top_k_weights, _is_long(many, len(tokens)))
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
 
@@ -129,8 +132,21 @@ def _run_token(
     return output
 
 
+def _is_long(many: Where, num_tokens: int) -> torch.Tensor:
+    """Return which of the tokens, bool (num_tokens,), belong to sequences that may take matrix products."""
+    is_long = torch.zeros(num_tokens, dtype=torch.bool)
+    if many is not None:
+        is_long[many] = True
+    return is_long
+
+
 def _run_tokens(
-    module: nn.Module, bound: BoundExperts, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    module: nn.Module,
+    bound: BoundExperts,
+    tokens: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    is_long: torch.Tensor,
 ) -> torch.Tensor:
     """Return the sums of several tokens, fp32 (num_tokens, hidden_size): one expert after the other."""
     routing = _route(index, weights, len(tokens), bound.layout.num_blocks)
@@ -140,7 +156,8 @@ def _run_tokens(
     with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as groups:
         for group in groups:
             for expert, address in group:
-                share = _run_expert(module, bound, expert, address, tokens[routing.tokens[expert]])
+                mine = routing.tokens[expert]
+                share = _run_expert(module, bound, expert, address, tokens[mine], is_long[mine])
                 if is_small:
                     shares[expert] = share
                 else:  # comes in ascending order
@@ -171,32 +188,70 @@ def _route(index: torch.Tensor, weights: torch.Tensor, num_tokens: int, num_expe
 
 
 def _run_expert(
-    module: nn.Module, bound: BoundExperts, expert: int, address: int, tokens: torch.Tensor
+    module: nn.Module,
+    bound: BoundExperts,
+    expert: int,
+    address: int,
+    tokens: torch.Tensor,
+    is_long: torch.Tensor,
 ) -> torch.Tensor:
     """Return one expert's output for some tokens: fp32 (num_tokens, hidden_size) in and out."""
-    layout = bound.layout
-    output = torch.zeros(tokens.shape, dtype=torch.float32)
     biases = _biases(module, expert)
-    if len(tokens) <= MAX_KERNEL_TOKENS:
-        rows = _rows(layout, address, layout.block_rows)
-        parts = [torch.empty(len(tokens), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
-        for number, part in enumerate(parts):
-            kernels.project(tokens, rows, number, part, biases.inner[number] if biases.inner else None)
-        kernels.accumulate(_activate(module, bound, parts), rows, output)
-    else:
-        prepared = bound.gemm.prepare(tokens)
-        step = rows_per_product(layout)
-        for first in range(0, layout.block_rows, step):
-            num_rows = min(step, layout.block_rows - first)
-            span = slice(first, first + num_rows)
-            gate, up, down = bound.gemm.parts(layout, address + first * layout.row_stride_bytes, num_rows)
-            inner = [up] if gate is None else [gate, up]
-            parts = [
-                bound.gemm.project(prepared, part, biases.inner[number][span] if biases.inner else None)
-                for number, part in enumerate(inner)
-            ]
-            bound.gemm.accumulate(_activate(module, bound, parts), down, output)
+    output = torch.zeros(tokens.shape, dtype=torch.float32)
+    num_long = int(is_long.sum())
+    if num_long <= MAX_KERNEL_TOKENS:
+        _add_by_rows(module, bound, address, biases, tokens, output)
+    elif num_long == len(tokens):
+        _add_by_products(module, bound, address, biases, tokens, output)
+    else:  # a long prompt and others side by side
+        for is_mine, add in ((is_long, _add_by_products), (~is_long, _add_by_rows)):
+            part = output[is_mine]
+            add(module, bound, address, biases, tokens[is_mine], part)
+            output[is_mine] = part
     return _finish(module, output, [] if biases.outer is None else [biases.outer])
+
+
+def _add_by_rows(
+    module: nn.Module,
+    bound: BoundExperts,
+    address: int,
+    biases: _Biases,
+    tokens: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """Add an expert's products, without outer bias and norm, by row kernels: a token's bits whatever its company."""
+    layout = bound.layout
+    rows = _rows(layout, address, layout.block_rows)
+    for tile in tiles(len(tokens)):
+        some = tokens[tile]
+        parts = [torch.empty(len(some), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
+        for number, part in enumerate(parts):
+            kernels.project(some, rows, number, part, biases.inner[number] if biases.inner else None)
+        kernels.accumulate(_activate_together(module, bound, parts), rows, output[tile])
+
+
+def _add_by_products(
+    module: nn.Module,
+    bound: BoundExperts,
+    address: int,
+    biases: _Biases,
+    tokens: torch.Tensor,
+    output: torch.Tensor,
+) -> None:
+    """Add an expert's products, without outer bias and norm, by matrix products: for many tokens at once."""
+    layout = bound.layout
+    prepared = bound.gemm.prepare(tokens)
+    step = rows_per_product(layout)
+    for first in range(0, layout.block_rows, step):
+        num_rows = min(step, layout.block_rows - first)
+        span = slice(first, first + num_rows)
+        gate, up, down = bound.gemm.parts(layout, address + first * layout.row_stride_bytes, num_rows)
+        inner = [up] if gate is None else [gate, up]
+        parts = [
+            bound.gemm.project(prepared, part, biases.inner[number][span] if biases.inner else None)
+            for number, part in enumerate(inner)
+        ]
+        bound.gemm.accumulate(_activate(module, bound, parts), down, output)
 
 
 def _run_together(
@@ -218,10 +273,10 @@ def _run_together(
 
 
 def _activate_together(module: Any, bound: BoundExperts, parts: list[torch.Tensor]) -> torch.Tensor:
-    """Return `_activate` of several experts' parts, with the same bits.
+    """Return `_activate` of several tokens' or experts' parts, each (one or the other, rows), with the bits of one alone.
 
     torch computes what its vector loops leave over in another way, so that an element's bits depend on where it lies:
-    experts go through together only where nothing is left over.
+    they go through together only where nothing is left over.
     """
     if parts[0].shape[1] % WHOLE_VECTORS:
         rows = range(len(parts[0]))

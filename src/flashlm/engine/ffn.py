@@ -3,12 +3,15 @@
 It takes the place of a transformers MLP and gives the same function on any placement of its rows. Two ways through a
 block, each with a fixed order of summation, so that the placement changes no bit:
 
-* up to `MAX_KERNEL_TOKENS` tokens (decode, small batches): our row kernels, which sum in fp32;
-* more (prefill): matrix products, block by block, so that each block is read once for all tokens.
+* our row kernels, which sum in fp32, for tokens that are decoded or verified and for short prompts: in tiles of what they
+  take at once, so that a token gets the same bits alone and in a batch of any size;
+* matrix products, block by block, for longer prompts.
 
-In mode `sparse` few tokens take a third way: only the rows that a predictor asks for, from the neuron cache or from
-flash (`SparseRows`). Several tokens take the union of their rows, but each counts only those predicted for itself, and
-sums run over ascending rows: a token gets the same bits alone and in a batch, whatever the cache holds.
+In mode `sparse` tokens that are decoded or verified take a third way: only the rows that a predictor asks for, from the
+neuron cache or from flash (`SparseRows`). Several tokens take the union of their rows, but each counts only those predicted
+for itself, and sums run over ascending rows: again the same bits alone and in a batch, whatever the cache holds.
+
+The pass says which tokens go which way (`forward_pass.split_tokens`): by its phase, never by how many tokens share it.
 
 The weights themselves are not parameters of this module: only the biases are, and they stay in DRAM.
 """
@@ -23,13 +26,13 @@ import torch
 from torch import nn
 
 from flashlm import kernels
+from flashlm.engine.forward_pass import Where, split_tokens, tiles
 from flashlm.engine.gemm import BlockGemm
-from flashlm.engine.sparse import SparseRows
+from flashlm.engine.sparse import RowFetch, SparseRows
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout, round_up
 
-MAX_KERNEL_TOKENS = 16
 ACTIVATION_STEP = 64  # a multiple of what torch takes at a time with any instruction set
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -53,12 +56,63 @@ class _Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows in slots: int64 `(num_rows,)` numbers, int32 `(num_rows,)` slots from `address` on."""
+class _Share:
+    """The tokens that go one way, and their output so far: views where that is all of them, else copies."""
+
+    where: torch.Tensor | slice
+    tokens: torch.Tensor
+    output: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, output: torch.Tensor, where: torch.Tensor | slice) -> _Share:
+        return cls(where, tokens[where], output[where])
+
+    def give_back(self, output: torch.Tensor) -> None:
+        if not isinstance(self.where, slice):
+            output[self.where] = self.output
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Tokens that row kernels take at once, and those of the fetched rows that any of them needs.
+
+    Attributes:
+        address: Where slot 0 is.
+        tokens: fp32 (num_tokens, hidden_size).
+        rows, slots: int64 and int32 (num_rows,), ascending rows.
+        order: int64 (num_rows,): positions in `rows`, the `num_held` that are in memory first.
+        allowed: bool (num_tokens, all rows of the layer): which each token counts; None where it is all of `rows`.
+        hidden: fp32 (num_tokens, num_rows), in `order`: hidden activations, once they are computed.
+    """
 
     address: int
+    tokens: torch.Tensor
     rows: torch.Tensor
     slots: torch.Tensor
+    order: torch.Tensor
+    num_held: int
+    allowed: torch.Tensor | None
+    hidden: torch.Tensor
+
+    @classmethod
+    def of(cls, fetch: RowFetch, tokens: torch.Tensor, predicted: torch.Tensor, *, is_alone: bool) -> _Tile:
+        """Make a tile of fetched rows; `is_alone` says that all of them are for these tokens."""
+        order, rows, slots, num_held = fetch.lookup.order.long(), fetch.rows, fetch.lookup.slots, fetch.lookup.num_held
+        if not is_alone:
+            is_needed = predicted[:, rows.long()].any(dim=0)
+            num_held = int(is_needed[order[:num_held]].sum())
+            order = (is_needed.cumsum(0) - 1)[order[is_needed[order]]]
+            rows, slots = rows[is_needed], slots[is_needed]
+        return cls(
+            address=fetch.address,
+            tokens=tokens,
+            rows=rows.long(),
+            slots=slots,
+            order=order,
+            num_held=num_held,
+            allowed=None if len(tokens) == 1 else predicted,
+            hidden=torch.empty(len(tokens), len(rows), dtype=torch.float32),
+        )
 
 
 class FlashFFN(nn.Module):
@@ -168,93 +222,136 @@ class FlashFFN(nn.Module):
             raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
         tokens = hidden_states.reshape(-1, self.layout.hidden_size)
         output = torch.zeros(tokens.shape, dtype=torch.float32)
-        if len(tokens) > MAX_KERNEL_TOKENS:
-            self._run_gemm(bound, tokens, output)
-        elif bound.sparse is not None and bound.predict is not None:
-            self._run_sparse(bound, bound.sparse, bound.predict, tokens.to(torch.float32).contiguous(), output)
-        else:
-            self._run_rows(bound, tokens.to(torch.float32).contiguous(), output)
+        has_predictor = bound.sparse is not None and bound.predict is not None
+        split = split_tokens(hidden_states.shape, has_predictor=has_predictor)
+        if split.predicted is not None:
+            share = _Share.of(tokens, output, split.predicted)
+            self._run_sparse(bound, share.tokens.to(torch.float32).contiguous(), share.output)
+            share.give_back(output)
+        if split.few is not None or split.many is not None:
+            self._run_exact(bound, tokens, output, split.few, split.many)
         if self.down_bias is not None:
             output += self.down_bias
         return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
-    def _run_rows(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        """Add every row's share for a few tokens: fp32 `(num_tokens, hidden_size)` in and out."""
-        layout = self.layout
-        allowed = None if self.selection is None else self.selection(tokens)
+    def _run_exact(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor, few: Where, many: Where) -> None:
+        """Add every row's share, by row kernels for `few` and by products for `many`: blocks come once for both."""
+        by_rows = None if few is None else _Share.of(tokens, output, few)
+        by_products = None if many is None else _Share.of(tokens, output, many)
+        if by_rows is not None:
+            rows_tokens = by_rows.tokens.to(torch.float32).contiguous()
+            rows_allowed = None if self.selection is None else self.selection(rows_tokens)
+        if by_products is not None:
+            prepared = bound.gemm.prepare(by_products.tokens)
+            is_watched = self.observer is not None or self.selection is not None
+            plain = by_products.tokens.to(torch.float32).contiguous() if is_watched else by_products.tokens
+            allowed = None if self.selection is None else self.selection(plain)
         with bound.stream.layer(self.layer) as runs:
-            for run in runs if self.observer is None else _single_blocks(runs, layout):
-                span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
-                rows = kernels.RowBlock(
-                    run.address, len(span), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts
-                )
-                hidden = torch.empty(len(tokens), len(span), dtype=torch.float32)
-                kernels.project(tokens, rows, layout.num_parts - 2, hidden, _part(bound.up_bias, span))
-                gate = None
-                if layout.has_gate:
-                    gate = torch.empty(len(tokens), len(span), dtype=torch.float32)
-                    kernels.project(tokens, rows, 0, gate, _part(bound.gate_bias, span))
-                hidden = self._activate(hidden, gate, span, tokens, allowed)
-                kernels.accumulate(hidden, rows, output)
+            for run in runs:
+                if by_rows is not None:
+                    for part in [run] if self.observer is None else _single_blocks(run, self.layout):
+                        self._add_by_rows(bound, part, rows_tokens, rows_allowed, by_rows.output)
+                if by_products is not None:
+                    for block in _single_blocks(run, self.layout):  # the cut of a matrix product changes its bits
+                        self._add_by_products(bound, block, prepared, plain, allowed, by_products.output)
+        for share in (by_rows, by_products):
+            if share is not None:
+                share.give_back(output)
 
-    def _run_sparse(
+    def _add_by_rows(
         self,
         bound: _Bound,
-        sparse: SparseRows,
-        predict: Selection,
+        run: BlockRun,
         tokens: torch.Tensor,
+        allowed: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """Add the share of the predicted rows for a few tokens: fp32 `(num_tokens, hidden_size)` in and out."""
+        """Add the share of a run of blocks by row kernels: fp32 `(num_tokens, hidden_size)` in and out."""
+        layout = self.layout
+        span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
+        rows = kernels.RowBlock(
+            run.address, len(span), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts
+        )
+        parts = tiles(len(tokens))
+        hidden = torch.empty(len(tokens), len(span), dtype=torch.float32)
+        for part in parts:
+            kernels.project(tokens[part], rows, layout.num_parts - 2, hidden[part], _part(bound.up_bias, span))
+        gate = None
+        if layout.has_gate:
+            gate = torch.empty(len(tokens), len(span), dtype=torch.float32)
+            for part in parts:
+                kernels.project(tokens[part], rows, 0, gate[part], _part(bound.gate_bias, span))
+        with kernels.one_torch_thread():  # torch's threads cut a tensor in other places for every size
+            hidden = self._activate(hidden, gate, span, tokens, allowed)
+        for part in parts:
+            kernels.accumulate(hidden[part], rows, output[part])
+
+    def _add_by_products(
+        self,
+        bound: _Bound,
+        block: BlockRun,
+        prepared: torch.Tensor,
+        plain: torch.Tensor,
+        allowed: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """Add the share of a block by matrix products; `prepared` and `plain` are the same tokens, as products take them."""
+        span = self.layout.rows_of(block.blocks[0])
+        gate_part, up_part, down_part = bound.gemm.parts(self.layout, block.address, len(span))
+        hidden = bound.gemm.project(prepared, up_part, _part(bound.up_bias, span))
+        gate = None
+        if gate_part is not None:
+            gate = bound.gemm.project(prepared, gate_part, _part(bound.gate_bias, span))
+        hidden = self._activate(hidden, gate, span, plain, allowed)
+        bound.gemm.accumulate(hidden, down_part, output)
+
+    def _run_sparse(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        """Add the share of the predicted rows: fp32 `(num_tokens, hidden_size)` in and out."""
+        sparse, predict = bound.sparse, bound.predict
+        assert sparse is not None
+        assert predict is not None
         started_s = time.perf_counter()
         predicted = predict(tokens)
         rows = union(predicted)
         sparse.counters.predict_s += time.perf_counter() - started_s
+        parts = tiles(len(tokens))
         for index, some in enumerate(sparse.chunks(self.layer, rows)):
-            with sparse.fetch(self.layer, some, is_same_step=index > 0) as fetch:
+            with sparse.fetch(self.layer, some, is_same_step=index > 0) as fetch, kernels.one_torch_thread():
+                begun = [_Tile.of(fetch, tokens[part], predicted[part], is_alone=len(parts) == 1) for part in parts]
                 # Held rows first; the others once they have landed.
-                order = fetch.lookup.order.long()
-                grouped = _Rows(fetch.address, some[order].long(), fetch.lookup.slots[order])
-                allowed = None if len(tokens) == 1 else predicted[:, grouped.rows]
-                hidden = torch.empty(len(tokens), len(some), dtype=torch.float32)
-                self._project_rows(bound, grouped, allowed, tokens, slice(0, fetch.lookup.num_held), hidden)
+                for tile in begun:
+                    self._project_rows(bound, tile, slice(0, tile.num_held))
                 sparse.wait(fetch)
-                self._project_rows(bound, grouped, allowed, tokens, slice(fetch.lookup.num_held, len(some)), hidden)
-                ascending = torch.empty_like(hidden)
-                ascending[:, order] = hidden
-                kernels.accumulate(ascending, self._row_block(fetch.address, fetch.lookup.slots), output)
+                for tile, part in zip(begun, parts, strict=True):
+                    self._project_rows(bound, tile, slice(tile.num_held, len(tile.order)))
+                    ascending = torch.empty_like(tile.hidden)
+                    ascending[:, tile.order] = tile.hidden
+                    kernels.accumulate(ascending, self._row_block(fetch.address, tile.slots), output[part])
 
-    def _project_rows(
-        self,
-        bound: _Bound,
-        grouped: _Rows,
-        allowed: torch.Tensor | None,
-        tokens: torch.Tensor,
-        part: slice,
-        hidden: torch.Tensor,
-    ) -> None:
-        """Write the hidden activations of `grouped[part]` to `hidden[:, part]`; an inactive row stops at its trigger."""
-        rows, slots = grouped.rows[part], grouped.slots[part]
-        if not len(rows):
+    def _project_rows(self, bound: _Bound, tile: _Tile, part: slice) -> None:
+        """Write hidden activations of `tile`, of its rows `order[part]`; an inactive row stops at its trigger."""
+        order = tile.order[part]
+        if not len(order):
             return
+        rows, slots, tokens = tile.rows[order], tile.slots[order], tile.tokens
         has_gate = self.layout.has_gate
         trigger = torch.empty(len(tokens), len(rows), dtype=torch.float32)
         trigger_bias = bound.gate_bias if has_gate else bound.up_bias
         bias = None if trigger_bias is None else trigger_bias[rows]
-        kernels.project(tokens, self._row_block(grouped.address, slots), 0, trigger, bias)
+        kernels.project(tokens, self._row_block(tile.address, slots), 0, trigger, bias)
         activated = _evenly(self.activation, trigger)
         if self.activation_threshold > 0.0:
             activated = activated.masked_fill(activated.abs() <= self.activation_threshold, 0.0)
-        if allowed is not None:
-            activated = activated.masked_fill(~allowed[:, part], 0.0)
+        if tile.allowed is not None:
+            activated = activated.masked_fill(~tile.allowed[:, rows], 0.0)
         if not has_gate:
-            hidden[:, part] = activated
+            tile.hidden[:, part] = activated
             return
         firing = activated.any(dim=0).nonzero().squeeze(1)
         up = torch.empty(len(tokens), len(firing), dtype=torch.float32)
         up_bias = None if bound.up_bias is None else bound.up_bias[rows[firing]]
-        kernels.project(tokens, self._row_block(grouped.address, slots[firing]), 1, up, up_bias)
-        target = hidden[:, part]
+        kernels.project(tokens, self._row_block(tile.address, slots[firing]), 1, up, up_bias)
+        target = tile.hidden[:, part]
         target.zero_()
         target[:, firing] = up * activated[:, firing]
 
@@ -263,24 +360,6 @@ class FlashFFN(nn.Module):
         return kernels.RowBlock(
             address, len(slots), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts, slots
         )
-
-    def _run_gemm(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        """Add every row's share for many tokens."""
-        layout = self.layout
-        prepared = bound.gemm.prepare(tokens)
-        is_watched = self.observer is not None or self.selection is not None
-        plain = tokens.to(torch.float32).contiguous() if is_watched else tokens
-        allowed = None if self.selection is None else self.selection(plain)
-        with bound.stream.layer(self.layer) as runs:
-            for run in _single_blocks(runs, layout):  # the cut of a matrix product changes its bits
-                span = layout.rows_of(run.blocks[0])
-                gate_part, up_part, down_part = bound.gemm.parts(layout, run.address, len(span))
-                hidden = bound.gemm.project(prepared, up_part, _part(bound.up_bias, span))
-                gate = None
-                if gate_part is not None:
-                    gate = bound.gemm.project(prepared, gate_part, _part(bound.gate_bias, span))
-                hidden = self._activate(hidden, gate, span, plain, allowed)
-                bound.gemm.accumulate(hidden, down_part, output)
 
     def _activate(
         self,
@@ -306,11 +385,10 @@ class FlashFFN(nn.Module):
         return f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.dtype}"
 
 
-def _single_blocks(runs: Iterator[BlockRun], layout: LayerLayout) -> Iterator[BlockRun]:
-    """Yield the blocks of runs one by one."""
-    for run in runs:
-        for index, block in enumerate(run.blocks):
-            yield BlockRun(range(block, block + 1), run.address + index * layout.block_stride_bytes)
+def _single_blocks(run: BlockRun, layout: LayerLayout) -> Iterator[BlockRun]:
+    """Yield the blocks of a run one by one."""
+    for index, block in enumerate(run.blocks):
+        yield BlockRun(range(block, block + 1), run.address + index * layout.block_stride_bytes)
 
 
 def union(predicted: torch.Tensor) -> torch.Tensor:

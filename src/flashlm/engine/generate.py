@@ -147,6 +147,7 @@ def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens
         "resident_load": asdict(flash.resident_load),
         "prefill": flash.telemetry.prefill().to_dict(),
         "decode": flash.telemetry.decode().to_dict(),
+        "verify": flash.telemetry.verify().to_dict(),
     }
 
 

@@ -1,8 +1,8 @@
 """Resident linear layers (attention, output) where torch's 16-bit products are slow: processors without bf16 products.
 
-The same two ways as for streamed rows: our row kernels for a few tokens, and for many the weights widened to fp32 piece by
-piece and multiplied there. Measured on AVX2, bf16, 4096 x 4096: torch multiplies 128 tokens at 21 GFLOP/s, and at 80 in
-fp32; four tokens reach 5 GB/s in torch. Sums are fp32, rounded once.
+The same two ways as for streamed rows: our row kernels, in tiles, for tokens that are decoded or verified and for a few; and
+for prompts the weights widened to fp32 piece by piece and multiplied there. Measured on AVX2, bf16, 4096 x 4096: torch
+multiplies 128 tokens at 21 GFLOP/s, and at 80 in fp32; four tokens reach 5 GB/s in torch. Sums are fp32, rounded once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flashlm import kernels
+from flashlm.engine.forward_pass import running_pass, tiles
 
 
 class WideningLinear(nn.Linear):
@@ -21,12 +22,17 @@ class WideningLinear(nn.Linear):
         """Return input·weightᵀ + bias; (..., in_features) to (..., out_features), in the dtype of `input`."""
         if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
-        tokens = input.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
+        tokens = input.detach().reshape(-1, self.in_features)
         output = torch.empty(len(tokens), self.out_features, dtype=torch.float32)
-        if len(tokens) <= kernels.MAX_TOKENS:  # in another dtype
-            kernels.project(tokens, self._rows(0, self.out_features), 0, output)
+        if len(tokens) <= kernels.MAX_TOKENS or _is_by_rows(input.shape):
+            if input.dtype == self.weight.dtype:
+                parts = [kernels.linear(tokens[tile], self.weight, self.bias) for tile in tiles(len(tokens))]
+                return torch.cat(parts).view(*input.shape[:-1], self.out_features)
+            tokens = tokens.to(torch.float32).contiguous()
+            for tile in tiles(len(tokens)):
+                kernels.project(tokens[tile], self._rows(0, self.out_features), 0, output[tile])
         else:
-            self._multiply(tokens, output)
+            self._multiply(tokens.to(torch.float32).contiguous(), output)
         if self.bias is not None:
             output += self.bias
         return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
@@ -43,6 +49,15 @@ class WideningLinear(nn.Linear):
         stride_bytes = self.in_features * self.weight.element_size()
         address = self.weight.data_ptr() + start * stride_bytes
         return kernels.RowBlock(address, stop - start, stride_bytes, self.in_features, self.weight.dtype, 1)
+
+
+def _is_by_rows(shape: torch.Size) -> bool:
+    """Return whether an input (..., num_tokens, in_features) takes row kernels whatever its size.
+
+    So do one token per sequence, as prompts end with for their logits, and passes that are not prompts.
+    """
+    running = running_pass()
+    return shape[-2] == 1 or (running is not None and running.phase != "prompt")
 
 
 def widen_linears(model: nn.Module) -> int:

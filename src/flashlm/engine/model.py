@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,18 @@ from flashlm.engine.expert_loading import (
     take_out_experts,
 )
 from flashlm.engine.expert_store import ExpertStore
-from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
+from flashlm.engine.ffn import FlashFFN
+from flashlm.engine.forward_pass import Phase
 from flashlm.engine.gemm import BlockGemm
-from flashlm.engine.kv_pass import begin_pass, end_pass
 from flashlm.engine.linear import widen_linears
+from flashlm.engine.phases import CallSize, Passes, num_cached_tokens
+from flashlm.engine.plan_use import check_plan
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import BudgetError, ConfigError, PackError
+from flashlm.kernels import MAX_TOKENS
 from flashlm.memory.budget import Placement, place, place_sparse
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.limits import read_memory_limits
@@ -76,6 +79,7 @@ class FlashModel:
         sparse: The neuron cache and its reads (mode `sparse`, after loading).
         expert_policy: How the expert cache is run (mode `experts`).
         experts: The expert cache and its reads (mode `experts`, after loading).
+        passes: Begins a pass for every call of the model.
     """
 
     pack: Path
@@ -92,7 +96,7 @@ class FlashModel:
     expert_policy: CachePolicy | None = None
     experts: ExpertStore | None = None
     _stream: BlockStream | None = None
-    _threads: threading.local = field(default_factory=threading.local)  # torch's setting is one of each thread
+    passes: Passes = field(default_factory=Passes)
 
     @classmethod
     def prepare(
@@ -112,6 +116,7 @@ class FlashModel:
                 f"dtype {dtype} was asked for, but {pack} holds {manifest.dtype}: leave dtype out, or convert again"
                 " with --dtype"
             )
+        check_plan(settings.plan, pack, manifest)
         check_mode(manifest, settings)
         context = settings.context or DEFAULT_CONTEXT
         if manifest.experts:
@@ -191,8 +196,7 @@ class FlashModel:
         manifest = self.manifest
         self.resident_load = load_resident(model, self.pack / RESIDENT_NAME, manifest.resident, self.reader)
         files = [self._open_layer(layer_path(self.pack, entry), layout) for entry, layout in manifest.files]
-        counters = Counters()
-        self.telemetry = Telemetry(counters)
+        counters, self.telemetry = self.passes.totals, self.passes.telemetry
         gemm = BlockGemm(manifest.dtype)
         if self.expert_policy is not None:
             self.experts = connect_experts(
@@ -204,8 +208,7 @@ class FlashModel:
         if gemm.strategy == "widen":
             widen_linears(model)
         model.flash = self
-        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+        self.passes.attach(model, [entry.module for entry, _ in manifest.files], self._measure)
         weakref.finalize(model, self.close)
 
     def _bind_layers(self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters) -> None:
@@ -292,39 +295,42 @@ class FlashModel:
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         num_sequences, num_tokens = _input_shape(args, kwargs)
-        cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
-        wanted = num_sequences * (int(past) + num_tokens)
+        past = num_cached_tokens(kwargs.get("past_key_values"))
+        wanted = num_sequences * (past + num_tokens)
         if wanted > self.context:
             per_token = self.placement.needs.kv_cache_bytes // self.context
             raise BudgetError(
-                f"{num_sequences} sequences of {int(past) + num_tokens} tokens need a KV cache of {wanted} tokens,"
+                f"{num_sequences} sequences of {past + num_tokens} tokens need a KV cache of {wanted} tokens,"
                 f" but this model was loaded for context={self.context}: load it with context={wanted} or more",
                 needed_bytes=wanted * per_token,
                 available_bytes=self.context * per_token,
             )
-        begin_pass(cache)
-        assert self.telemetry is not None
-        self._yield_cores(num_sequences * num_tokens, wanted)
-        self.telemetry.begin()
 
-    def _yield_cores(self, num_tokens: int, num_cached_tokens: int) -> None:
-        """Leave the cores to our kernels in a small pass: torch's threads would spin on them after every small product."""
-        kv_bytes = num_cached_tokens * self.placement.needs.kv_cache_bytes // self.context
-        if num_tokens <= MAX_KERNEL_TOKENS and kv_bytes <= MAX_LONE_KV_BYTES:
-            self._threads.before = torch.get_num_threads()
-            torch.set_num_threads(1)
+    def _measure(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSize:
+        """Look at a call before it becomes a pass, and refuse what can't be.
 
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        assert self.telemetry is not None
-        before = self._threads.__dict__.pop("before", None)
-        if before is not None:
-            torch.set_num_threads(before)
-        if output is None:  # the pass failed
-            return
-        end_pass(kwargs.get("past_key_values"))
+        A small pass keeps torch to one thread: after every small product its others would spin on the cores that our
+        kernels want.
+        """
+        self._before_forward(model, args, kwargs)
         num_sequences, num_tokens = _input_shape(args, kwargs)
-        self.telemetry.end(num_sequences=num_sequences, num_tokens=num_tokens)
+        cached = num_sequences * (num_cached_tokens(kwargs.get("past_key_values")) + num_tokens)
+        kv_bytes = cached * self.placement.needs.kv_cache_bytes // self.context
+        is_small = num_sequences * num_tokens <= MAX_TOKENS and kv_bytes <= MAX_LONE_KV_BYTES
+        return CallSize(num_sequences=num_sequences, num_tokens=num_tokens, is_small=is_small)
+
+    def phase(self, phase: Phase) -> AbstractContextManager[None]:
+        """Name what calls of the model are for, in this thread or task, for the while: `with model.flash.phase("verify"):`.
+
+        `generate` names it by itself. A call that nobody names is `decode` with one token per sequence, else `prompt`.
+
+        Args:
+            phase: "prompt" (exact in every mode), "decode" or "verify" (rows predicted in mode `sparse`).
+
+        Raises:
+            ConfigError: There is no such phase.
+        """
+        return self.passes.phase(phase)
 
 
 def _as_planned(
@@ -415,7 +421,7 @@ def load(
         An ordinary transformers model; `model.flash` tells mode, placement and telemetry.
 
     Raises:
-        ConfigError: A setting is out of range.
+        ConfigError: A setting is out of range, or the plan is another model's.
         PackError: The folder is not a finished pack.
         BudgetError: The model does not fit `dram`; nothing was read.
         StorageError: A file can't be read, or is damaged in length.

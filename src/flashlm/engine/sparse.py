@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flashlm.engine.counters import Counters
+from flashlm.engine.forward_pass import counting
 from flashlm.engine.turn import Turn, overtaken
 from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache
 from flashlm.pack.layout import LayerLayout
@@ -62,7 +63,7 @@ class SparseRows:
         capacities: Slots of each layer.
         window: Policy `window(k)`; None is LRU.
         max_gap: Rows between two missing ones that are read through rather than begin another read.
-        counters: Where traffic and time are added up.
+        counters: The model's totals; what a forward pass causes is counted in the pass.
 
     Raises:
         StorageError: A pinned row can't be read.
@@ -79,7 +80,7 @@ class SparseRows:
         max_gap: int = 0,
         counters: Counters | None = None,
     ) -> None:
-        self.counters = counters or Counters()
+        self._totals = counters or Counters()
         self.cache = NeuronCache(capacities, window=window)
         self.max_gap = max_gap
         self._reader = reader
@@ -102,6 +103,11 @@ class SparseRows:
             for layout in layouts
         ]
         self._fill_pinned(capacities)
+
+    @property
+    def counters(self) -> Counters:
+        """Where to count: the pass that runs in this thread, or the totals outside of one."""
+        return counting(self._totals)
 
     def _fill_pinned(self, capacities: Sequence[LayerCapacity]) -> None:
         for layer, capacity in enumerate(capacities):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from flashlm.engine.counters import Counters
+from flashlm.engine.forward_pass import counting
 from flashlm.engine.turn import Turn, overtaken
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
@@ -72,7 +73,7 @@ class BlockStream:
         layouts: Their geometry.
         placement: What is pinned, and the staging.
         read_ahead: False begins a layer's reads only when it is reached.
-        counters: Where traffic and time are added up.
+        counters: The model's totals; what a forward pass causes is counted in the pass.
 
     Raises:
         StorageError: A pinned block can't be read.
@@ -88,7 +89,7 @@ class BlockStream:
         read_ahead: bool = True,
         counters: Counters | None = None,
     ) -> None:
-        self.counters = counters or Counters()
+        self._totals = counters or Counters()
         self._reader = reader
         self._read_ahead = read_ahead
         self._turn = Turn()
@@ -112,6 +113,11 @@ class BlockStream:
         self._num_begun = 0
         self._num_consumed = 0
         self._open: _Pass | None = None  # the pass that has not come to its end
+
+    @property
+    def counters(self) -> Counters:
+        """Where to count: the pass that runs in this thread, or the totals outside of one."""
+        return counting(self._totals)
 
     def _read_pinned(
         self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement

@@ -1,47 +1,58 @@
-"""What every forward pass cost: bytes and reads, time waiting for flash, time in all; summed for prompt and decode."""
+"""What every forward pass cost: bytes and reads, time waiting for flash, time in all; summed for each phase."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from flashlm.engine.counters import Counters
+from flashlm.engine.forward_pass import Pass, Phase
+from flashlm.sizes import format_size
 
 MAX_RECORDS = 100_000
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, repr=False)
 class ForwardRecord(Counters):
     """One forward pass of the whole model: what `Counters` count, and besides
 
     Attributes:
+        phase: "prompt", "decode" or "verify"; of prompts and decoded tokens side by side, "prompt".
         num_sequences: Sequences in the batch.
-        num_tokens: Tokens per sequence; more than one is a prompt (prefill).
+        num_tokens: Tokens per sequence; sequences of different lengths packed in one row count as one.
         wall_s: Time of the pass.
     """
 
+    phase: Phase
     num_sequences: int
     num_tokens: int
     wall_s: float
 
     @property
     def is_prefill(self) -> bool:
-        """Whether several tokens of a sequence were processed at once."""
-        return self.num_tokens > 1
+        """Whether the pass processed a prompt."""
+        return self.phase == "prompt"
 
     @property
     def compute_s(self) -> float:
         """Time in which the pass was not waiting for flash."""
         return self.wall_s - self.wait_s
 
+    def __repr__(self) -> str:
+        """Show what it was and what it took; `dataclasses.asdict` has everything."""
+        return (
+            f"<{self.phase} pass: {self.num_sequences} x {self.num_tokens} tokens in {1e3 * self.wall_s:.1f} ms,"
+            f" {format_size(self.bytes_read)} read>"
+        )
 
-@dataclass(kw_only=True, slots=True)
+
+@dataclass(kw_only=True, slots=True, repr=False)
 class PhaseSummary(Counters):
     """Sums over passes of one phase; `tokens_per_s` counts the tokens of all sequences."""
 
+    phase: Phase
     num_passes: int
     num_tokens: int
     wall_s: float
@@ -78,34 +89,39 @@ class PhaseSummary(Counters):
         names = ("tokens_per_s", "read_gb_per_s", "wait_share", "hit_share", "expert_hit_share")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
+    def __repr__(self) -> str:
+        """Show speed, traffic and waiting; `to_dict` has everything."""
+        if not self.num_passes:
+            return f"<{self.phase}: no passes>"
+        passes = "1 pass" if self.num_passes == 1 else f"{self.num_passes} passes"
+        speed = "" if self.tokens_per_s is None else f", {self.tokens_per_s:.2f} tokens/s"
+        waited = "" if self.wait_share is None else f", {self.wait_share:.0%} of the time waiting"
+        read = f", {format_size(self.bytes_read / self.num_passes)} read a pass"
+        return f"<{self.phase}: {self.num_tokens} tokens in {passes}{speed}{read}{waited}>"
+
 
 class Telemetry:
-    """Collects a `ForwardRecord` per forward pass from a model's running counters."""
+    """Collects a `ForwardRecord` per forward pass, of all threads in the order in which they end.
 
-    def __init__(self, counters: Counters) -> None:
+    Attributes:
+        records: The last passes.
+    """
+
+    def __init__(self) -> None:
         self.records: deque[ForwardRecord] = deque(maxlen=MAX_RECORDS)
-        self._counters = counters
-        self._before = replace(counters)
-        self._started_s: float | None = None
 
-    def begin(self) -> None:
-        """Mark the start of a forward pass."""
-        self._before = replace(self._counters)
-        self._started_s = time.perf_counter()
-
-    def end(self, *, num_sequences: int, num_tokens: int) -> None:
-        """Record the pass that `begin` started."""
-        if self._started_s is None:
-            return
+    def add(self, ended: Pass) -> None:
+        """Record a pass that has ended."""
+        counted = {each.name: getattr(ended.counters, each.name) for each in fields(Counters)}
         self.records.append(
             ForwardRecord(
-                num_sequences=num_sequences,
-                num_tokens=num_tokens,
-                wall_s=time.perf_counter() - self._started_s,
-                **_differences(self._counters, self._before),
+                phase=ended.phase,
+                num_sequences=ended.num_sequences,
+                num_tokens=ended.num_tokens,
+                wall_s=ended.wall_s,
+                **counted,
             )
         )
-        self._started_s = None
 
     def clear(self) -> None:
         """Forget all records."""
@@ -113,20 +129,24 @@ class Telemetry:
 
     def prefill(self) -> PhaseSummary:
         """Sum over the passes that processed prompts."""
-        return _summarise(record for record in self.records if record.is_prefill)
+        return self._summary("prompt")
 
     def decode(self) -> PhaseSummary:
-        """Sum over the passes that produced one token per sequence."""
-        return _summarise(record for record in self.records if not record.is_prefill)
+        """Sum over the passes that took one token per sequence."""
+        return self._summary("decode")
+
+    def verify(self) -> PhaseSummary:
+        """Sum over the passes that checked drafted tokens."""
+        return self._summary("verify")
+
+    def _summary(self, phase: Phase) -> PhaseSummary:
+        return _summarise(phase, [record for record in list(self.records) if record.phase == phase])
 
 
-def _differences(now: Counters, before: Counters) -> dict[str, Any]:
-    return {each.name: getattr(now, each.name) - getattr(before, each.name) for each in fields(Counters)}
-
-
-def _summarise(records: Iterable[ForwardRecord]) -> PhaseSummary:
-    rows = list(records)
+def _summarise(phase: Phase, rows: Iterable[ForwardRecord]) -> PhaseSummary:
+    rows = list(rows)
     return PhaseSummary(
+        phase=phase,
         num_passes=len(rows),
         num_tokens=sum(row.num_sequences * row.num_tokens for row in rows),
         wall_s=sum(row.wall_s for row in rows),

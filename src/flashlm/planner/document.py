@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
 
-PLAN_VERSION: Literal[3] = 3
+PLAN_VERSION: Literal[4] = 4
 MAX_PLAN_BYTES = 1 << 20
 
 Mode = Literal["naive", "hybrid", "sparse", "experts"]
@@ -23,6 +23,7 @@ class Plan(BaseModel):
     Attributes:
         plan_version: Version of this document.
         source: What was planned for, by name.
+        outline: Its streamed layers, by which a plan of another model is known.
         dram_bytes, context: The budget and the KV cache's tokens that it was made for.
         mode: To run in.
         is_exact: Whether every weight takes part in every token.
@@ -41,8 +42,9 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    plan_version: Literal[3] = PLAN_VERSION
+    plan_version: Literal[4] = PLAN_VERSION
     source: str
+    outline: str
     dram_bytes: Annotated[int, Field(gt=0)]
     context: Annotated[int, Field(gt=0)]
     mode: Mode

@@ -34,6 +34,7 @@ def make_expert_plan(shape: ExpertShape, rates: Rates, dram_bytes: int, context:
     cost = expert_token(shape, placement, rates)
     return Plan(
         source=shape.name,
+        outline=shape.outline,
         dram_bytes=dram_bytes,
         context=context,
         mode="experts",

@@ -9,6 +9,7 @@ from typing import Any
 from flashlm.memory.expert_budget import ExpertUse
 from flashlm.pack.experts import ExpertLayer
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
+from flashlm.planner.outline import outline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,11 @@ class ExpertShape:
     def dtype(self) -> str:
         """Element type of the pack, a key of `DTYPE_BYTES`."""
         return self.uses[0].layout.dtype
+
+    @property
+    def outline(self) -> str:
+        """Model type, dtype and layers of experts, in words that differ where any of these do."""
+        return outline(self.model_type, [(use.layout, use.num_active) for use in self.uses])
 
     @property
     def streamed_bytes(self) -> int:

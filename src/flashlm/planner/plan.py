@@ -101,6 +101,7 @@ def make_plan(
     num_tokens = min(PROMPT_TOKENS, context)
     return Plan(
         source=shape.name,
+        outline=shape.outline,
         dram_bytes=dram_bytes,
         context=context,
         mode=best.mode,

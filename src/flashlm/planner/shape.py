@@ -22,6 +22,7 @@ from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
 from flashlm.pack.source import canonical_dtype
 from flashlm.planner.expert_needs import expert_uses
 from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, resident_bytes, uses_of_layers
+from flashlm.planner.outline import outline
 from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
 
@@ -88,6 +89,11 @@ class ModelShape:
         """Bytes of the output layer, which every token ends with."""
         text = self.config.get_text_config(decoder=True)
         return int(text.vocab_size) * int(text.hidden_size) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def outline(self) -> str:
+        """Model type, dtype and streamed layers, in words that differ where any of these do."""
+        return outline(self.model_type, [(layout, None) for layout in self.layouts])
 
     @property
     def streamed_bytes(self) -> int:
