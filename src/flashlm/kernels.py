@@ -175,6 +175,54 @@ class ProductTable:
         _native.project_many(self._code, table.data_ptr(), len(table), num_tokens)
 
 
+class GroupTable:
+    """Products of fp32 tokens, in groups, with one matrix for each group, read as they lie: x[j] @ weight[j].
+
+    Args:
+        weight: (groups, d, n), contiguous; bfloat16, float16 or float32; its memory is kept alive here.
+
+    Raises:
+        ConfigError: A dtype or layout is not as stated.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        if weight.dtype not in _DTYPE_CODES or weight.dim() != 3 or not weight.is_contiguous():
+            raise ConfigError(f"contiguous (groups, d, n) of 16 or 32 bits expected, got {_described(weight)}")
+        self._owner = weight
+        self._code = _DTYPE_CODES[weight.dtype]
+        groups, size, width = weight.shape
+        row_bytes = width * weight.element_size()
+        self._table = torch.tensor(
+            [
+                [weight.data_ptr() + j * size * row_bytes, size, row_bytes, width, 4 * j * size, 4 * j * width]
+                for j in range(groups)
+            ]
+        )
+
+    def accumulate(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Add out[j, t] += x[t, j] @ weight[j], with the same bits for a token alone and among others.
+
+        Args:
+            x: fp32 (num_tokens, groups * d), contiguous; at most `MAX_TOKENS` tokens.
+            out: fp32 (groups, num_tokens, n), contiguous.
+
+        Raises:
+            ConfigError: A size, dtype or layout is not as stated.
+        """
+        groups, size, width = self._owner.shape
+        num_tokens = len(x)
+        for name, tensor, shape in (("x", x, (num_tokens, groups * size)), ("out", out, (groups, num_tokens, width))):
+            if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
+                raise ConfigError(f"{name} must be contiguous float32 {shape}, got {_described(tensor)}")
+        if not 1 <= num_tokens <= MAX_TOKENS:
+            raise ConfigError(f"1 to {MAX_TOKENS} tokens at a time, got {num_tokens}")
+        table = self._table.clone()
+        table[:, 4] += x.data_ptr()
+        table[:, 5].mul_(num_tokens).add_(out.data_ptr())
+        # zeros are taken too: an infinite or NaN weight must show, as it does in torch's products
+        _native.accumulate_many(self._code, table.data_ptr(), groups, num_tokens, groups * size, True)
+
+
 def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
     """Add y[t] += sum over r of h[t, r] · row[r].down, rows in ascending order.
 
