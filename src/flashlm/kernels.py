@@ -141,14 +141,17 @@ class ProductTable:
                     weight.shape[0],
                     weight.stride(0) * weight.element_size(),
                     weight.shape[1],
-                    4 * x_start,
+                    0,
                     4 * out_start,
                     0,
                     0 if bias is None else bias.data_ptr(),
                 ]
-                for weight, (x_start, out_start), bias in zip(weights, starts, biases, strict=True)
+                for weight, (_, out_start), bias in zip(weights, starts, biases, strict=True)
             ]
         )
+        self._x_starts, self._of_x, self._of_out, self._of_stride = (torch.zeros_like(self._table) for _ in range(4))
+        self._x_starts[:, 4] = torch.tensor([4 * x_start for x_start, _ in starts])
+        self._of_x[:, 4] = self._of_out[:, 5] = self._of_stride[:, 6] = 1
 
     def project(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write out[t, o + r] = x_part[t] · row[r] (+ bias[r]) for every matrix.
@@ -168,10 +171,9 @@ class ProductTable:
                 )
         if not 1 <= num_tokens <= MAX_TOKENS:
             raise ConfigError(f"1 to {MAX_TOKENS} tokens at a time, got {num_tokens}")
-        table = self._table.clone()
-        table[:, 4].mul_(num_tokens).add_(x.data_ptr())
-        table[:, 5] += out.data_ptr()
-        table[:, 6] = out.shape[1]
+        # whole tables are added: writing columns takes twice as many calls of torch, which a small layer's token feels
+        table = torch.add(self._table, self._x_starts, alpha=num_tokens).add_(self._of_x, alpha=x.data_ptr())
+        table.add_(self._of_out, alpha=out.data_ptr()).add_(self._of_stride, alpha=out.shape[1])
         _native.project_many(self._code, table.data_ptr(), len(table), num_tokens)
 
 
@@ -193,11 +195,11 @@ class GroupTable:
         groups, size, width = weight.shape
         row_bytes = width * weight.element_size()
         self._table = torch.tensor(
-            [
-                [weight.data_ptr() + j * size * row_bytes, size, row_bytes, width, 4 * j * size, 4 * j * width]
-                for j in range(groups)
-            ]
+            [[weight.data_ptr() + j * size * row_bytes, size, row_bytes, width, 4 * j * size, 0] for j in range(groups)]
         )
+        self._out_starts, self._of_x, self._of_out = (torch.zeros_like(self._table) for _ in range(3))
+        self._out_starts[:, 5] = 4 * width * torch.arange(groups)
+        self._of_x[:, 4] = self._of_out[:, 5] = 1
 
     def accumulate(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add out[j, t] += x[t, j] @ weight[j], with the same bits for a token alone and among others.
@@ -216,9 +218,8 @@ class GroupTable:
                 raise ConfigError(f"{name} must be contiguous float32 {shape}, got {_described(tensor)}")
         if not 1 <= num_tokens <= MAX_TOKENS:
             raise ConfigError(f"1 to {MAX_TOKENS} tokens at a time, got {num_tokens}")
-        table = self._table.clone()
-        table[:, 4] += x.data_ptr()
-        table[:, 5].mul_(num_tokens).add_(out.data_ptr())
+        table = torch.add(self._table, self._out_starts, alpha=num_tokens).add_(self._of_x, alpha=x.data_ptr())
+        table.add_(self._of_out, alpha=out.data_ptr())
         # zeros are taken too: an infinite or NaN weight must show, as it does in torch's products
         _native.accumulate_many(self._code, table.data_ptr(), groups, num_tokens, groups * size, True)
 

@@ -112,7 +112,7 @@ class PRU(nn.Module):
             for layer in range(num_layers)
             for _ in range(self.num_directions)
         )
-        self._native: dict[int, NativeWeights] = {}
+        self._native: dict[int, NativeWeights | None] = {}
 
     @overload
     def forward(self, input: torch.Tensor, hx: State | None = None) -> tuple[torch.Tensor, State]: ...
@@ -258,7 +258,14 @@ class PRU(nn.Module):
         cell = self._cells()[position]
         path = self._path(cell, x, mask)
         if path == "native":
-            return run_native(cell, self._native_weights(position, cell), x, state)
+            tables = self._native[position] = NativeWeights.of(cell, self._native.get(position))
+            if tables is not None:
+                return run_native(cell, tables, x, state)
+            if self.path == "native":
+                raise ConfigError(
+                    "path='native' serves plain contiguous CPU weights in fp32, bf16 or fp16, all of one dtype; take"
+                    " path='auto'"
+                )
         if path == "folded":
             weights = cell.folded_weights(self.weight_dropout)
             if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
@@ -273,7 +280,7 @@ class PRU(nn.Module):
         if mask is not None:
             return "grouped"  # torch's packed LSTM is slower than masking
         if self.path == "native":
-            if not is_served(cell, *x.shape[:2]):
+            if not is_served(*x.shape[:2]):
                 raise ConfigError(
                     "path='native' serves inference under torch.no_grad() on the CPU, at most 8 sequences and 16 tokens"
                     f" a call; got {x.shape[0]} steps of {x.shape[1]} sequences: take path='auto'"
@@ -285,13 +292,7 @@ class PRU(nn.Module):
         if is_foldable and (x.device.type == "cuda" or (not is_compiling and folding_pays(cell, x))):
             return "folded"
         is_short = x.shape[0] * x.shape[1] <= NATIVE_AUTO_TOKENS
-        return "native" if is_short and not is_compiling and is_served(cell, *x.shape[:2]) else "grouped"
-
-    def _native_weights(self, position: int, cell: PRUCell) -> NativeWeights:
-        weights = self._native.get(position)
-        if weights is None or not weights.is_of(cell):
-            weights = self._native[position] = NativeWeights(cell)
-        return weights
+        return "native" if is_short and not is_compiling and is_served(*x.shape[:2]) else "grouped"
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_native": {}}  # copies make their own

@@ -18,30 +18,42 @@ from flashlm.pru.observers import is_in_memory, is_recorded
 MAX_BATCH = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Tensors = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor | None]
+_Place = tuple[int, torch.dtype, torch.Size]
 
 
 class NativeWeights:
     """Where a cell's weights are, as tables for the kernels; made anew when a parameter lies elsewhere.
 
     Args:
-        cell: One that `is_served`.
+        tensors: A cell's, each plain rows in memory.
     """
 
-    def __init__(self, cell: PRUCell) -> None:
-        tensors = _tensors(cell)
-        self._places = _places(tensors)
+    def __init__(self, tensors: _Tensors) -> None:
         # kept: memory that is not freed can't become another tensor's, so an address says which one it is
-        self._levels, self._level_biases = ([tensor.detach() for tensor in part] for part in tensors[:2])
+        levels, self._level_biases = ([tensor.detach() for tensor in part] for part in tensors[:2])
         self._context_weight = tensors[2].detach()
-        self._context_bias = None if tensors[3] is None else tensors[3].detach()
+        self._context_bias = None if tensors[3] is None else tensors[3].detach().unsqueeze(1)
         # of fp32 biases the kernels read the parameter itself, of others a copy that is made afresh for every call
         self._biases = [bias.float() for bias in self._level_biases]
-        self._input = _by_gate(self._levels, self._biases)
+        self._input = _by_gate(levels, self._biases)
         self._context = GroupTable(self._context_weight)
+        self._places = _places(tensors)
 
-    def is_of(self, cell: PRUCell) -> bool:
-        """Return whether the cell's weights still are where these were found."""
-        return self._places == _places(_tensors(cell))
+    @classmethod
+    def of(cls, cell: PRUCell, known: NativeWeights | None = None) -> NativeWeights | None:
+        """Return the tables of a cell's weights, None where a weight is not plain rows in memory that a kernel takes.
+
+        Args:
+            cell: Whose weights.
+            known: Returned where the weights still are what it was made of.
+        """
+        tensors = _tensors(cell)
+        places = _places(tensors)
+        if known is not None and known._places == places:
+            return known
+        weight = tensors[2]
+        is_served = None not in places and all(tensor.dtype == weight.dtype for tensor in tensors[0])
+        return cls(tensors) if is_served and weight.dtype in _DTYPES else None
 
     def input_gates(self, cell: PRUCell, x: torch.Tensor) -> torch.Tensor:
         """Return fp32 (num_tokens, 4M), the pyramid's bias in, of fp32 (num_tokens, N); at most `MAX_TOKENS` tokens."""
@@ -62,22 +74,15 @@ class NativeWeights:
         if self._context_bias is None:
             gates.zero_()
         else:
-            gates.copy_(self._context_bias.unsqueeze(1))
+            gates.copy_(self._context_bias)
         self._context.accumulate(h, gates)
         return gates.view(groups, len(h), 4, -1).permute(1, 2, 0, 3).reshape(len(h), -1)
 
 
-def is_served(cell: PRUCell, num_steps: int, batch: int) -> bool:
-    """Return whether the native step takes a sequence of this size: inference, CPU, few sequences, weights as rows."""
-    if torch.is_grad_enabled() or is_recorded():
-        return False
-    if not (1 <= batch <= MAX_BATCH and 1 <= num_steps * batch <= MAX_TOKENS):
-        return False
-    levels, level_biases, weight, bias = _tensors(cell)
-    tensors = [*levels, weight, *level_biases, *([] if bias is None else [bias])]
-    return all(tensor.dtype == weight.dtype for tensor in levels) and all(
-        is_in_memory(tensor) and tensor.dtype in _DTYPES and tensor.is_contiguous() for tensor in tensors
-    )
+def is_served(num_steps: int, batch: int) -> bool:
+    """Return whether the native step takes a sequence of this size now: inference, few sequences, nobody recording."""
+    is_small = 1 <= batch <= MAX_BATCH and 1 <= num_steps * batch <= MAX_TOKENS
+    return is_small and not torch.is_grad_enabled() and not is_recorded()
 
 
 def run_native(
@@ -101,10 +106,14 @@ def _tensors(cell: PRUCell) -> _Tensors:
     return list(transform.weights), list(transform.biases), context.weight, context.bias
 
 
-def _places(tensors: _Tensors) -> list[tuple[int, torch.dtype, torch.Size]]:
+def _places(tensors: _Tensors) -> list[_Place | None]:
+    """Return what a table depends on of each tensor; None for one whose values are not contiguous in memory."""
     levels, level_biases, weight, bias = tensors
     present = [*levels, *level_biases, weight, *([] if bias is None else [bias])]
-    return [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in present]
+    return [
+        (tensor.data_ptr(), tensor.dtype, tensor.shape) if is_in_memory(tensor) and tensor.is_contiguous() else None
+        for tensor in present
+    ]
 
 
 def _by_gate(weights: list[torch.Tensor], biases: list[torch.Tensor]) -> ProductTable:
