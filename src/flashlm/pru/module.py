@@ -85,15 +85,15 @@ class PRU(nn.Module):
         check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_choice("path", path, Path)
         for name, share in (("dropout", dropout), ("weight_dropout", weight_dropout)):
-            if not 0.0 <= share < 1.0:
-                raise ConfigError(f"{name} must be at least 0 and less than 1, got {share}")
+            if not 0.0 <= share <= 1.0:  # 1 is allowed, as in nn.LSTM
+                raise ConfigError(f"{name} must be from 0 to 1, got {share}")
         if proj_size:
             raise ConfigError(f"proj_size must be 0, got {proj_size}: a PRU has no projection")
         if subsampling == "max" and path == "folded":
             raise ConfigError("subsampling='max' is not linear, so path='folded' can't serve it; take path='grouped'")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
-        self.weight_dropout, self.path = weight_dropout, path
+        self.weight_dropout, self.path, self.proj_size = weight_dropout, path, 0
         self.num_directions = 2 if bidirectional else 1
         self.cells = nn.ModuleList(
             PRUCell(
@@ -152,6 +152,38 @@ class PRU(nn.Module):
         if not is_batched:
             return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return (outputs.transpose(0, 1) if self.batch_first else outputs), (h, c)
+
+    def reset_parameters(self) -> None:
+        """Initialise all weights anew, as at the start; after `to_empty` of a model made on the meta device too."""
+        for cell in self._cells():
+            cell.reset_parameters()
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer and direction, in the order of `cells`."""
+        return [list(cell.parameters()) for cell in self._cells()]
+
+    def forward_masked(self, x: torch.Tensor, hx: State | None, mask: torch.Tensor) -> tuple[torch.Tensor, State]:
+        """Run over padded sequences, whose state passes unchanged over what is no token; outputs there repeat the last.
+
+        Args:
+            x: (T, B, input_size), whatever `batch_first` says.
+            hx: As `forward` takes it.
+            mask: bool (T, B), False where a sequence has no token: before, after or among its own.
+
+        Returns:
+            Outputs (T, B, num_directions * hidden_size), and the last (h, c), shaped like `hx`.
+
+        Raises:
+            ConfigError: A shape or dtype does not fit.
+        """
+        self._check_dtype(x)
+        if x.dim() != 3 or x.shape[-1] != self.input_size or mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+            raise ConfigError(
+                f"input must be (T, B, {self.input_size}) and mask bool (T, B), got {tuple(x.shape)} and {mask.dtype}"
+                f" {tuple(mask.shape)}"
+            )
+        return self._run(x, self._checked_state(x, hx), mask)
 
     def to_lstm(self) -> nn.LSTM:
         """Return a `torch.nn.LSTM` that computes the same, with dense matrices of its own.
