@@ -2,7 +2,7 @@
 
 The numbers were recorded from this trainer in November 2026, when it was held against the authors' own loops: their `train`,
 `evaluate` and main loop for the PRU and AWD-LSTM's for the LSTM, same weights and draws, fp64; validation losses agreed
-within 8e-10 and 4.3e-7 (docs/experiments.md). Whatever changes window lengths, dropouts, regularisers, clipping, the
+within 8e-10 and 4.3e-7. Whatever changes window lengths, dropouts, regularisers, clipping, the
 scaling of the learning rate, weight decay, the rule that starts averaging or the mean itself, changes these numbers.
 """
 
@@ -20,7 +20,7 @@ from flashlm.pru.training.corpus import Corpus
 from flashlm.pru.training.trainer import Trainer
 from tests.pru.training.conftest import small_recipe
 
-# Another instruction set in torch's kernels moved them by 6e-12 and 7e-10 at most. (At higher learning rates the epochs after
+# Another instruction set in torch's kernels moved them by 6e-12 and 7e-10 at most. (At higher learning rates epochs after
 # the fourth are chaotic: differences of 1e-15 grow to 1e-2.)
 TOLERANCE = 1e-7
 REGIME = {"nonmono": 1, "clip": 1.0, "batch_size": 2, "bptt": 10, "alpha": 0.2, "beta": 0.1, "epochs": 6}
