@@ -82,19 +82,22 @@ void project_many(unsigned dtype, size_t table_address, size_t num_products, siz
     run_projects(type, products.data(), products.size());
 }
 
-// A row of the table: address, num_rows, row_stride_bytes, hidden_size, h_address, y_address. One token each.
+// A row of the table: address, num_rows, row_stride_bytes, hidden_size, h_address, y_address.
 constexpr size_t ACCUMULATE_COLUMNS = 6;
 
-void accumulate_many(unsigned dtype, size_t table_address, size_t num_products) {
+void accumulate_many(unsigned dtype, size_t table_address, size_t num_products, size_t num_tokens, size_t h_stride,
+                     bool takes_zeros) {
     const DType type = checked_dtype(dtype);
+    check_tokens(num_tokens);
     require(table_address != 0, "table_address is null");
     std::vector<AccumulateArgs> products;
     products.reserve(num_products);
     for (size_t i = 0; i < num_products; ++i) {
         const auto* row = pointer<const std::uint64_t>(table_address) + i * ACCUMULATE_COLUMNS;
         require(row[4] != 0 && row[5] != 0, "h_address or y_address is null");
+        require(num_tokens == 1 || h_stride >= row[1], "h_stride is less than num_rows");
         products.push_back({checked_rows(type, row[0], row[1], row[2], 0, row[3], 0), pointer<const float>(row[4]),
-                            row[1], 1, pointer<float>(row[5])});
+                            h_stride, num_tokens, pointer<float>(row[5]), takes_zeros});
     }
     run_accumulates(type, products.data(), products.size());
 }
@@ -201,9 +204,10 @@ void bind_kernels(nb::module_& m) {
     m.def("accumulate", &accumulate, "dtype"_a, "block_address"_a, "num_rows"_a, "row_stride_bytes"_a,
           "part_offset_bytes"_a, "hidden_size"_a, "h_address"_a, "h_stride"_a, "num_tokens"_a, "y_address"_a,
           "slots_address"_a = 0, Release(), "y[t] += sum over r of h[t, r] * row[r].part");
-    m.def("accumulate_many", &accumulate_many, "dtype"_a, "table_address"_a, "num_products"_a, Release(),
-          "Several of one token in one job; the table has int64 rows: address, num_rows, row_stride_bytes, hidden_size, "
-          "h_address, y_address.");
+    m.def("accumulate_many", &accumulate_many, "dtype"_a, "table_address"_a, "num_products"_a, "num_tokens"_a = 1,
+          "h_stride"_a = 0, "takes_zeros"_a = false, Release(),
+          "Several in one job, their tokens h_stride apart; the table has int64 rows: address, num_rows, row_stride_bytes, "
+          "hidden_size, h_address, y_address. With takes_zeros rows whose h is 0 are read too.");
     m.def("linear", &linear, "dtype"_a, "weight_address"_a, "num_rows"_a, "hidden_size"_a, "x_address"_a, "num_tokens"_a,
           "out_address"_a, "bias_address"_a = 0, Release(),
           "out[t, r] = x[t] . weight[r] (+ bias[r]), out in float32, the others in dtype, all contiguous");

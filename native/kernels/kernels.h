@@ -39,13 +39,14 @@ struct ProjectArgs {
 };
 
 // y[t, k] += sum_r h[t, r] * row[r][k]; y is [num_tokens, hidden_size] contiguous. Rows whose h is 0 for all tokens are
-// not touched.
+// not touched, unless `takes_zeros`: then infinite and NaN weights show, as in any other product.
 struct AccumulateArgs {
     Rows rows;
     const float* h;
     std::size_t h_stride;         // elements from token to token
     std::size_t num_tokens;
     float* y;
+    bool takes_zeros = false;
 };
 
 // dst[r, k] = row[r][k] in fp32; dst is [num_rows, hidden_size] contiguous.

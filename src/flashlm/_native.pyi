@@ -38,7 +38,14 @@ def linear(
     out_address: int,
     bias_address: int = 0,
 ) -> None: ...
-def accumulate_many(dtype: int, table_address: int, num_products: int) -> None: ...
+def accumulate_many(
+    dtype: int,
+    table_address: int,
+    num_products: int,
+    num_tokens: int = 1,
+    h_stride: int = 0,
+    takes_zeros: bool = False,
+) -> None: ...
 def lstm_gates(
     input_address: int,
     context_address: int,

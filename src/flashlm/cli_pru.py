@@ -60,7 +60,7 @@ def train(
     from flashlm.pru.training.encoding import TokenizerEncoding
     from flashlm.pru.training.evaluate import exp
     from flashlm.pru.training.saved import BEST
-    from flashlm.pru.training.settings import assigned, make_recipe
+    from flashlm.pru.training.settings import assigned, make_recipe, note_on_values
     from flashlm.pru.training.trainer import Trainer
 
     model, training = assigned(set_ or [])
@@ -86,6 +86,8 @@ def train(
         if trainer.processes.is_main:
             num_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
             console.note(warning or f"{corpus.describe()}" + (f" ({name})" if name else ""))
+            if values := note_on_values(made, name):
+                console.note(values)
             console.note(f"{made.name}: {num_parameters:,} parameters, {made.training.epochs} epochs, into {out}")
         reached = trainer.run()
     if not trainer.processes.is_main:

@@ -168,14 +168,17 @@ class ProductTable:
                     weight.shape[0],
                     weight.stride(0) * weight.element_size(),
                     weight.shape[1],
-                    4 * x_start,
+                    0,
                     4 * out_start,
                     0,
                     0 if bias is None else bias.data_ptr(),
                 ]
-                for weight, (x_start, out_start), bias in zip(weights, starts, biases, strict=True)
+                for weight, (_, out_start), bias in zip(weights, starts, biases, strict=True)
             ]
         )
+        self._x_starts, self._of_x, self._of_out, self._of_stride = (torch.zeros_like(self._table) for _ in range(4))
+        self._x_starts[:, 4] = torch.tensor([4 * x_start for x_start, _ in starts])
+        self._of_x[:, 4] = self._of_out[:, 5] = self._of_stride[:, 6] = 1
 
     def project(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Write out[t, o + r] = x_part[t] · row[r] (+ bias[r]) for every matrix.
@@ -195,11 +198,57 @@ class ProductTable:
                 )
         if not 1 <= num_tokens <= MAX_TOKENS:
             raise ConfigError(f"1 to {MAX_TOKENS} tokens at a time, got {num_tokens}")
-        table = self._table.clone()
-        table[:, 4].mul_(num_tokens).add_(x.data_ptr())
-        table[:, 5] += out.data_ptr()
-        table[:, 6] = out.shape[1]
+        # whole tables are added: writing columns takes twice as many calls of torch, which a small layer's token feels
+        table = torch.add(self._table, self._x_starts, alpha=num_tokens).add_(self._of_x, alpha=x.data_ptr())
+        table.add_(self._of_out, alpha=out.data_ptr()).add_(self._of_stride, alpha=out.shape[1])
         _native.project_many(self._code, table.data_ptr(), len(table), num_tokens)
+
+
+class GroupTable:
+    """Products of fp32 tokens, in groups, with one matrix for each group, read as they lie: x[j] @ weight[j].
+
+    Args:
+        weight: (groups, d, n), contiguous; bfloat16, float16 or float32; its memory is kept alive here.
+
+    Raises:
+        ConfigError: A dtype or layout is not as stated.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        if weight.dtype not in _DTYPE_CODES or weight.dim() != 3 or not weight.is_contiguous():
+            raise ConfigError(f"contiguous (groups, d, n) of 16 or 32 bits expected, got {_described(weight)}")
+        self._owner = weight
+        self._code = _DTYPE_CODES[weight.dtype]
+        groups, size, width = weight.shape
+        row_bytes = width * weight.element_size()
+        self._table = torch.tensor(
+            [[weight.data_ptr() + j * size * row_bytes, size, row_bytes, width, 4 * j * size, 0] for j in range(groups)]
+        )
+        self._out_starts, self._of_x, self._of_out = (torch.zeros_like(self._table) for _ in range(3))
+        self._out_starts[:, 5] = 4 * width * torch.arange(groups)
+        self._of_x[:, 4] = self._of_out[:, 5] = 1
+
+    def accumulate(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Add out[j, t] += x[t, j] @ weight[j], with the same bits for a token alone and among others.
+
+        Args:
+            x: fp32 (num_tokens, groups * d), contiguous; at most `MAX_TOKENS` tokens.
+            out: fp32 (groups, num_tokens, n), contiguous.
+
+        Raises:
+            ConfigError: A size, dtype or layout is not as stated.
+        """
+        groups, size, width = self._owner.shape
+        num_tokens = len(x)
+        for name, tensor, shape in (("x", x, (num_tokens, groups * size)), ("out", out, (groups, num_tokens, width))):
+            if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
+                raise ConfigError(f"{name} must be contiguous float32 {shape}, got {_described(tensor)}")
+        if not 1 <= num_tokens <= MAX_TOKENS:
+            raise ConfigError(f"1 to {MAX_TOKENS} tokens at a time, got {num_tokens}")
+        table = torch.add(self._table, self._out_starts, alpha=num_tokens).add_(self._of_x, alpha=x.data_ptr())
+        table.add_(self._of_out, alpha=out.data_ptr())
+        # zeros are taken too: an infinite or NaN weight must show, as it does in torch's products
+        _native.accumulate_many(self._code, table.data_ptr(), groups, num_tokens, groups * size, True)
 
 
 def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:

@@ -110,11 +110,11 @@ def test_loss_is_the_mean_over_predicted_tokens_and_reaches_every_parameter(mode
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_padding_and_wrong_configurations_are_refused(model: PRUForCausalLM) -> None:
+def test_wrong_configurations_and_states_are_refused(model: PRUForCausalLM) -> None:
     tokens = torch.ones(2, 3, dtype=torch.long)
-    with pytest.raises(ConfigError, match="attention_mask has zeros"):
-        model(tokens, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]))
     with pytest.raises(ConfigError, match="state must have one"):
         model(tokens, state=())
+    with pytest.raises(ConfigError, match=r"for 2 sequences, got \[\[\(1, 1, 24\)"):
+        model(tokens, state=model(tokens[:1]).state)
     with pytest.raises(ConfigError, match="arch must be one of"):
         PRUConfig(**SMALL, arch="gru")

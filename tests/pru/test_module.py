@@ -386,7 +386,7 @@ def test_auto_takes_the_path_that_was_measured_faster(
         ({"input_size": 6, "hidden_size": 8, "levels": 3}, "input_size must be divisible by 4, got 6"),
         ({"input_size": 8, "hidden_size": 8, "proj_size": 4}, "proj_size must be 0"),
         ({"input_size": 8, "hidden_size": 8, "split": "half"}, "split must be one of code, equal"),
-        ({"input_size": 8, "hidden_size": 8, "dropout": 1.5}, "dropout must be at least 0"),
+        ({"input_size": 8, "hidden_size": 8, "dropout": 1.5}, "dropout must be from 0 to 1"),
         ({"input_size": 8, "hidden_size": 8, "subsampling": "max", "path": "folded"}, "not linear"),
         ({"input_size": 8, "hidden_size": 0}, "hidden_size must be a positive integer"),
     ],

@@ -94,6 +94,11 @@ class PRUCell(nn.Module):
             raise ConfigError(f"hx must be two tensors of shape {expected}, got {tuple(h.shape)} and {tuple(c.shape)}")
         return step(self.input_transform(x) + self.context_transform(h), c)
 
+    def reset_parameters(self) -> None:
+        """Initialise both transforms anew."""
+        self.input_transform.reset_parameters()
+        self.context_transform.reset_parameters()
+
     def input_gates(self, x: torch.Tensor) -> torch.Tensor:
         """Return all that does not depend on the context: (..., input_size) → (..., 4 * hidden_size), both biases in."""
         gates: torch.Tensor = self.input_transform(x)

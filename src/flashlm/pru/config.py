@@ -32,6 +32,7 @@ class PRUConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "pru"
+    keys_to_ignore_at_inference = ["state"]  # noqa: RUF012 - transformers' own protocol: no prediction to be gathered
 
     vocab_size: int = 33278
     embedding_size: int = 400

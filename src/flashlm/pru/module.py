@@ -85,15 +85,15 @@ class PRU(nn.Module):
         check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         check_choice("path", path, Path)
         for name, share in (("dropout", dropout), ("weight_dropout", weight_dropout)):
-            if not 0.0 <= share < 1.0:
-                raise ConfigError(f"{name} must be at least 0 and less than 1, got {share}")
+            if not 0.0 <= share <= 1.0:  # 1 is allowed, as in nn.LSTM
+                raise ConfigError(f"{name} must be from 0 to 1, got {share}")
         if proj_size:
             raise ConfigError(f"proj_size must be 0, got {proj_size}: a PRU has no projection")
         if subsampling == "max" and path == "folded":
             raise ConfigError("subsampling='max' is not linear, so path='folded' can't serve it; take path='grouped'")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
-        self.weight_dropout, self.path = weight_dropout, path
+        self.weight_dropout, self.path, self.proj_size = weight_dropout, path, 0
         self.num_directions = 2 if bidirectional else 1
         self.cells = nn.ModuleList(
             PRUCell(
@@ -112,7 +112,7 @@ class PRU(nn.Module):
             for layer in range(num_layers)
             for _ in range(self.num_directions)
         )
-        self._native: dict[int, NativeWeights] = {}
+        self._native: dict[int, NativeWeights | None] = {}
 
     @overload
     def forward(self, input: torch.Tensor, hx: State | None = None) -> tuple[torch.Tensor, State]: ...
@@ -152,6 +152,38 @@ class PRU(nn.Module):
         if not is_batched:
             return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return (outputs.transpose(0, 1) if self.batch_first else outputs), (h, c)
+
+    def reset_parameters(self) -> None:
+        """Initialise all weights anew, as at the start; after `to_empty` of a model made on the meta device too."""
+        for cell in self._cells():
+            cell.reset_parameters()
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters of each layer and direction, in the order of `cells`."""
+        return [list(cell.parameters()) for cell in self._cells()]
+
+    def forward_masked(self, x: torch.Tensor, hx: State | None, mask: torch.Tensor) -> tuple[torch.Tensor, State]:
+        """Run over padded sequences, whose state passes unchanged over what is no token; outputs there repeat the last.
+
+        Args:
+            x: (T, B, input_size), whatever `batch_first` says.
+            hx: As `forward` takes it.
+            mask: bool (T, B), False where a sequence has no token: before, after or among its own.
+
+        Returns:
+            Outputs (T, B, num_directions * hidden_size), and the last (h, c), shaped like `hx`.
+
+        Raises:
+            ConfigError: A shape or dtype does not fit.
+        """
+        self._check_dtype(x)
+        if x.dim() != 3 or x.shape[-1] != self.input_size or mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+            raise ConfigError(
+                f"input must be (T, B, {self.input_size}) and mask bool (T, B), got {tuple(x.shape)} and {mask.dtype}"
+                f" {tuple(mask.shape)}"
+            )
+        return self._run(x, self._checked_state(x, hx), mask)
 
     def to_lstm(self) -> nn.LSTM:
         """Return a `torch.nn.LSTM` that computes the same, with dense matrices of its own.
@@ -258,7 +290,14 @@ class PRU(nn.Module):
         cell = self._cells()[position]
         path = self._path(cell, x, mask)
         if path == "native":
-            return run_native(cell, self._native_weights(position, cell), x, state)
+            tables = self._native[position] = NativeWeights.of(cell, self._native.get(position))
+            if tables is not None:
+                return run_native(cell, tables, x, state)
+            if self.path == "native":
+                raise ConfigError(
+                    "path='native' serves plain contiguous CPU weights in fp32, bf16 or fp16, all of one dtype; take"
+                    " path='auto'"
+                )
         if path == "folded":
             weights = cell.folded_weights(self.weight_dropout)
             if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
@@ -273,7 +312,7 @@ class PRU(nn.Module):
         if mask is not None:
             return "grouped"  # torch's packed LSTM is slower than masking
         if self.path == "native":
-            if not is_served(cell, *x.shape[:2]):
+            if not is_served(*x.shape[:2]):
                 raise ConfigError(
                     "path='native' serves inference under torch.no_grad() on the CPU, at most 8 sequences and 16 tokens"
                     f" a call; got {x.shape[0]} steps of {x.shape[1]} sequences: take path='auto'"
@@ -285,13 +324,7 @@ class PRU(nn.Module):
         if is_foldable and (x.device.type == "cuda" or (not is_compiling and folding_pays(cell, x))):
             return "folded"
         is_short = x.shape[0] * x.shape[1] <= NATIVE_AUTO_TOKENS
-        return "native" if is_short and not is_compiling and is_served(cell, *x.shape[:2]) else "grouped"
-
-    def _native_weights(self, position: int, cell: PRUCell) -> NativeWeights:
-        weights = self._native.get(position)
-        if weights is None or not weights.is_of(cell):
-            weights = self._native[position] = NativeWeights(cell)
-        return weights
+        return "native" if is_short and not is_compiling and is_served(*x.shape[:2]) else "grouped"
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_native": {}}  # copies make their own

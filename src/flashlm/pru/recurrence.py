@@ -45,12 +45,11 @@ class _GroupedRecurrence(torch.autograd.Function):
             step[..., 2 * size : 3 * size].tanh_()
             step[..., 3 * size :].sigmoid_()
             i, f, g, o = step.chunk(4, dim=-1)
-            torch.mul(f, c, out=c_all[t + 1])
-            c_all[t + 1].addcmul_(i, g)
-            torch.mul(o, c_all[t + 1].tanh(), out=h_all[t + 1])
-            if mask is not None:  # beyond its end a sequence keeps its state
-                c_all[t + 1] = torch.where(mask[t], c_all[t + 1], c)
-                h_all[t + 1] = torch.where(mask[t], h_all[t + 1], h)
+            c_next = (f * c).addcmul_(i, g)  # no out=: torch.export refuses it where gradients are on
+            h_next = o * c_next.tanh()
+            # where a sequence has no token it keeps its state
+            c_all[t + 1] = c_next if mask is None else torch.where(mask[t], c_next, c)
+            h_all[t + 1] = h_next if mask is None else torch.where(mask[t], h_next, h)
         ctx.save_for_backward(activations, h_all, c_all, weight, mask)
         ctx.dtypes = gates.dtype, h0.dtype
         return h_all[1:].clone(), c_all[1:].clone()
@@ -164,7 +163,7 @@ def run_grouped(
         weight: (groups, d, 4 * d) with d = hidden_size / groups.
         h0: (B, hidden_size).
         c0: (B, hidden_size).
-        mask: bool (T, B), False where a sequence has ended; None: all run to the end.
+        mask: bool (T, B), False where a sequence has no token and keeps its state; None: it has one everywhere.
 
     Returns:
         Outputs (T, B, hidden_size), last h and last c (B, hidden_size); fp32, or fp64 for fp64 gates.
@@ -201,7 +200,7 @@ def run_grouped(
 
 
 def run_dense(
-    x: torch.Tensor, weights: list[torch.Tensor], h0: torch.Tensor, c0: torch.Tensor
+    x: torch.Tensor, weights: list[torch.Tensor], h0: torch.Tensor, c0: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run a layer of `torch.nn.LSTM` with the same loop, as one group; its state stays fp32, which torch's does not.
 
@@ -210,10 +209,11 @@ def run_dense(
         weights: weight_ih, weight_hh and, with bias, bias_ih and bias_hh.
         h0: (B, M).
         c0: (B, M).
+        mask: As `run_grouped` takes it.
 
     Returns:
         As `run_grouped`.
     """
     weight_ih, weight_hh, *biases = weights
     bias = biases[0] + biases[1] if biases else None
-    return run_grouped(linear(x, weight_ih, bias), weight_hh.t().unsqueeze(0), h0, c0)
+    return run_grouped(linear(x, weight_ih, bias), weight_hh.t().unsqueeze(0), h0, c0, mask)

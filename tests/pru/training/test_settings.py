@@ -9,7 +9,14 @@ import torch
 
 from flashlm.errors import ConfigError
 from flashlm.pru import PRUConfig, PRUForCausalLM
-from flashlm.pru.training.settings import TrainingSettings, assigned, make_recipe, preset_settings, read_recipe
+from flashlm.pru.training.settings import (
+    TrainingSettings,
+    assigned,
+    make_recipe,
+    note_on_values,
+    preset_settings,
+    read_recipe,
+)
 
 
 @pytest.mark.parametrize(
@@ -104,3 +111,14 @@ def test_recipes_have_the_published_number_of_parameters(name: str, penn: int, w
         made.tie_weights()
         counts.append(sum(parameter.numel() for parameter in made.parameters()))
     assert counts == [penn, wikitext]
+
+
+def test_penn_treebanks_values_on_wikitext_are_noted() -> None:
+    awd = make_recipe(None, "awd", {}, {})
+    note = note_on_values(awd, "WikiText-2")
+    assert note is not None
+    assert "preset awd has the values for Penn Treebank, and this is WikiText-2" in note
+    assert note_on_values(awd, "Penn Treebank") is None
+    assert note_on_values(awd, None) is None
+    assert note_on_values(make_recipe(None, "standard", {}, {}), "WikiText-2") is None
+    assert note_on_values(make_recipe(None, "awd", {}, {"batch_size": 80, "dropouti": 0.65}), "WikiText-2") is None

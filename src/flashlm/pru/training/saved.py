@@ -44,11 +44,15 @@ def load_model(folder: Path) -> PRUForCausalLM:
     """
     place = _place(folder)
     try:
-        model: PRUForCausalLM = PRUForCausalLM.from_pretrained(place)
+        model, found = PRUForCausalLM.from_pretrained(place, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise PackError(f"the model in {place} can't be loaded: {error}") from error
+    for what, names in (("has no", found["missing_keys"]), ("has an unknown", found["unexpected_keys"])):
+        for name in sorted(names):  # transformers would draw the one anew, leave the other out, and go on
+            raise PackError(f"the model in {place} {what} {name}: the file is not of this configuration, or damaged")
     model.eval()
-    return model
+    loaded: PRUForCausalLM = model
+    return loaded
 
 
 def load_with_encoding(folder: Path) -> tuple[PRUForCausalLM, Encoding]:

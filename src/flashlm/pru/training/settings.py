@@ -123,6 +123,20 @@ def preset_settings(name: str, **changes: Any) -> TrainingSettings:
     return TrainingSettings(**(PRESETS[name] | changes))
 
 
+def note_on_values(recipe: Recipe, corpus: str | None) -> str | None:
+    """Return a line where an advanced preset's values for Penn Treebank meet WikiText-2, else None."""
+    own = ("batch_size", "dropouti", "dropouth")  # what AWD-LSTM's two commands differ in, beside length and seed
+    if corpus != "WikiText-2" or not recipe.preset.startswith("awd"):
+        return None
+    preset = preset_settings(recipe.preset)
+    if any(getattr(recipe.training, name) != getattr(preset, name) for name in own):
+        return None
+    return (
+        f"preset {recipe.preset} has the values for Penn Treebank, and this is WikiText-2: its own are batch_size=80,"
+        " dropouti=0.65, dropouth=0.2 (recipes/pru/awd/*-wt2.toml)"
+    )
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe: keys name and preset, tables [model] and [training].
 
