@@ -22,22 +22,28 @@ class WideningLinear(nn.Linear):
         if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
         tokens = input.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
-        output = torch.empty(len(tokens), self.out_features, dtype=torch.float32)
-        if len(tokens) <= kernels.MAX_TOKENS:  # in another dtype
+        if len(tokens) > kernels.MAX_TOKENS:
+            output = self._multiply(tokens, input.dtype)
+        else:  # in another dtype
+            output = torch.empty(len(tokens), self.out_features, dtype=torch.float32)
             kernels.project(tokens, self._rows(0, self.out_features), 0, output)
-        else:
-            self._multiply(tokens, output)
-        if self.bias is not None:
-            output += self.bias
+            if self.bias is not None:
+                output += self.bias
         return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
-    def _multiply(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        step = max(kernels.WIDEN_PIECE_BYTES // (4 * self.in_features), 1)
+    def _multiply(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the outputs of many tokens in `dtype`, rounded piece by piece: all in fp32 are twice as large."""
+        output = torch.empty(len(tokens), self.out_features, dtype=dtype)
+        step = max(kernels.WIDEN_PIECE_BYTES // (4 * max(self.in_features, len(tokens))), 1)
         scratch = torch.empty(min(step, self.out_features), self.in_features, dtype=torch.float32)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             kernels.widen(self._rows(start, stop), 0, scratch[: stop - start])
-            output[:, start:stop] = F.linear(tokens, scratch[: stop - start])
+            piece = F.linear(tokens, scratch[: stop - start])
+            if self.bias is not None:
+                piece += self.bias[start:stop]
+            output[:, start:stop] = piece
+        return output
 
     def _rows(self, start: int, stop: int) -> kernels.RowBlock:
         stride_bytes = self.in_features * self.weight.element_size()

@@ -27,11 +27,12 @@ from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.linear import widen_linears
+from flashlm.engine.pass_guard import guard_passes
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
-from flashlm.errors import BudgetError, ConfigError, PackError
+from flashlm.errors import ConfigError, PackError
 from flashlm.memory.budget import Placement, place, place_sparse
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.limits import read_memory_limits
@@ -203,6 +204,7 @@ class FlashModel:
         if gemm.strategy == "widen":
             widen_linears(model)
         model.flash = self
+        guard_passes(model, self)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
         weakref.finalize(model, self.close)
@@ -294,14 +296,6 @@ class FlashModel:
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
         wanted = num_sequences * (int(past) + num_tokens)
-        if wanted > self.context:
-            per_token = self.placement.needs.kv_cache_bytes // self.context
-            raise BudgetError(
-                f"{num_sequences} sequences of {int(past) + num_tokens} tokens need a KV cache of {wanted} tokens,"
-                f" but this model was loaded for context={self.context}: load it with context={wanted} or more",
-                needed_bytes=wanted * per_token,
-                available_bytes=self.context * per_token,
-            )
         assert self.telemetry is not None
         self._yield_cores(num_sequences * num_tokens, wanted)
         self.telemetry.begin()

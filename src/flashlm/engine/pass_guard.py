@@ -1,0 +1,292 @@
+"""Count what a forward pass will allocate before it does, and refuse what the budget can't hold.
+
+`guard_passes` gives a loaded model (and its decoder, which people call for hidden states) a subclass of its own class, whose
+`forward` asks the guard first. A subclass, and no hooks: it also sees `model.forward(...)`, and can run the output layer in
+pieces where `labels` are given (`chunked_loss`). How much there is:
+
+    pool = dram - process before loading - weights - pinned blocks, staging and caches - what the process holds beyond plan
+
+but never less than what loading reserved for passes of `context` tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flashlm.engine.cache_room import LiveCaches, cache_room, past_tokens
+from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
+from flashlm.errors import BudgetError
+from flashlm.memory.limits import process_bytes
+from flashlm.memory.pass_memory import (
+    CACHE,
+    OTHER_CACHES,
+    PASS_SLACK_BYTES,
+    STATIC_CACHE,
+    PassFacts,
+    PassShape,
+    check_pass,
+    logits_bytes,
+    pass_items,
+)
+from flashlm.planner.expert_needs import expert_pass_facts, expert_uses
+from flashlm.planner.needs import SLACK_BYTES, pass_facts, writes_scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flashlm.engine.model import FlashModel
+
+MAX_LOSS_PIECE_BYTES = 128 << 20  # larger pieces read the output layer less often, which no longer shows
+
+
+class PassGuard:
+    """What one model's passes may allocate, and what they are doing now.
+
+    Args:
+        flash: The loaded model's placement and manifest.
+        config: Its transformers config.
+    """
+
+    def __init__(self, flash: FlashModel, config: Any) -> None:
+        manifest = flash.manifest
+        if manifest.experts:
+            facts = expert_pass_facts(config, expert_uses(manifest))
+        else:
+            facts = pass_facts(config, [manifest.layout(layer) for layer in range(len(manifest.layers))])
+        placement, needs = flash.placement, flash.placement.needs
+        self.context = flash.context
+        self.caches = LiveCaches()
+        self.chunked = ChunkedLoss()
+        self._facts = facts
+        self._config = config
+        self._threads = threading.local()
+        self._reserved_bytes = needs.kv_cache_bytes + needs.working_bytes
+        self._fixed_bytes = needs.process_bytes + needs.resident_bytes + needs.predictor_bytes
+        self._fixed_bytes += placement.pinned_bytes + placement.staging_bytes + placement.cache_bytes
+        self._dram_bytes = placement.dram_bytes
+
+    @property
+    def facts(self) -> PassFacts:
+        """What passes depend on now: the attention implementation may change after loading."""
+        holds_scores = writes_scores(self._config)
+        return (
+            self._facts
+            if holds_scores == self._facts.writes_scores
+            else replace(self._facts, writes_scores=holds_scores)
+        )
+
+    def available_bytes(self) -> int:
+        """Return what the budget has for caches and working memory: at least what loading reserved for them."""
+        foreign_bytes = process_bytes() - self._fixed_bytes - self.caches.others_bytes(None) - SLACK_BYTES
+        return max(self._reserved_bytes, self._dram_bytes - self._fixed_bytes - max(foreign_bytes, 0))
+
+    def check_context(self, num_sequences: int, num_tokens: int) -> None:
+        """Refuse sequences whose tokens are more than the KV cache was planned for, over all of them.
+
+        Raises:
+            BudgetError: It says which context would do.
+        """
+        wanted = num_sequences * num_tokens
+        if wanted <= self.context:
+            return
+        per_token = self._facts.kv_token_bytes
+        each = f"{num_sequences} sequences of {num_tokens} tokens need"
+        raise BudgetError(
+            f"{each} a KV cache of {wanted} tokens, but this model was loaded for context={self.context}, which counts"
+            f" the tokens of all sequences together: load it with context={wanted} or more",
+            needed_bytes=wanted * per_token,
+            available_bytes=self.context * per_token,
+        )
+
+    def items(self, shape: PassShape, cache: Any) -> dict[str, int]:
+        """Return what a pass of `shape` takes, by item, and what caches other than `cache` hold meanwhile."""
+        items = pass_items(self.facts, shape)
+        items[OTHER_CACHES] = self.caches.others_bytes(cache)
+        if items[OTHER_CACHES] and sum(items.values()) + PASS_SLACK_BYTES > self.available_bytes():
+            self.caches.forget_dead()
+            items[OTHER_CACHES] = self.caches.others_bytes(cache)
+        return items
+
+    def check(self, shape: PassShape, cache: Any, what: str) -> None:
+        """Refuse a pass of `shape` with `cache` where it does not fit.
+
+        Raises:
+            BudgetError: It lists what needs how much, and what to do.
+        """
+        items = self.items(shape, cache)
+        check_pass(items, self.available_bytes(), what)
+        self.note(cache, items)
+
+    def note(self, cache: Any, items: dict[str, int]) -> None:
+        """Remember what `cache` takes from now on."""
+        if cache is not None:
+            self.caches.note(cache, items[CACHE] + items[STATIC_CACHE])
+
+    def check_call(self, call: dict[str, Any], *, makes_logits: bool) -> PassShape | None:
+        """Refuse a call that does not fit, but for logits with labels; return its shape, None where it has no tokens.
+
+        Args:
+            call: A forward's arguments by name.
+            makes_logits: Whether it ends with the output layer.
+        """
+        shape, cache = self.shape_of(call, makes_logits=makes_logits), call.get("past_key_values")
+        if shape is None:
+            return None
+        self.check_context(shape.num_sequences, past_tokens(cache) + shape.num_tokens)
+        if not shape.has_loss:
+            self.check(shape, cache, _describe(shape))
+        return shape
+
+    def shape_of(self, call: dict[str, Any], *, makes_logits: bool) -> PassShape | None:
+        """Return the shape of a forward call."""
+        tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        if tokens is None or tokens.dim() < 2:
+            return None
+        num_sequences, num_tokens = int(tokens.shape[0]), int(tokens.shape[1])
+        cache = call.get("past_key_values")
+        room = cache_room(cache, past_tokens(cache) + num_tokens)
+        has_cache = cache is not None or self._flag(call, "use_cache")
+        return PassShape(
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            width=room.width,
+            num_cached=room.num_cached if has_cache else 0,
+            capacity=room.capacity,
+            num_kept=_num_kept(call, num_tokens) if makes_logits else 0,
+            is_masked=_is_masked(call.get("attention_mask")),
+            has_hidden_states=self._flag(call, "output_hidden_states"),
+            has_attentions=self._flag(call, "output_attentions"),
+            has_loss=makes_logits and call.get("labels") is not None,
+        )
+
+    def _flag(self, call: dict[str, Any], name: str) -> bool:
+        value = call.get(name)
+        return bool(getattr(self._config, name, name == "use_cache") if value is None else value)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While a checked pass runs in this thread, its decoder asks nobody."""
+        before = self.is_inside
+        self._threads.is_inside = True
+        try:
+            yield
+        finally:
+            self._threads.is_inside = before
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is in a pass that was checked."""
+        return getattr(self._threads, "is_inside", False)
+
+    def loss_positions(self, shape: PassShape, call: dict[str, Any], model: Any) -> tuple[int, int] | None:
+        """Return how many positions' losses fit at once, and the bytes that they may take; None: all of them fit.
+
+        Raises:
+            BudgetError: Not one position fits, or the loss can't be made in pieces.
+        """
+        cache = call.get("past_key_values")
+        items, available_bytes = self.items(shape, cache), self.available_bytes()
+        self.note(cache, items)
+        if sum(items.values()) + PASS_SLACK_BYTES <= available_bytes:
+            return None
+        if not can_chunk(model, call):
+            check_pass(items, available_bytes, _describe(shape))
+        self.check(replace(shape, num_kept=1), cache, _describe(replace(shape, num_kept=1)))
+        rest = sum(self.items(replace(shape, num_kept=0), cache).values()) + PASS_SLACK_BYTES
+        room_bytes = available_bytes - rest
+        each_bytes = logits_bytes(self.facts, shape.num_sequences, has_loss=True)
+        return max(min(room_bytes, MAX_LOSS_PIECE_BYTES) // each_bytes, 1), room_bytes
+
+
+def guard_passes(model: PreTrainedModel, flash: FlashModel) -> PassGuard:
+    """Make every pass of `model` and of its decoder ask a guard before it allocates; return the guard."""
+    guard = PassGuard(flash, model.config)
+    decoder = model.get_decoder()
+    if decoder is not model:
+        _guard_module(decoder, guard, _guarded_decoder)
+    _guard_module(model, guard, _guarded_model)
+    return guard
+
+
+def _guard_module(module: Any, guard: PassGuard, subclass: Callable[[Any], type]) -> None:
+    module._flash_guard = guard
+    module.__class__ = subclass(type(module))
+
+
+@functools.cache
+def _guarded_decoder(plain: Any) -> type:
+    names = list(inspect.signature(plain.forward).parameters)[1:]
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guard: PassGuard = self._flash_guard
+        if guard.is_inside:
+            return guard.chunked.decode(lambda: plain.forward(self, *args, **kwargs))
+        guard.check_call({**dict(zip(names, args, strict=False)), **kwargs}, makes_logits=False)
+        return plain.forward(self, *args, **kwargs)
+
+    return _subclass(plain, {"forward": forward})
+
+
+@functools.cache
+def _guarded_model(plain: Any) -> type:
+    names = list(inspect.signature(plain.forward).parameters)[1:]
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guard: PassGuard = self._flash_guard
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        shape = guard.check_call(call, makes_logits=True)
+        pieces = guard.loss_positions(shape, call, self) if shape is not None and shape.has_loss else None
+        with guard.inside():
+            run = functools.partial(plain.forward, self)
+            if pieces is None:
+                output = run(*args, **kwargs)
+            else:
+                output = guard.chunked.run(run, call, pieces[0], available_bytes=pieces[1])
+        made = getattr(output, "past_key_values", None)
+        if shape is not None and made is not None and made is not call.get("past_key_values"):
+            guard.note(made, pass_items(guard.facts, shape))
+        return output
+
+    def loss_function(self: Any) -> Any:
+        return self._flash_guard.chunked.loss_function(plain.loss_function.fget(self))
+
+    members: dict[str, Any] = {"forward": forward}
+    if isinstance(getattr(plain, "loss_function", None), property):
+        members["loss_function"] = property(loss_function, plain.loss_function.fset)
+    members["plain_loss_function"] = lambda self: plain.loss_function.fget(self)
+    return _subclass(plain, members)
+
+
+def _subclass(plain: type, members: dict[str, Any]) -> type:
+    """Return a subclass that looks like its base: transformers and others go by names of classes."""
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(plain.__name__, (plain,), {**names, **members})
+
+
+def _num_kept(call: dict[str, Any], num_tokens: int) -> int:
+    kept = call.get("logits_to_keep", 0)
+    if isinstance(kept, torch.Tensor):
+        return int(kept.numel())
+    return min(int(kept), num_tokens) if kept else num_tokens
+
+
+def _is_masked(mask: Any) -> bool:
+    if not isinstance(mask, torch.Tensor):
+        return mask is not None
+    return mask.dim() != 2 or not bool(mask.all())
+
+
+def _describe(shape: PassShape) -> str:
+    sequences = f"{shape.num_sequences} sequences of " if shape.num_sequences > 1 else ""
+    logits = f" with the logits of {shape.num_kept} positions each" if shape.num_kept > 1 else ""
+    return f"a pass of {sequences}{shape.num_tokens} tokens{logits}"
