@@ -23,6 +23,7 @@ import torch
 
 from flashlm.engine.cache_room import LiveCaches, cache_room, past_tokens
 from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
+from flashlm.engine.generation_guard import Wishes, generation_members
 from flashlm.errors import BudgetError
 from flashlm.memory.limits import process_bytes
 from flashlm.memory.pass_memory import (
@@ -65,6 +66,7 @@ class PassGuard:
         self.context = flash.context
         self.caches = LiveCaches()
         self.chunked = ChunkedLoss()
+        self.wishes = Wishes()
         self._facts = facts
         self._config = config
         self._threads = threading.local()
@@ -88,7 +90,7 @@ class PassGuard:
         foreign_bytes = process_bytes() - self._fixed_bytes - self.caches.others_bytes(None) - SLACK_BYTES
         return max(self._reserved_bytes, self._dram_bytes - self._fixed_bytes - max(foreign_bytes, 0))
 
-    def check_context(self, num_sequences: int, num_tokens: int) -> None:
+    def check_context(self, num_sequences: int, num_tokens: int, hint: str = "") -> None:
         """Refuse sequences whose tokens are more than the KV cache was planned for, over all of them.
 
         Raises:
@@ -101,7 +103,7 @@ class PassGuard:
         each = f"{num_sequences} sequences of {num_tokens} tokens need"
         raise BudgetError(
             f"{each} a KV cache of {wanted} tokens, but this model was loaded for context={self.context}, which counts"
-            f" the tokens of all sequences together: load it with context={wanted} or more",
+            f" the tokens of all sequences together: load it with context={wanted} or more{hint}",
             needed_bytes=wanted * per_token,
             available_bytes=self.context * per_token,
         )
@@ -260,7 +262,7 @@ def _guarded_model(plain: Any) -> type:
     def loss_function(self: Any) -> Any:
         return self._flash_guard.chunked.loss_function(plain.loss_function.fget(self))
 
-    members: dict[str, Any] = {"forward": forward}
+    members: dict[str, Any] = {"forward": forward, **generation_members(plain)}
     if isinstance(getattr(plain, "loss_function", None), property):
         members["loss_function"] = property(loss_function, plain.loss_function.fset)
     members["plain_loss_function"] = lambda self: plain.loss_function.fget(self)
