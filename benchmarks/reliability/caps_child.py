@@ -1,7 +1,8 @@
 """One scenario in one process, which somebody else has capped: load a pack with a budget, do what users do, say how it went.
 
+    python caps_child.py make PACK FAMILY DTYPE          write a random pack of a family, tiny layers and a large vocabulary
     python caps_child.py floors PACK CONTEXT...          the smallest budget for each context, as JSON
-    python caps_child.py run PACK DRAM SCENARIO          the outcome of a scenario, as JSON
+    python caps_child.py run PACK DRAM SCENARIO...       load once, and the outcome of each scenario as a line of JSON
 
 A scenario either works (and its answer is checked where that is cheap) or raises `BudgetError`; the third outcome, being
 killed, is what the caller sees. `SCENARIOS` says what each does, and what must work rather than be refused.
@@ -376,15 +377,71 @@ def _(model: Model) -> None:
     model.generate(inputs_embeds=embeds, max_new_tokens=16, do_sample=False, eos_token_id=None)
 
 
-def outcome(pack: str, dram_bytes: int, name: str) -> dict[str, Any]:
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 4096},
+    "llama": {},
+    "opt": {"ffn_dim": 512, "word_embed_proj_dim": 128},
+    "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 8, "n_positions": 4096, "n_inner": 512},
+    "gemma2": {"head_dim": 16, "sliding_window": 1024},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 1024},
+    "granite": {"logits_scaling": 2.0},
+    "gptj": {"n_embd": 128, "n_layer": 4, "n_head": 8, "n_positions": 4096, "n_inner": 512, "rotary_dim": 8},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 128},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 1024},
+    "deepseek_v3": {
+        **{"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16},
+        **{"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_routed_experts": 8},
+        **{"num_experts_per_tok": 3, "moe_intermediate_size": 128, "num_key_value_heads": 8},
+    },
+}
+VOCAB_SIZE = 151_936  # Qwen's
+
+
+def make(pack: str, family: str, dtype: str) -> None:
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from flashlm.pack.convert import convert
+
+    common: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": True}
+    if not any(name.startswith("n_embd") for name in FAMILIES[family]):
+        common |= {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 512}
+        common |= {"num_key_value_heads": 4, "max_position_embeddings": 4096}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **common | FAMILIES[family])
+    source = Path(f"{pack}-source")
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    convert(source, Path(pack), dtype=dtype)
+    shutil.rmtree(source)
+
+
+def run(pack: str, dram_bytes: int, names: list[str]) -> None:
     import flashlm
 
-    todo = SCENARIOS[name]
+    context = max(SCENARIOS[name].context for name in names)
     try:
-        todo.run(flashlm.load(pack, dram=dram_bytes, context=todo.context, **dict(todo.load)))
+        model = flashlm.load(pack, dram=dram_bytes, context=context, **dict(SCENARIOS[names[0]].load))
     except flashlm.BudgetError as error:
-        return {"outcome": "BudgetError", "message": str(error)}
-    return {"outcome": "worked", "message": ""}
+        tell(names[0], "BudgetError", str(error))
+        return
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    for name in names:
+        try:
+            SCENARIOS[name].run(model)
+            tell(name, "worked", "")
+        except flashlm.BudgetError as error:
+            tell(name, "BudgetError", str(error))
+        model.set_attn_implementation(attention)
+
+
+def tell(name: str, outcome: str, message: str) -> None:
+    print(
+        json.dumps({"scenario": name, "outcome": outcome, "message": message, "peak_bytes": own_peak_bytes()}),
+        flush=True,
+    )
 
 
 def floors(pack: str, contexts: list[int]) -> dict[int, int]:
@@ -396,10 +453,12 @@ def floors(pack: str, contexts: list[int]) -> dict[int, int]:
 def main(arguments: list[str]) -> None:
     verb, pack, *rest = arguments
     warnings.simplefilter("ignore")
-    if verb == "floors":
+    if verb == "make":
+        make(pack, *rest)
+    elif verb == "floors":
         print(json.dumps(floors(pack, [int(each) for each in rest])))
-        return
-    print(json.dumps(outcome(pack, int(rest[0]), rest[1]) | {"peak_bytes": own_peak_bytes()}))
+    else:
+        run(pack, int(rest[0]), rest[1:])
 
 
 def own_peak_bytes() -> int | None:

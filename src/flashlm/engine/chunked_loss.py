@@ -36,6 +36,11 @@ class _Running:
     num_items: Any = None
     total: torch.Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
+    def is_piece(self, value: Any) -> bool:
+        """Return whether an output is the last piece's logits."""
+        shape = value.shape if isinstance(value, torch.Tensor) else ()
+        return len(shape) == 3 and tuple(shape[1:]) == (len(self.positions), self.vocab_size)
+
     def loss(self) -> torch.Tensor:
         """Return the loss of all pieces, as transformers would: nan where every label is ignored."""
         return (self.total / (self.num_labels if self.num_items is None else self.num_items)).to(torch.float32)
@@ -101,8 +106,8 @@ class ChunkedLoss:
             raise _cannot("adds a term of all logits to its loss", available_bytes)
         loss = running.loss() + extras[0]  # what a family adds that is no function of the logits: routing losses
         logits = withhold((num_sequences, num_tokens, running.vocab_size), running.logits_dtype, available_bytes)
-        if isinstance(output, tuple):
-            return (loss, logits, *output[2:])
+        if isinstance(output, tuple):  # the routers' loss may come before the logits
+            return (loss, *(logits if running.is_piece(value) else value for value in output[1:]))
         output.loss, output.logits = loss, logits
         return output
 

@@ -21,8 +21,11 @@ from flashlm.engine.cache_room import cache_room, past_tokens
 from flashlm.errors import BudgetError
 from flashlm.memory.generation_memory import GenerationShape, generation_items
 from flashlm.memory.pass_memory import (
+    BEAM_LOGIT_BYTES,
+    GREEDY_LOGIT_BYTES,
     OTHER_CACHES,
     PASS_SLACK_BYTES,
+    SAMPLING_LOGIT_BYTES,
     SCORE_PIECE_TOKENS,
     check_pass,
     logits_bytes,
@@ -188,7 +191,7 @@ def _shape(
         fixed_tokens=tokens,
         prefill_tokens=config.prefill_chunk_size,
         has_cache=config.use_cache is not False,
-        is_sampled=bool(config.do_sample) or (config.num_beams or 1) > 1,
+        row_bytes=_row_bytes(config),
         is_masked=mask is not None,
         num_kept_logits=keeps * (bool(config.output_scores) + bool(config.output_logits)),
         keeps_hidden_states=keeps and bool(config.output_hidden_states),
@@ -199,6 +202,12 @@ def _shape(
         draft_bytes=draft_bytes,
         has_second_cache=config.guidance_scale not in (None, 1),
     )
+
+
+def _row_bytes(config: Any) -> int:
+    if config.do_sample:
+        return SAMPLING_LOGIT_BYTES
+    return BEAM_LOGIT_BYTES if (config.num_beams or 1) > 1 else GREEDY_LOGIT_BYTES
 
 
 def _fixed(model: Any, config: Any, cache: Any, max_cache_length: int) -> tuple[int, int]:

@@ -51,6 +51,26 @@ class WideningLinear(nn.Linear):
         return kernels.RowBlock(address, stop - start, stride_bytes, self.in_features, self.weight.dtype, 1)
 
 
+class FoldedLinear(nn.Linear):
+    """An `nn.Linear` that multiplies all tokens as one matrix, wherever they lie.
+
+    torch multiplies tokens of several sequences one sequence at a time where they are not next to each other, as the last
+    positions of a batch are, and copies the weights for each: eight times the output layer for a batch of eight.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input·weightᵀ + bias; (..., in_features) to (..., out_features)."""
+        output = F.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return output.view(*input.shape[:-1], self.out_features)
+
+
+def fold_linears(model: nn.Module) -> None:
+    """Make every plain `nn.Linear` of `model` a `FoldedLinear`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FoldedLinear
+
+
 def widen_linears(model: nn.Module) -> int:
     """Make every plain 16-bit `nn.Linear` of `model` a `WideningLinear`, in place; return how many there were.
 

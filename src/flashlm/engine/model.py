@@ -26,7 +26,7 @@ from flashlm.engine.expert_loading import (
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
-from flashlm.engine.linear import widen_linears
+from flashlm.engine.linear import fold_linears, widen_linears
 from flashlm.engine.pass_guard import guard_passes
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
@@ -203,6 +203,7 @@ class FlashModel:
         model.requires_grad_(False)
         if gemm.strategy == "widen":
             widen_linears(model)
+        fold_linears(model)
         model.flash = self
         guard_passes(model, self)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)

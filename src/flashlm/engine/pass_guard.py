@@ -12,6 +12,7 @@ but never less than what loading reserved for passes of `context` tokens.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from flashlm.engine.cache_room import LiveCaches, cache_room, past_tokens
 from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
 from flashlm.engine.generation_guard import Wishes, generation_members
 from flashlm.errors import BudgetError
-from flashlm.memory.limits import process_bytes
+from flashlm.memory.limits import process_bytes, room_bytes
 from flashlm.memory.pass_memory import (
     CACHE,
     OTHER_CACHES,
@@ -39,13 +40,15 @@ from flashlm.memory.pass_memory import (
 )
 from flashlm.planner.expert_needs import expert_pass_facts, expert_uses
 from flashlm.planner.needs import SLACK_BYTES, pass_facts, writes_scores
+from flashlm.sizes import format_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from flashlm.engine.model import FlashModel
 
-MAX_LOSS_PIECE_BYTES = 128 << 20  # larger pieces read the output layer less often, which no longer shows
+ROOM_MARGIN_BYTES = 16 << 20  # what the allocator may round up or keep in a pass
+MAX_LOSS_PIECE_BYTES = 64 << 20  # larger pieces read the output layer less often, which no longer shows
 
 
 class PassGuard:
@@ -87,8 +90,12 @@ class PassGuard:
 
     def available_bytes(self) -> int:
         """Return what the budget has for caches and working memory: at least what loading reserved for them."""
-        foreign_bytes = process_bytes() - self._fixed_bytes - self.caches.others_bytes(None) - SLACK_BYTES
-        return max(self._reserved_bytes, self._dram_bytes - self._fixed_bytes - max(foreign_bytes, 0))
+        return max(self._reserved_bytes, self._dram_bytes - self._fixed_bytes - self._unplanned_bytes())
+
+    def _unplanned_bytes(self) -> int:
+        """Return what the process holds beside what was planned: a caller's own data, outputs kept of earlier passes."""
+        planned_bytes = self._fixed_bytes + self.caches.others_bytes(None) + SLACK_BYTES
+        return max(process_bytes() - planned_bytes, 0)
 
     def check_context(self, num_sequences: int, num_tokens: int, hint: str = "") -> None:
         """Refuse sequences whose tokens are more than the KV cache was planned for, over all of them.
@@ -125,7 +132,29 @@ class PassGuard:
         """
         items = self.items(shape, cache)
         check_pass(items, self.available_bytes(), what)
+        self._check_room(shape, items, what)
         self.note(cache, items)
+
+    def _check_room(self, shape: PassShape, items: dict[str, int], what: str) -> None:
+        """Refuse a pass within the plan too, where a process that has outgrown it would be killed by the kernel."""
+        unplanned_bytes = self._unplanned_bytes()
+        if not unplanned_bytes:  # and so nothing is read of the control groups in normal use
+            return
+        held = (OTHER_CACHES, CACHE, STATIC_CACHE) if shape.width > shape.num_tokens else (OTHER_CACHES,)
+        needed_bytes = sum(size for name, size in items.items() if name not in held) + ROOM_MARGIN_BYTES
+        available_bytes = room_bytes()
+        if needed_bytes <= available_bytes:
+            return
+        gc.collect()
+        available_bytes = room_bytes()
+        if needed_bytes > available_bytes:
+            raise BudgetError(
+                f"{what} needs {format_size(needed_bytes)} more, but the kernel has {format_size(max(available_bytes, 0))}"
+                f" left for this process, which holds {format_size(unplanned_bytes)} that were not planned for in"
+                f" dram={format_size(self._dram_bytes)} (outputs of earlier passes, data of your own): drop some of it",
+                needed_bytes=needed_bytes,
+                available_bytes=max(available_bytes, 0),
+            )
 
     def note(self, cache: Any, items: dict[str, int]) -> None:
         """Remember what `cache` takes from now on."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from flashlm.memory.pass_memory import (
     ASSISTANT,
+    GREEDY_LOGIT_BYTES,
     KEPT,
     OTHER_CACHES,
     PassFacts,
@@ -31,7 +32,7 @@ class GenerationShape:
         fixed_width, fixed_tokens: Positions, and tokens in the mean over the layers, of a cache of a fixed size; 0 else.
         prefill_tokens: Tokens of the prompt that a pass takes; None takes all.
         has_cache: Whether keys and values are kept between steps.
-        is_sampled: Whether rows of logits are sorted and sampled from.
+        row_bytes: What choosing a token costs for each entry of the vocabulary, beside the logits.
         is_masked: Whether the prompts are padded.
         num_kept_logits: Kinds of logits kept of every step: scores and raw ones.
         keeps_hidden_states, keeps_attentions: Whether every step's are kept; `makes_` whether a pass makes them at all.
@@ -48,7 +49,7 @@ class GenerationShape:
     fixed_tokens: int = 0
     prefill_tokens: int | None = None
     has_cache: bool = True
-    is_sampled: bool = False
+    row_bytes: int = GREEDY_LOGIT_BYTES
     is_masked: bool = False
     num_kept_logits: int = 0
     keeps_hidden_states: bool = False
@@ -92,7 +93,7 @@ def _pass(facts: PassFacts, shape: GenerationShape, num_tokens: int, end: int, n
             is_masked=shape.is_masked,
             has_hidden_states=shape.makes_hidden_states,
             has_attentions=shape.makes_attentions,
-            is_sampled=shape.is_sampled,
+            row_bytes=shape.row_bytes,
         ),
     )
 

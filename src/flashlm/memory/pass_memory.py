@@ -18,8 +18,10 @@ from flashlm.sizes import format_size
 SCORE_BYTES = 12
 # A prompt goes through such a model in pieces of at least so many tokens where the whole would not fit.
 SCORE_PIECE_TOKENS = 64
-# Rows of logits that generation works on: fp32 copies, and in sampling sorted values, indices and probabilities.
+# Rows of logits that generation works on: fp32 copies; with beams their log-probabilities added up and cut; in sampling
+# sorted values, indices and probabilities.
 GREEDY_LOGIT_BYTES = 12
+BEAM_LOGIT_BYTES = 24
 SAMPLING_LOGIT_BYTES = 44
 LOSS_LOGIT_BYTES = 8  # fp32 logits and their log-softmax
 # Of the allocator's slack that loading reserves, what a pass leaves alone; the rest covers batches and sampling.
@@ -85,7 +87,7 @@ class PassShape:
         is_masked: Whether a mask is passed that hides something.
         has_hidden_states, has_attentions: Whether all layers' are kept.
         has_loss: Whether the loss of all kept logits is made at once.
-        is_sampled: Whether the last position's logits are sampled from.
+        row_bytes: What choosing a token costs for each entry of the vocabulary, beside the logits.
     """
 
     num_sequences: int
@@ -98,7 +100,7 @@ class PassShape:
     has_hidden_states: bool = False
     has_attentions: bool = False
     has_loss: bool = False
-    is_sampled: bool = False
+    row_bytes: int = GREEDY_LOGIT_BYTES
 
 
 def logits_bytes(facts: PassFacts, num_positions: int, *, has_loss: bool = False) -> int:
@@ -116,13 +118,12 @@ def pass_items(facts: PassFacts, shape: PassShape) -> dict[str, int]:
     layer_kv_bytes = facts.kv_token_bytes // facts.num_layers
     # a cache that grows is copied layer by layer; one of a fixed size is there from the first pass on
     copied = shape.num_sequences * (shape.num_cached - shape.capacity) * layer_kv_bytes
-    row_bytes = SAMPLING_LOGIT_BYTES if shape.is_sampled else GREEDY_LOGIT_BYTES
     items = {
         ACTIVATIONS: facts.scratch_bytes + num_tokens * facts.token_bytes,
         MASK: num_pairs * (1 + (facts.dtype_bytes if is_masked else 0)),
         SCORES: scores_bytes * SCORE_BYTES if facts.writes_scores else 0,
         LOGITS: logits_bytes(facts, shape.num_sequences * shape.num_kept, has_loss=shape.has_loss)
-        + shape.num_sequences * facts.vocab_size * row_bytes,
+        + shape.num_sequences * facts.vocab_size * shape.row_bytes,
         CACHE: shape.num_sequences * (shape.num_cached - shape.capacity) * facts.kv_token_bytes + copied,
         STATIC_CACHE: shape.num_sequences * shape.capacity * facts.kv_token_bytes,
     }
