@@ -13,14 +13,13 @@ from flashlm.pack.convert import convert
 from flashlm.planner.smallest import smallest_dram_bytes
 from tests.models import save_checkpoint
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-sys.path.insert(0, str(BENCHMARKS / "reliability"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "reliability"))
 
 import caps_child  # of the benchmarks, which are no package
 from capped import CappingUnavailable, cap_method, run_capped
 
-CHILD = BENCHMARKS / "reliability" / "caps_child.py"
+CHILD = Path(caps_child.__file__)
 # One process each, so that what the allocator keeps of one scenario meets the next; benchmarks/reliability/caps.py runs all.
 SCENARIOS = {
     "bf16": (

@@ -71,6 +71,8 @@ class PassGuard:
         self.chunked = ChunkedLoss()
         self.wishes = Wishes()
         self._facts = facts
+        self._text = config.get_text_config(decoder=True)
+        self._attention = self._text._attn_implementation
         self._config = config
         self._threads = threading.local()
         self._reserved_bytes = needs.kv_cache_bytes + needs.working_bytes
@@ -88,9 +90,10 @@ class PassGuard:
             else replace(self._facts, writes_scores=holds_scores)
         )
 
-    def available_bytes(self) -> int:
+    def available_bytes(self, unplanned_bytes: int | None = None) -> int:
         """Return what the budget has for caches and working memory: at least what loading reserved for them."""
-        return max(self._reserved_bytes, self._dram_bytes - self._fixed_bytes - self._unplanned_bytes())
+        unplanned_bytes = self._unplanned_bytes() if unplanned_bytes is None else unplanned_bytes
+        return max(self._reserved_bytes, self._dram_bytes - self._fixed_bytes - unplanned_bytes)
 
     def _unplanned_bytes(self) -> int:
         """Return what the process holds beside what was planned: a caller's own data, outputs kept of earlier passes."""
@@ -131,15 +134,14 @@ class PassGuard:
             BudgetError: It lists what needs how much, and what to do.
         """
         items = self.items(shape, cache)
-        check_pass(items, self.available_bytes(), what)
-        self._check_room(shape, items, what)
+        unplanned_bytes = self._unplanned_bytes()
+        check_pass(items, self.available_bytes(unplanned_bytes), what)
+        if unplanned_bytes:  # and so nothing is read of the control groups in normal use
+            self._check_room(shape, items, what, unplanned_bytes)
         self.note(cache, items)
 
-    def _check_room(self, shape: PassShape, items: dict[str, int], what: str) -> None:
+    def _check_room(self, shape: PassShape, items: dict[str, int], what: str, unplanned_bytes: int) -> None:
         """Refuse a pass within the plan too, where a process that has outgrown it would be killed by the kernel."""
-        unplanned_bytes = self._unplanned_bytes()
-        if not unplanned_bytes:  # and so nothing is read of the control groups in normal use
-            return
         held = (OTHER_CACHES, CACHE, STATIC_CACHE) if shape.width > shape.num_tokens else (OTHER_CACHES,)
         needed_bytes = sum(size for name, size in items.items() if name not in held) + ROOM_MARGIN_BYTES
         available_bytes = room_bytes()
