@@ -39,6 +39,16 @@ CHILD = Path(__file__).parent / "caps_child.py"
 TIMEOUT_S = 300
 # Each once per family, in one process: what a first user does.
 FAMILY_SCENARIOS = ("generate", "batch-8", "loss-512", "all-logits-512", "static-cache-512")
+# fp16 multiplies resident weights by widening them on every processor: what differs is logits, losses and batches.
+FP16_SCENARIOS = (
+    "generate",
+    "all-logits-512",
+    "logits-to-keep-128",
+    "loss-512",
+    "loss-batch-8",
+    "loss-2048",
+    "batch-8-top-p",
+)
 BUDGET_SCENARIOS = ("generate", "batch-8", "loss-512", "scores-8")
 QUICK = ("generate", "all-logits-512", "loss-512", "scores-and-logits-batch-8", "static-cache-400000", "batch-8")
 
@@ -104,8 +114,8 @@ def run_scenarios(pack: Path, names: Sequence[str], budget: str, dram_bytes: int
 
 
 def all_rows(work: Path, method: str, *, is_quick: bool) -> Iterator[Row]:
-    names = QUICK if is_quick else tuple(caps_child.SCENARIOS)
-    for dtype in ("bf16",) if is_quick else ("bf16", "fp16"):
+    everything = QUICK if is_quick else tuple(caps_child.SCENARIOS)
+    for dtype, names in {"bf16": everything, "fp16": () if is_quick else FP16_SCENARIOS}.items():
         pack = make(work, "qwen2", dtype)
         least = floors(pack, sorted({caps_child.SCENARIOS[name].context for name in names}))
         for name in names:

@@ -226,17 +226,21 @@ class PassGuard:
             BudgetError: Not one position fits, or the loss can't be made in pieces.
         """
         cache = call.get("past_key_values")
-        items, available_bytes = self.items(shape, cache), self.available_bytes()
-        self.note(cache, items)
-        if sum(items.values()) + PASS_SLACK_BYTES <= available_bytes:
+        try:
+            self.check(shape, cache, _describe(shape))
             return None
-        if not can_chunk(model, call):
-            check_pass(items, available_bytes, _describe(shape))
-        self.check(replace(shape, num_kept=1), cache, _describe(replace(shape, num_kept=1)))
-        rest = sum(self.items(replace(shape, num_kept=0), cache).values()) + PASS_SLACK_BYTES
-        room_bytes = available_bytes - rest
+        except BudgetError:
+            if not can_chunk(model, call):
+                raise
+        one = replace(shape, num_kept=1)
+        self.check(one, cache, _describe(one))
+        rest_bytes = sum(self.items(replace(shape, num_kept=0), cache).values()) + PASS_SLACK_BYTES
+        unplanned_bytes = self._unplanned_bytes()
+        left_bytes = self.available_bytes(unplanned_bytes) - rest_bytes
+        if unplanned_bytes:
+            left_bytes = min(left_bytes, room_bytes() // 2)
         each_bytes = logits_bytes(self.facts, shape.num_sequences, has_loss=True)
-        return max(min(room_bytes, MAX_LOSS_PIECE_BYTES) // each_bytes, 1), room_bytes
+        return max(min(left_bytes, MAX_LOSS_PIECE_BYTES) // each_bytes, 1), left_bytes
 
 
 def guard_passes(model: PreTrainedModel, flash: FlashModel) -> PassGuard:
