@@ -115,7 +115,7 @@ def run_scenarios(pack: Path, names: Sequence[str], budget: str, dram_bytes: int
 
 def all_rows(work: Path, method: str, *, is_quick: bool) -> Iterator[Row]:
     everything = QUICK if is_quick else tuple(caps_child.SCENARIOS)
-    for dtype, names in {"bf16": everything, "fp16": () if is_quick else FP16_SCENARIOS}.items():
+    for dtype, names in {"bf16": everything, **({} if is_quick else {"fp16": FP16_SCENARIOS})}.items():
         pack = make(work, "qwen2", dtype)
         least = floors(pack, sorted({caps_child.SCENARIOS[name].context for name in names}))
         for name in names:

@@ -114,10 +114,10 @@ def check_loss(model: Model, num_sequences: int, num_tokens: int, **options: Any
     total = 0.0
     for row in tokens:  # the same by hand, a few positions at a time
         cache = None
-        for start in range(0, num_tokens, 16):
-            output = forward(model, row[None, start : start + 16], past_key_values=cache, use_cache=True)
+        for start in range(0, num_tokens, 32):
+            output = forward(model, row[None, start : start + 32], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            targets = row[start + 1 : start + 17]
+            targets = row[start + 1 : start + 33]
             logits = output.logits[0, : len(targets)].float()
             total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
     expected = total / (num_sequences * (num_tokens - 1))
@@ -369,6 +369,16 @@ def _(model: Model) -> None:
 def _(model: Model) -> None:
     output = model.generate(ids(1, 60), eos_token_id=None, pad_token_id=0, do_sample=False)
     assert output.shape[1] == 65, output.shape
+
+
+@scenario("threads", 536)
+def _(model: Model) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    tokens = ids(1, 256)
+    with ThreadPoolExecutor(6) as pool:  # each as large as fits alone
+        losses = list(pool.map(lambda _: float(forward(model, tokens, labels=tokens).loss), range(12)))
+    assert max(losses) - min(losses) < 1e-3, losses
 
 
 @scenario("embeddings-512", 536)

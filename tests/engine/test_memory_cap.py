@@ -23,10 +23,8 @@ CHILD = Path(caps_child.__file__)
 # One process each, so that what the allocator keeps of one scenario meets the next; benchmarks/reliability/caps.py runs all.
 SCENARIOS = {
     "bf16": (
-        "generate-2048",
         "batch-8",
         "loss-512",
-        "loss-batch-8",
         "loss-and-logits-512",
         "all-logits-512",
         "scores-and-logits-batch-8",
@@ -34,12 +32,12 @@ SCENARIOS = {
         "static-cache-400000",
         "static-cache-by-generate",
         "eager-forward-2048",
-        "eager-batch-8",
         "attentions-512",
-        "hidden-states-generate",
+        "hidden-states-512",
+        "threads",
         "logits-kept-in-a-list",
     ),
-    "fp16": ("batch-8-top-p", "batch-64-top-p", "loss-2048", "all-logits-512", "beams-4", "assistant"),
+    "fp16": ("batch-8-top-p", "batch-64-top-p", "loss-512", "all-logits-512"),
 }
 STREAMED = """
 import sys, torch, flashlm

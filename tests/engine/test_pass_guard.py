@@ -195,7 +195,8 @@ def test_two_threads_with_labels_do_not_mix(narrow_model: Callable[..., PreTrain
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=100)
+    assert not model._flash_guard._in_flight
     assert found == {0: [alone[0]] * 3, 1: [alone[1]] * 3}
 
 

@@ -66,7 +66,7 @@ class FlashModel:
         pack: The pack's folder.
         manifest: Its manifest.
         mode: "hybrid", "naive", "sparse" or "experts", as it runs.
-        context: Tokens that the KV cache may hold, over all sequences.
+        context: Tokens that the KV cache may hold, of all sequences and beams together.
         placement: Where every block lives.
         reader: The reader of the streamed layers.
         calibration: What mode `sparse` goes by; None in the others.
@@ -396,7 +396,7 @@ def load(
             margin. `FLASHLM_DRAM` sets it too.
         mode: "auto" (sparse where a calibration met its error budget and it is expected to be faster, else hybrid),
             "hybrid", "sparse" or "naive"; a pack of experts runs in "experts", whatever is left to choose from.
-        context: Tokens that the KV cache may hold, over all sequences; None means 2048.
+        context: Tokens that the KV cache may hold, of all sequences and beams together; None means 2048.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None comes from it.
         expert_policy: What the cache of a pack of experts keeps: "lru", "lfu", "pinned" (needs a calibration), or "auto",

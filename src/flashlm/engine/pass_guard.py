@@ -29,6 +29,7 @@ from flashlm.errors import BudgetError
 from flashlm.memory.limits import process_bytes, room_bytes
 from flashlm.memory.pass_memory import (
     CACHE,
+    LOGITS,
     OTHER_CACHES,
     PASS_SLACK_BYTES,
     STATIC_CACHE,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from flashlm.engine.model import FlashModel
 
 ROOM_MARGIN_BYTES = 16 << 20  # what the allocator may round up or keep in a pass
+ROOM_WAIT_S = 1.0  # between looks, where another thread's pass is waited for
 MAX_LOSS_PIECE_BYTES = 64 << 20  # larger pieces read the output layer less often, which no longer shows
 
 
@@ -75,6 +77,8 @@ class PassGuard:
         self._attention = self._text._attn_implementation
         self._config = config
         self._threads = threading.local()
+        self._condition = threading.Condition()
+        self._in_flight: dict[int, int] = {}  # bytes of running passes, by thread
         self._reserved_bytes = needs.kv_cache_bytes + needs.working_bytes
         self._fixed_bytes = needs.process_bytes + needs.resident_bytes + needs.predictor_bytes
         self._fixed_bytes += placement.pinned_bytes + placement.staging_bytes + placement.cache_bytes
@@ -139,6 +143,7 @@ class PassGuard:
         if unplanned_bytes:  # and so nothing is read of the control groups in normal use
             self._check_room(shape, items, what, unplanned_bytes)
         self.note(cache, items)
+        self._threads.items = items
 
     def _check_room(self, shape: PassShape, items: dict[str, int], what: str, unplanned_bytes: int) -> None:
         """Refuse a pass within the plan too, where a process that has outgrown it would be killed by the kernel."""
@@ -206,13 +211,29 @@ class PassGuard:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """While a checked pass runs in this thread, its decoder asks nobody."""
+        """While a checked pass runs in this thread, its decoder asks nobody; passes of other threads count beside it."""
         before = self.is_inside
+        if not before:
+            self._await_room()
         self._threads.is_inside = True
         try:
             yield
         finally:
             self._threads.is_inside = before
+            if not before:
+                with self._condition:
+                    self._in_flight.pop(threading.get_ident(), None)
+                    self._condition.notify_all()
+
+    def _await_room(self) -> None:
+        """Wait until the passes of other threads leave room for the one that this thread has checked last."""
+        items: dict[str, int] = self._threads.__dict__.get("items", {})
+        needed_bytes = sum(items.values()) + PASS_SLACK_BYTES
+        held = (OTHER_CACHES, CACHE, STATIC_CACHE)  # they outlive the pass, and are counted as live caches
+        with self._condition:
+            while self._in_flight and sum(self._in_flight.values()) + needed_bytes > self.available_bytes():
+                self._condition.wait(ROOM_WAIT_S)
+            self._in_flight[threading.get_ident()] = sum(size for name, size in items.items() if name not in held)
 
     @property
     def is_inside(self) -> bool:
@@ -240,7 +261,9 @@ class PassGuard:
         if unplanned_bytes:
             left_bytes = min(left_bytes, room_bytes() // 2)
         each_bytes = logits_bytes(self.facts, shape.num_sequences, has_loss=True)
-        return max(min(left_bytes, MAX_LOSS_PIECE_BYTES) // each_bytes, 1), left_bytes
+        num_positions = max(min(left_bytes, MAX_LOSS_PIECE_BYTES) // each_bytes, 1)
+        self._threads.items[LOGITS] += num_positions * each_bytes
+        return num_positions, left_bytes
 
 
 def guard_passes(model: PreTrainedModel, flash: FlashModel) -> PassGuard:
