@@ -77,7 +77,8 @@ DramOption = Annotated[
     ),
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(help="Tokens that the KV cache may hold, over all sequences.", show_default=False)
+    int | None,
+    typer.Option(help="Tokens that the KV cache may hold, of all sequences and beams together.", show_default=False),
 ]
 
 

@@ -99,7 +99,7 @@ def test_sampling_equals_transformers_for_the_same_seed(tiny_pack):
 def test_context_is_a_bound_that_the_caller_sees(tiny_pack):
     model = flashlm.load(tiny_pack("llama").pack, context=16)
     inputs = ids(num_tokens=10)
-    with pytest.raises(BudgetError, match=r"1 sequences of 17 tokens .* context=16"):
+    with pytest.raises(BudgetError, match=r"1 sequences of 29 tokens .* context=16"):
         model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=20, do_sample=False)
     with pytest.raises(BudgetError, match="3 sequences of 6 tokens"):
         model(ids(3, 6))

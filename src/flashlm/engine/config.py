@@ -28,7 +28,7 @@ class Settings:
         mode: `hybrid` pins what fits and streams the rest ahead of the compute; `naive` keeps nothing; `sparse` reads the
             rows that predictors ask for (approximate; needs a calibration); `experts` is what packs of experts run in;
             `auto` picks.
-        context: Tokens that the KV cache may hold, over all sequences; None means `DEFAULT_CONTEXT`.
+        context: Tokens that the KV cache may hold, of all sequences and beams together; None means `DEFAULT_CONTEXT`.
         pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound. In mode
             `experts`: hold no more experts than fit this, or the floor.
         expert_policy: What the cache of mode `experts` keeps: what was used last (`lru`), used most of late (`lfu`), or

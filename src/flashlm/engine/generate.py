@@ -97,6 +97,7 @@ def generate(
     with _watch_prompt(model, on_prompt):
         output = model.generate(
             **inputs,
+            max_new_tokens=sampling.max_new_tokens,  # named here: a length that was asked for is never shortened
             streamer=streamer,
             stopping_criteria=_stopping(tokenizer, decoding.stop_strings, num_prompt_tokens),
         )

@@ -23,27 +23,32 @@ class WideningLinear(nn.Linear):
         if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
         tokens = input.detach().reshape(-1, self.in_features)
-        output = torch.empty(len(tokens), self.out_features, dtype=torch.float32)
-        if len(tokens) <= kernels.MAX_TOKENS or _is_by_rows(input.shape):
-            if input.dtype == self.weight.dtype:
-                parts = [kernels.linear(tokens[tile], self.weight, self.bias) for tile in tiles(len(tokens))]
-                return torch.cat(parts).view(*input.shape[:-1], self.out_features)
+        if len(tokens) > kernels.MAX_TOKENS and not _is_by_rows(input.shape):
+            output = self._multiply(tokens.to(torch.float32).contiguous(), input.dtype)
+        elif input.dtype == self.weight.dtype:
+            output = torch.cat([kernels.linear(tokens[tile], self.weight, self.bias) for tile in tiles(len(tokens))])
+        else:  # in another dtype
             tokens = tokens.to(torch.float32).contiguous()
+            output = torch.empty(len(tokens), self.out_features, dtype=torch.float32)
             for tile in tiles(len(tokens)):
                 kernels.project(tokens[tile], self._rows(0, self.out_features), 0, output[tile])
-        else:
-            self._multiply(tokens.to(torch.float32).contiguous(), output)
-        if self.bias is not None:
-            output += self.bias
+            if self.bias is not None:
+                output += self.bias
         return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
-    def _multiply(self, tokens: torch.Tensor, output: torch.Tensor) -> None:
-        step = max(kernels.WIDEN_PIECE_BYTES // (4 * self.in_features), 1)
+    def _multiply(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the outputs of many tokens in `dtype`, rounded piece by piece: all in fp32 are twice as large."""
+        output = torch.empty(len(tokens), self.out_features, dtype=dtype)
+        step = max(kernels.WIDEN_PIECE_BYTES // (4 * max(self.in_features, len(tokens))), 1)
         scratch = torch.empty(min(step, self.out_features), self.in_features, dtype=torch.float32)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             kernels.widen(self._rows(start, stop), 0, scratch[: stop - start])
-            output[:, start:stop] = F.linear(tokens, scratch[: stop - start])
+            piece = F.linear(tokens, scratch[: stop - start])
+            if self.bias is not None:
+                piece += self.bias[start:stop]
+            output[:, start:stop] = piece
+        return output
 
     def _rows(self, start: int, stop: int) -> kernels.RowBlock:
         stride_bytes = self.in_features * self.weight.element_size()
@@ -58,6 +63,26 @@ def _is_by_rows(shape: torch.Size) -> bool:
     """
     running = running_pass()
     return shape[-2] == 1 or (running is not None and running.phase != "prompt")
+
+
+class FoldedLinear(nn.Linear):
+    """An `nn.Linear` that multiplies all tokens as one matrix, wherever they lie.
+
+    torch multiplies tokens of several sequences one sequence at a time where they are not next to each other, as the last
+    positions of a batch are, and copies the weights for each: eight times the output layer for a batch of eight.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input·weightᵀ + bias; (..., in_features) to (..., out_features)."""
+        output = F.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return output.view(*input.shape[:-1], self.out_features)
+
+
+def fold_linears(model: nn.Module) -> None:
+    """Make every plain `nn.Linear` of `model` a `FoldedLinear`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FoldedLinear
 
 
 def widen_linears(model: nn.Module) -> int:

@@ -27,14 +27,15 @@ from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.forward_pass import Phase
 from flashlm.engine.gemm import BlockGemm
-from flashlm.engine.linear import widen_linears
+from flashlm.engine.linear import fold_linears, widen_linears
+from flashlm.engine.pass_guard import guard_passes
 from flashlm.engine.phases import CallSize, Passes, num_cached_tokens
 from flashlm.engine.plan_use import check_plan
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
-from flashlm.errors import BudgetError, ConfigError, PackError
+from flashlm.errors import ConfigError, PackError
 from flashlm.kernels import MAX_TOKENS
 from flashlm.memory.budget import Placement, place, place_sparse
 from flashlm.memory.expert_policy import CachePolicy
@@ -69,7 +70,7 @@ class FlashModel:
         pack: The pack's folder.
         manifest: Its manifest.
         mode: "hybrid", "naive", "sparse" or "experts", as it runs.
-        context: Tokens that the KV cache may hold, over all sequences.
+        context: Tokens that the KV cache may hold, of all sequences and beams together.
         placement: Where every block lives.
         reader: The reader of the streamed layers.
         calibration: What mode `sparse` goes by; None in the others.
@@ -207,7 +208,9 @@ class FlashModel:
         model.requires_grad_(False)
         if gemm.strategy == "widen":
             widen_linears(model)
+        fold_linears(model)
         model.flash = self
+        guard_passes(model, self)
         self.passes.attach(model, [entry.module for entry, _ in manifest.files], self._measure)
         weakref.finalize(model, self.close)
 
@@ -293,26 +296,12 @@ class FlashModel:
         num_pinned = sum(len(experts) for experts in policy.pinned)
         return f", {policy.name}" + (f" ({num_pinned} pinned)" if num_pinned else "")
 
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        num_sequences, num_tokens = _input_shape(args, kwargs)
-        past = num_cached_tokens(kwargs.get("past_key_values"))
-        wanted = num_sequences * (past + num_tokens)
-        if wanted > self.context:
-            per_token = self.placement.needs.kv_cache_bytes // self.context
-            raise BudgetError(
-                f"{num_sequences} sequences of {past + num_tokens} tokens need a KV cache of {wanted} tokens,"
-                f" but this model was loaded for context={self.context}: load it with context={wanted} or more",
-                needed_bytes=wanted * per_token,
-                available_bytes=self.context * per_token,
-            )
-
     def _measure(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSize:
-        """Look at a call before it becomes a pass, and refuse what can't be.
+        """Return how large a call is, before it becomes a pass.
 
         A small pass keeps torch to one thread: after every small product its others would spin on the cores that our
         kernels want.
         """
-        self._before_forward(model, args, kwargs)
         num_sequences, num_tokens = _input_shape(args, kwargs)
         cached = num_sequences * (num_cached_tokens(kwargs.get("past_key_values")) + num_tokens)
         kv_bytes = cached * self.placement.needs.kv_cache_bytes // self.context
@@ -410,7 +399,7 @@ def load(
             margin. `FLASHLM_DRAM` sets it too.
         mode: "auto" (sparse where a calibration met its error budget and it is expected to be faster, else hybrid),
             "hybrid", "sparse" or "naive"; a pack of experts runs in "experts", whatever is left to choose from.
-        context: Tokens that the KV cache may hold, over all sequences; None means 2048.
+        context: Tokens that the KV cache may hold, of all sequences and beams together; None means 2048.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None comes from it.
         expert_policy: What the cache of a pack of experts keeps: "lru", "lfu", "pinned" (needs a calibration), or "auto",

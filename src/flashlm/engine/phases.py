@@ -31,7 +31,6 @@ from transformers import PreTrainedModel
 
 from flashlm.engine.counters import Counters
 from flashlm.engine.forward_pass import PHASES, Pass, Phase, running_pass
-from flashlm.engine.kv_pass import begin_pass, end_pass
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import ConfigError
 
@@ -102,7 +101,7 @@ class Passes:
         Args:
             model: What users call.
             streamed: Names of its streamed modules: a model that holds one can be called by itself, for no logits.
-            measure: Looks at a call's model, positional and named arguments before it runs, and refuses what can't be.
+            measure: Looks at a call's model, positional and named arguments before it runs.
         """
         for name, module in list(model.named_modules()):
             is_holder = isinstance(module, PreTrainedModel) and any(each.startswith(f"{name}.") for each in streamed)
@@ -128,13 +127,11 @@ class Passes:
             return forward(*args, **kwargs)
         size = measure(module(), args, kwargs)
         mine = self.new_pass(size, args, kwargs)
-        begin_pass(kwargs.get("past_key_values"))
         try:
             output = mine.run(lambda: forward(*args, **kwargs), on_one_thread=size.is_small)
         finally:
             with self._lock:
                 self.totals.add(mine.counters)
-        end_pass(kwargs.get("past_key_values"))
         self.telemetry.add(mine)
         return output
 

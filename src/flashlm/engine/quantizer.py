@@ -28,7 +28,7 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
     Args:
         dram: Bound on the whole process, like "6GiB" or a number of bytes.
         mode: "auto", "hybrid", "sparse", "naive" or "experts".
-        context: Tokens that the KV cache may hold, over all sequences.
+        context: Tokens that the KV cache may hold, of all sequences and beams together.
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None here comes from it.
         expert_policy: What the expert cache of a pack of experts keeps: "auto", "lru", "lfu" or "pinned".

@@ -60,6 +60,26 @@ def read_memory_limits() -> MemoryLimits:
     )
 
 
+def room_bytes() -> int:
+    """Return what this process could still allocate before the kernel refuses: page cache counts as droppable."""
+    machine_bytes = int(psutil.virtual_memory().available)
+    rooms = []
+    for folder, names in _memory_groups():
+        limit_bytes, used_bytes = _read_group(folder, *names)
+        if limit_bytes is not None and used_bytes is not None:
+            active = "total_active_file" if names[2].startswith("total_") else "active_file"
+            rooms.append(limit_bytes - used_bytes + _stat_bytes(folder, active))
+    return min(machine_bytes, *rooms) if rooms else machine_bytes
+
+
+def _stat_bytes(folder: Path, name: str) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
+
+
 def process_bytes() -> int:
     """Return this process's resident memory in bytes."""
     return int(psutil.Process().memory_info().rss)

@@ -9,9 +9,10 @@ from typing import Any
 from flashlm.kernels import WIDEN_PIECE_BYTES
 from flashlm.memory.budget import Needs
 from flashlm.memory.expert_budget import ExpertUse
+from flashlm.memory.pass_memory import PassFacts, working_bytes
 from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout
 from flashlm.pack.manifest import Manifest
-from flashlm.planner.needs import measure_needs
+from flashlm.planner.needs import SLACK_BYTES, measure_needs, pass_facts
 
 # Live fp32 vectors of a prompt's tokens in a layer of experts: input, sum, one expert's tokens, its output, and a copy.
 LIVE_EXPERT_VECTORS = 5
@@ -32,6 +33,17 @@ def expert_uses(manifest: Manifest) -> list[ExpertUse]:
     ]
 
 
+def expert_pass_facts(config: Any, uses: Sequence[ExpertUse]) -> PassFacts:
+    """Return what the memory of the passes of a model with experts depends on."""
+    layout = uses[0].layout
+    pieces = replace(layout, block_rows=rows_per_product(layout))
+    facts = pass_facts(config, [pieces])
+    vectors_bytes = (LIVE_EXPERT_VECTORS * layout.hidden_size + LIVE_ROW_VECTORS * pieces.block_rows) * 4
+    most = max(uses, key=lambda use: use.num_experts)
+    routing_bytes = 8 * 4 * most.num_experts + 64 * most.num_active  # scores, their copies, sorted indices
+    return replace(facts, token_bytes=facts.token_bytes + vectors_bytes + routing_bytes)
+
+
 def measure_expert_needs(config: Any, uses: Sequence[ExpertUse], resident_bytes: int, context: int) -> Needs:
     """Return what loading a pack of experts into this process takes.
 
@@ -41,10 +53,5 @@ def measure_expert_needs(config: Any, uses: Sequence[ExpertUse], resident_bytes:
         resident_bytes: Size of the resident weights.
         context: Tokens of the KV cache, over all sequences; a prompt may be as long.
     """
-    layout = uses[0].layout
-    pieces = replace(layout, block_rows=rows_per_product(layout))
-    needs = measure_needs(config, [pieces], resident_bytes=resident_bytes, context=context)
-    vectors_bytes = (LIVE_EXPERT_VECTORS * layout.hidden_size + LIVE_ROW_VECTORS * pieces.block_rows) * 4
-    most = max(uses, key=lambda use: use.num_experts)
-    routing_bytes = 8 * 4 * most.num_experts + 64 * most.num_active  # scores, their copies, sorted indices
-    return replace(needs, working_bytes=needs.working_bytes + context * (vectors_bytes + routing_bytes))
+    needs = measure_needs(config, [uses[0].layout], resident_bytes=resident_bytes, context=context)
+    return replace(needs, working_bytes=SLACK_BYTES + working_bytes(expert_pass_facts(config, uses), context))

@@ -12,6 +12,7 @@ from flashlm.errors import PackError
 from flashlm.kernels import WIDEN_PIECE_BYTES, choose_strategy
 from flashlm.memory.budget import Needs
 from flashlm.memory.limits import process_bytes
+from flashlm.memory.pass_memory import PassFacts, working_bytes
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 from flashlm.pack.manifest import read_manifest
 
@@ -22,6 +23,14 @@ SLACK_BYTES = 160 << 20
 # Live hidden-size vectors per token at the peak of a prefill: residual, norm, q, k, v, attention output, their
 # transposed copies, and the streamed layer's fp32 input and output.
 LIVE_VECTORS_PER_TOKEN = 12
+# Settings with which a family makes a second copy of its logits.
+_LOGIT_SCALINGS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)
 
 
 def read_config(pack: Path, **trust: Any) -> Any:
@@ -60,18 +69,47 @@ def _kv_elements(layer: Any) -> int:
     return num_kv_heads * (key_dim + value_dim)
 
 
-def working_bytes(config: Any, layouts: Sequence[LayerLayout], context: int) -> int:
-    """Return the memory of the largest forward pass, `context` tokens at once, and the allocator's slack."""
+def pass_facts(config: Any, layouts: Sequence[LayerLayout]) -> PassFacts:
+    """Return what the memory of a model's passes depends on, of its transformers `config` and its streamed layers.
+
+    A config that no model has been built from does not say how attention will be computed: sdpa is assumed.
+    """
     text = config.get_text_config(decoder=True)
     layout = max(layouts, key=lambda each: each.block_stride_bytes)
     dtype_bytes = DTYPE_BYTES[layout.dtype]
     widened = layout.num_parts if choose_strategy(layout.dtype) == "widen" else 0
-    scratch_bytes = layout.block_rows * widened * layout.hidden_size * 4 + (WIDEN_PIECE_BYTES if widened else 0)
-    hidden_size, vocab_size = int(text.hidden_size), int(text.vocab_size)
-    per_token_bytes = hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4) + 3 * layout.block_rows * 4
-    attention_mask_bytes = context * context
-    logits_bytes = vocab_size * (dtype_bytes + 3 * 4)
-    return SLACK_BYTES + scratch_bytes + context * per_token_bytes + attention_mask_bytes + logits_bytes
+    hidden_size = int(text.hidden_size)
+    return PassFacts(
+        hidden_size=hidden_size,
+        vocab_size=int(text.vocab_size),
+        num_layers=int(text.num_hidden_layers),
+        num_heads=max(_values(text, "num_attention_heads")),
+        dtype_bytes=dtype_bytes,
+        kv_token_bytes=kv_cache_bytes_per_token(config, DTYPE_BYTES[layouts[0].dtype]),
+        scratch_bytes=layout.block_rows * widened * layout.hidden_size * 4 + (WIDEN_PIECE_BYTES if widened else 0),
+        token_bytes=hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4) + 3 * layout.block_rows * 4,
+        writes_scores=writes_scores(config),
+        masks=any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")),
+        logit_copies=2 if any(getattr(text, name, None) for name in _LOGIT_SCALINGS) else 1,
+    )
+
+
+def _values(text: Any, name: str) -> list[int]:
+    """Return a number that may differ from layer to layer, once for each kind of layer."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    return [int(getattr(layer, name)) for layer in layers]
+
+
+def writes_scores(config: Any) -> bool:
+    """Return whether attention holds all heads' scores: eager does, and sdpa where keys and values differ in width."""
+    text = config.get_text_config(decoder=True)
+    implementation = str(getattr(text, "_attn_implementation", None) or "sdpa").removeprefix("paged|")
+    if implementation != "sdpa":
+        return implementation.startswith("eager")
+    nope_dim, rope_dim = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
+    if not (nope_dim and rope_dim):
+        return False
+    return int(nope_dim) + int(rope_dim) != int(getattr(text, "v_head_dim", None) or 0)
 
 
 def measure_needs(
@@ -95,7 +133,7 @@ def measure_needs(
         process_bytes=process_bytes(),
         resident_bytes=resident_bytes,
         kv_cache_bytes=kv_bytes,
-        working_bytes=working_bytes(config, layouts, context),
+        working_bytes=SLACK_BYTES + working_bytes(pass_facts(config, layouts), context),
         predictor_bytes=predictor_bytes,
     )
 

@@ -1,0 +1,359 @@
+"""Count what a forward pass will allocate before it does, and refuse what the budget can't hold.
+
+`guard_passes` gives a loaded model (and its decoder, which people call for hidden states) a subclass of its own class, whose
+`forward` asks the guard first. A subclass, and no hooks: it also sees `model.forward(...)`, and can run the output layer in
+pieces where `labels` are given (`chunked_loss`). How much there is:
+
+    pool = dram - process before loading - weights - pinned blocks, staging and caches - what the process holds beyond plan
+
+but never less than what loading reserved for passes of `context` tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flashlm.engine.cache_room import LiveCaches, cache_room, past_tokens
+from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
+from flashlm.engine.generation_guard import Wishes, generation_members
+from flashlm.engine.kv_pass import begin_pass, end_pass
+from flashlm.errors import BudgetError
+from flashlm.memory.limits import process_bytes, room_bytes
+from flashlm.memory.pass_memory import (
+    CACHE,
+    LOGITS,
+    OTHER_CACHES,
+    PASS_SLACK_BYTES,
+    STATIC_CACHE,
+    PassFacts,
+    PassShape,
+    check_pass,
+    logits_bytes,
+    pass_items,
+)
+from flashlm.planner.expert_needs import expert_pass_facts, expert_uses
+from flashlm.planner.needs import SLACK_BYTES, pass_facts, writes_scores
+from flashlm.sizes import format_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flashlm.engine.model import FlashModel
+
+ROOM_MARGIN_BYTES = 16 << 20  # what the allocator may round up or keep in a pass
+ROOM_WAIT_S = 1.0  # between looks, where another thread's pass is waited for
+MAX_LOSS_PIECE_BYTES = 64 << 20  # larger pieces read the output layer less often, which no longer shows
+
+
+class PassGuard:
+    """What one model's passes may allocate, and what they are doing now.
+
+    Args:
+        flash: The loaded model's placement and manifest.
+        config: Its transformers config.
+    """
+
+    def __init__(self, flash: FlashModel, config: Any) -> None:
+        manifest = flash.manifest
+        if manifest.experts:
+            facts = expert_pass_facts(config, expert_uses(manifest))
+        else:
+            facts = pass_facts(config, [manifest.layout(layer) for layer in range(len(manifest.layers))])
+        placement, needs = flash.placement, flash.placement.needs
+        self.context = flash.context
+        self.caches = LiveCaches()
+        self.chunked = ChunkedLoss()
+        self.wishes = Wishes()
+        self._facts = facts
+        self._text = config.get_text_config(decoder=True)
+        self._attention = self._text._attn_implementation
+        self._config = config
+        self._threads = threading.local()
+        self._condition = threading.Condition()
+        self._in_flight: dict[int, int] = {}  # bytes of running passes, by thread
+        self._reserved_bytes = needs.kv_cache_bytes + needs.working_bytes
+        self._fixed_bytes = needs.process_bytes + needs.resident_bytes + needs.predictor_bytes
+        self._fixed_bytes += placement.pinned_bytes + placement.staging_bytes + placement.cache_bytes
+        self._dram_bytes = placement.dram_bytes
+
+    @property
+    def facts(self) -> PassFacts:
+        """What passes depend on now: the attention implementation may change after loading."""
+        holds_scores = writes_scores(self._config)
+        return (
+            self._facts
+            if holds_scores == self._facts.writes_scores
+            else replace(self._facts, writes_scores=holds_scores)
+        )
+
+    def available_bytes(self, unplanned_bytes: int | None = None) -> int:
+        """Return what the budget has for caches and working memory: at least what loading reserved for them."""
+        unplanned_bytes = self._unplanned_bytes() if unplanned_bytes is None else unplanned_bytes
+        return max(self._reserved_bytes, self._dram_bytes - self._fixed_bytes - unplanned_bytes)
+
+    def _unplanned_bytes(self) -> int:
+        """Return what the process holds beside what was planned: a caller's own data, outputs kept of earlier passes."""
+        planned_bytes = self._fixed_bytes + self.caches.others_bytes(None) + SLACK_BYTES
+        return max(process_bytes() - planned_bytes, 0)
+
+    def check_context(self, num_sequences: int, num_tokens: int, hint: str = "") -> None:
+        """Refuse sequences whose tokens are more than the KV cache was planned for, over all of them.
+
+        Raises:
+            BudgetError: It says which context would do.
+        """
+        wanted = num_sequences * num_tokens
+        if wanted <= self.context:
+            return
+        per_token = self._facts.kv_token_bytes
+        each = f"{num_sequences} sequences of {num_tokens} tokens need"
+        raise BudgetError(
+            f"{each} a KV cache of {wanted} tokens, but this model was loaded for context={self.context}, which counts"
+            f" the tokens of all sequences together: load it with context={wanted} or more{hint}",
+            needed_bytes=wanted * per_token,
+            available_bytes=self.context * per_token,
+        )
+
+    def items(self, shape: PassShape, cache: Any) -> dict[str, int]:
+        """Return what a pass of `shape` takes, by item, and what caches other than `cache` hold meanwhile."""
+        items = pass_items(self.facts, shape)
+        items[OTHER_CACHES] = self.caches.others_bytes(cache)
+        if items[OTHER_CACHES] and sum(items.values()) + PASS_SLACK_BYTES > self.available_bytes():
+            self.caches.forget_dead()
+            items[OTHER_CACHES] = self.caches.others_bytes(cache)
+        return items
+
+    def check(self, shape: PassShape, cache: Any, what: str) -> None:
+        """Refuse a pass of `shape` with `cache` where it does not fit.
+
+        Raises:
+            BudgetError: It lists what needs how much, and what to do.
+        """
+        items = self.items(shape, cache)
+        unplanned_bytes = self._unplanned_bytes()
+        check_pass(items, self.available_bytes(unplanned_bytes), what)
+        if unplanned_bytes:  # and so nothing is read of the control groups in normal use
+            self._check_room(shape, items, what, unplanned_bytes)
+        self.note(cache, items)
+        self._threads.items = items
+
+    def _check_room(self, shape: PassShape, items: dict[str, int], what: str, unplanned_bytes: int) -> None:
+        """Refuse a pass within the plan too, where a process that has outgrown it would be killed by the kernel."""
+        held = (OTHER_CACHES, CACHE, STATIC_CACHE) if shape.width > shape.num_tokens else (OTHER_CACHES,)
+        needed_bytes = sum(size for name, size in items.items() if name not in held) + ROOM_MARGIN_BYTES
+        available_bytes = room_bytes()
+        if needed_bytes <= available_bytes:
+            return
+        gc.collect()
+        available_bytes = room_bytes()
+        if needed_bytes > available_bytes:
+            raise BudgetError(
+                f"{what} needs {format_size(needed_bytes)} more, but the kernel has {format_size(max(available_bytes, 0))}"
+                f" left for this process, which holds {format_size(unplanned_bytes)} that were not planned for in"
+                f" dram={format_size(self._dram_bytes)} (outputs of earlier passes, data of your own): drop some of it",
+                needed_bytes=needed_bytes,
+                available_bytes=max(available_bytes, 0),
+            )
+
+    def note(self, cache: Any, items: dict[str, int]) -> None:
+        """Remember what `cache` takes from now on."""
+        if cache is not None:
+            self.caches.note(cache, items[CACHE] + items[STATIC_CACHE])
+
+    def check_call(self, call: dict[str, Any], *, makes_logits: bool) -> PassShape | None:
+        """Refuse a call that does not fit, but for logits with labels; return its shape, None where it has no tokens.
+
+        Args:
+            call: A forward's arguments by name.
+            makes_logits: Whether it ends with the output layer.
+        """
+        shape, cache = self.shape_of(call, makes_logits=makes_logits), call.get("past_key_values")
+        if shape is None:
+            return None
+        self.check_context(shape.num_sequences, past_tokens(cache) + shape.num_tokens)
+        if not shape.has_loss:
+            self.check(shape, cache, _describe(shape))
+        return shape
+
+    def shape_of(self, call: dict[str, Any], *, makes_logits: bool) -> PassShape | None:
+        """Return the shape of a forward call."""
+        tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        if tokens is None or tokens.dim() < 2:
+            return None
+        num_sequences, num_tokens = int(tokens.shape[0]), int(tokens.shape[1])
+        cache = call.get("past_key_values")
+        room = cache_room(cache, past_tokens(cache) + num_tokens)
+        has_cache = cache is not None or self._flag(call, "use_cache")
+        return PassShape(
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            width=room.width,
+            num_cached=room.num_cached if has_cache else 0,
+            capacity=room.capacity,
+            num_kept=_num_kept(call, num_tokens) if makes_logits else 0,
+            is_masked=_is_masked(call.get("attention_mask")),
+            has_hidden_states=self._flag(call, "output_hidden_states"),
+            has_attentions=self._flag(call, "output_attentions"),
+            has_loss=makes_logits and call.get("labels") is not None,
+        )
+
+    def _flag(self, call: dict[str, Any], name: str) -> bool:
+        value = call.get(name)
+        return bool(getattr(self._config, name, name == "use_cache") if value is None else value)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While a checked pass runs in this thread, its decoder asks nobody; passes of other threads count beside it."""
+        before = self.is_inside
+        if not before:
+            self._await_room()
+        self._threads.is_inside = True
+        try:
+            yield
+        finally:
+            self._threads.is_inside = before
+            if not before:
+                with self._condition:
+                    self._in_flight.pop(threading.get_ident(), None)
+                    self._condition.notify_all()
+
+    def _await_room(self) -> None:
+        """Wait until the passes of other threads leave room for the one that this thread has checked last."""
+        items: dict[str, int] = self._threads.__dict__.get("items", {})
+        needed_bytes = sum(items.values()) + PASS_SLACK_BYTES
+        held = (OTHER_CACHES, CACHE, STATIC_CACHE)  # they outlive the pass, and are counted as live caches
+        with self._condition:
+            while self._in_flight and sum(self._in_flight.values()) + needed_bytes > self.available_bytes():
+                self._condition.wait(ROOM_WAIT_S)
+            self._in_flight[threading.get_ident()] = sum(size for name, size in items.items() if name not in held)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is in a pass that was checked."""
+        return getattr(self._threads, "is_inside", False)
+
+    def loss_positions(self, shape: PassShape, call: dict[str, Any], model: Any) -> tuple[int, int] | None:
+        """Return how many positions' losses fit at once, and the bytes that they may take; None: all of them fit.
+
+        Raises:
+            BudgetError: Not one position fits, or the loss can't be made in pieces.
+        """
+        cache = call.get("past_key_values")
+        try:
+            self.check(shape, cache, _describe(shape))
+            return None
+        except BudgetError:
+            if not can_chunk(model, call):
+                raise
+        one = replace(shape, num_kept=1)
+        self.check(one, cache, _describe(one))
+        rest_bytes = sum(self.items(replace(shape, num_kept=0), cache).values()) + PASS_SLACK_BYTES
+        unplanned_bytes = self._unplanned_bytes()
+        left_bytes = self.available_bytes(unplanned_bytes) - rest_bytes
+        if unplanned_bytes:
+            left_bytes = min(left_bytes, room_bytes() // 2)
+        each_bytes = logits_bytes(self.facts, shape.num_sequences, has_loss=True)
+        num_positions = max(min(left_bytes, MAX_LOSS_PIECE_BYTES) // each_bytes, 1)
+        self._threads.items[LOGITS] += num_positions * each_bytes
+        return num_positions, left_bytes
+
+
+def guard_passes(model: PreTrainedModel, flash: FlashModel) -> PassGuard:
+    """Make every pass of `model` and of its decoder ask a guard before it allocates; return the guard."""
+    guard = PassGuard(flash, model.config)
+    decoder = model.get_decoder()
+    if decoder is not model:
+        _guard_module(decoder, guard, _guarded_decoder)
+    _guard_module(model, guard, _guarded_model)
+    return guard
+
+
+def _guard_module(module: Any, guard: PassGuard, subclass: Callable[[Any], type]) -> None:
+    module._flash_guard = guard
+    module.__class__ = subclass(type(module))
+
+
+@functools.cache
+def _guarded_decoder(plain: Any) -> type:
+    names = list(inspect.signature(plain.forward).parameters)[1:]
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guard: PassGuard = self._flash_guard
+        if guard.is_inside:
+            return guard.chunked.decode(lambda: plain.forward(self, *args, **kwargs))
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        guard.check_call(call, makes_logits=False)
+        begin_pass(call.get("past_key_values"))  # not before: a refused pass has written nothing
+        output = plain.forward(self, *args, **kwargs)
+        end_pass(call.get("past_key_values"))
+        return output
+
+    return _subclass(plain, {"forward": forward})
+
+
+@functools.cache
+def _guarded_model(plain: Any) -> type:
+    names = list(inspect.signature(plain.forward).parameters)[1:]
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guard: PassGuard = self._flash_guard
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        shape = guard.check_call(call, makes_logits=True)
+        pieces = guard.loss_positions(shape, call, self) if shape is not None and shape.has_loss else None
+        begin_pass(call.get("past_key_values"))  # not before: a refused pass has written nothing
+        with guard.inside():
+            run = functools.partial(plain.forward, self)
+            if pieces is None:
+                output = run(*args, **kwargs)
+            else:
+                output = guard.chunked.run(run, call, pieces[0], available_bytes=pieces[1])
+        end_pass(call.get("past_key_values"))
+        made = getattr(output, "past_key_values", None)
+        if shape is not None and made is not None and made is not call.get("past_key_values"):
+            guard.note(made, pass_items(guard.facts, shape))
+        return output
+
+    def loss_function(self: Any) -> Any:
+        return self._flash_guard.chunked.loss_function(plain.loss_function.fget(self))
+
+    members: dict[str, Any] = {"forward": forward, **generation_members(plain)}
+    if isinstance(getattr(plain, "loss_function", None), property):
+        members["loss_function"] = property(loss_function, plain.loss_function.fset)
+    members["plain_loss_function"] = lambda self: plain.loss_function.fget(self)
+    return _subclass(plain, members)
+
+
+def _subclass(plain: type, members: dict[str, Any]) -> type:
+    """Return a subclass that looks like its base: transformers and others go by names of classes."""
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(plain.__name__, (plain,), {**names, **members})
+
+
+def _num_kept(call: dict[str, Any], num_tokens: int) -> int:
+    kept = call.get("logits_to_keep", 0)
+    if isinstance(kept, torch.Tensor):
+        return int(kept.numel())
+    return min(int(kept), num_tokens) if kept else num_tokens
+
+
+def _is_masked(mask: Any) -> bool:
+    if not isinstance(mask, torch.Tensor):
+        return mask is not None
+    return mask.dim() != 2 or not bool(mask.all())
+
+
+def _describe(shape: PassShape) -> str:
+    sequences = f"{shape.num_sequences} sequences of " if shape.num_sequences > 1 else ""
+    logits = f" with the logits of {shape.num_kept} positions each" if shape.num_kept > 1 else ""
+    return f"a pass of {sequences}{shape.num_tokens} tokens{logits}"
