@@ -18,13 +18,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from flashlm import kernels
+from flashlm.engine.adapters import AdapterPass, Linears, Seat
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.guards import StreamedModule, check_hidden_states
 from flashlm.engine.sparse import SparseRows
+from flashlm.engine.standin import StreamedWeight, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout, round_up
@@ -61,7 +65,7 @@ class _Rows:
     slots: torch.Tensor
 
 
-class FlashFFN(nn.Module):
+class FlashFFN(StreamedModule):
     """A feed-forward layer whose rows come from a `BlockStream`. Inference only.
 
     Args:
@@ -75,6 +79,8 @@ class FlashFFN(nn.Module):
         observer: Called for every block of a dense pass; None in normal use.
         selection: Rows that a dense pass may use, the others count as zero; None is all. For calibration and evaluation.
         activation_threshold: Neurons with |act(trigger)| not above this count as zero (CATS, FATReLU); 0 changes nothing.
+        linears: The linear layers that it stands for; None where they are unknown.
+        seat: Where adapters attach, once bound; None where the layer has no known linear layers.
     """
 
     def __init__(
@@ -95,6 +101,8 @@ class FlashFFN(nn.Module):
         self.observer: Observer | None = None
         self.selection: Selection | None = None
         self.activation_threshold = 0.0
+        self.linears: Linears | None = None
+        self.seat: Seat | None = None
         self.up_bias: nn.Parameter | None
         self.gate_bias: nn.Parameter | None
         self.down_bias: nn.Parameter | None
@@ -160,28 +168,40 @@ class FlashFFN(nn.Module):
             (..., hidden_size) in the dtype of `hidden_states`.
 
         Raises:
-            ConfigError: The layer is not connected to a pack, or a gradient is asked for.
+            ConfigError: The layer is not connected to a pack, a gradient is asked for, the input is on another device or of
+                a dtype that rows don't have, or an adapter on the layer is of another kind than plain LoRA.
             StorageError: A block can't be read.
         """
         bound = self.bound
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
+        check_hidden_states(self, hidden_states)
+        adapters = None if self.seat is None else self.seat.begin(hidden_states)
+        if adapters is not None and bound.sparse is not None:
+            raise ConfigError(
+                "mode sparse predicts rows without knowing of adapters: load the pack with mode='hybrid' to use one on its"
+                " feed-forward layers"
+            )
         tokens = hidden_states.reshape(-1, self.layout.hidden_size)
         output = torch.zeros(tokens.shape, dtype=torch.float32)
         if len(tokens) > MAX_KERNEL_TOKENS:
-            self._run_gemm(bound, tokens, output)
+            self._run_gemm(bound, tokens, output, adapters)
         elif bound.sparse is not None and bound.predict is not None:
             self._run_sparse(bound, bound.sparse, bound.predict, tokens.to(torch.float32).contiguous(), output)
         else:
-            self._run_rows(bound, tokens.to(torch.float32).contiguous(), output)
+            self._run_rows(bound, tokens.to(torch.float32).contiguous(), output, adapters)
+        if adapters is not None:
+            adapters.finish(output)
         if self.down_bias is not None:
             output += self.down_bias
         return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
-    def _run_rows(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
+    def _run_rows(
+        self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor, adapters: AdapterPass | None = None
+    ) -> None:
         """Add every row's share for a few tokens: fp32 `(num_tokens, hidden_size)` in and out."""
         layout = self.layout
         allowed = None if self.selection is None else self.selection(tokens)
+        if adapters is not None:
+            adapters.prepare(tokens, layout.num_rows, by_rows=True)
         with bound.stream.layer(self.layer) as runs:
             for run in runs if self.observer is None else _single_blocks(runs, layout):
                 span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
@@ -194,7 +214,7 @@ class FlashFFN(nn.Module):
                 if layout.has_gate:
                     gate = torch.empty(len(tokens), len(span), dtype=torch.float32)
                     kernels.project(tokens, rows, 0, gate, _part(bound.gate_bias, span))
-                hidden = self._activate(hidden, gate, span, tokens, allowed)
+                hidden = self._activate(hidden, gate, span, tokens, allowed, adapters)
                 kernels.accumulate(hidden, rows, output)
 
     def _run_sparse(
@@ -264,13 +284,17 @@ class FlashFFN(nn.Module):
             address, len(slots), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts, slots
         )
 
-    def _run_gemm(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
+    def _run_gemm(
+        self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor, adapters: AdapterPass | None = None
+    ) -> None:
         """Add every row's share for many tokens."""
         layout = self.layout
         prepared = bound.gemm.prepare(tokens)
         is_watched = self.observer is not None or self.selection is not None
         plain = tokens.to(torch.float32).contiguous() if is_watched else tokens
         allowed = None if self.selection is None else self.selection(plain)
+        if adapters is not None:
+            adapters.prepare(tokens, layout.num_rows, by_rows=False)
         with bound.stream.layer(self.layer) as runs:
             for run in _single_blocks(runs, layout):  # the cut of a matrix product changes its bits
                 span = layout.rows_of(run.blocks[0])
@@ -279,7 +303,7 @@ class FlashFFN(nn.Module):
                 gate = None
                 if gate_part is not None:
                     gate = bound.gemm.project(prepared, gate_part, _part(bound.gate_bias, span))
-                hidden = self._activate(hidden, gate, span, plain, allowed)
+                hidden = self._activate(hidden, gate, span, plain, allowed, adapters)
                 bound.gemm.accumulate(hidden, down_part, output)
 
     def _activate(
@@ -289,8 +313,11 @@ class FlashFFN(nn.Module):
         span: range,
         tokens: torch.Tensor,
         allowed: torch.Tensor | None,
+        adapters: AdapterPass | None = None,
     ) -> torch.Tensor:
-        """Return the hidden activations of a block, fp32 (num_tokens, rows of the block); may overwrite `up`."""
+        """Return the hidden activations of a block, fp32 (num_tokens, rows of the block); may overwrite `up` and `gate`."""
+        if adapters is not None:
+            adapters.shift(up, gate, span, self.layout.num_rows)
         activated = _evenly(self.activation, up if gate is None else gate)
         if self.observer is not None:
             self.observer(self.layer, span, tokens, activated)
@@ -298,12 +325,33 @@ class FlashFFN(nn.Module):
             activated = activated.masked_fill(activated.abs() <= self.activation_threshold, 0.0)
         if allowed is not None:
             activated = activated.masked_fill(~allowed[:, span.start : span.stop], 0.0)
-        return activated if gate is None else up.mul_(activated)
+        hidden = activated if gate is None else up.mul_(activated)
+        if adapters is not None:
+            adapters.collect(hidden, span)
+        return hidden
+
+    def become_linear(self, weight: StreamedWeight) -> None:
+        """Pass for the up-projection, in whose place the layer lies where a decoder layer holds the parts itself."""
+        self.__class__ = _LinearFFN
+        self.in_features, self.out_features = self.layout.hidden_size, self.layout.num_rows
+        self.register_parameter("weight", weight)  # type: ignore[arg-type]  # it counts as one
 
     def extra_repr(self) -> str:
         """Show shapes in `print(model)`."""
         layout = self.layout
         return f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.dtype}"
+
+
+class _LinearFFN(FlashFFN, nn.Linear):
+    """A `FlashFFN` that adapters find as the up-projection which it replaces."""
+
+    weight: StreamedWeight
+    bias: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            refuse(f"{self.weight.flash_name.removesuffix('weight')}{name}", "can't be replaced")
+        super().__setattr__(name, value)
 
 
 def _single_blocks(runs: Iterator[BlockRun], layout: LayerLayout) -> Iterator[BlockRun]:

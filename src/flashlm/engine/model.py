@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from flashlm.engine.adapters import attach, find_linears
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
 from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
@@ -26,6 +27,7 @@ from flashlm.engine.expert_loading import (
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import MAX_KERNEL_TOKENS, FlashFFN
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.guards import guard
 from flashlm.engine.linear import widen_linears
 from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.sparse import SparseRows
@@ -203,6 +205,7 @@ class FlashModel:
         if gemm.strategy == "widen":
             widen_linears(model)
         model.flash = self
+        guard(model)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
         weakref.finalize(model, self.close)
@@ -219,14 +222,12 @@ class FlashModel:
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
             predict = predictors[index].predict if predictors else None
-            order = read_order(self.pack, entry)
-            layer.bind(
-                self._stream,
-                gemm,
-                sparse=self.sparse,
-                predict=predict,
-                order=None if order is None else torch.from_numpy(order),
-            )
+            stored = read_order(self.pack, entry)
+            order = None if stored is None else torch.from_numpy(stored)
+            layer.bind(self._stream, gemm, sparse=self.sparse, predict=predict, order=order)
+            if layer.linears is not None:
+                owner = model.get_submodule(entry.module.rpartition(".")[0])
+                attach(layer, entry.module, owner, layer.linears, order)
             if self.calibration is not None:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
 
@@ -371,7 +372,7 @@ def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
             has_down_bias=entry.has_down_bias,
         )
         try:
-            model.get_submodule(entry.module)
+            ffn.linears = find_linears(model, entry)
             model.set_submodule(entry.module, ffn)
             for name in entry.identities:
                 model.get_submodule(name)
