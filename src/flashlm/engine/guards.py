@@ -101,6 +101,7 @@ class LoadedPack:
     """Mixed into the class of a loaded model: what needs more than torch's own methods."""
 
     flash: Any
+    undo_adapter: Callable[[], None] | None = None  # while an adapter's weights are to come
 
     @property
     def hf_device_map(self) -> dict[str, torch.device]:
@@ -172,12 +173,11 @@ class LoadedPack:
             ConfigError: Part of the adapter has no place in the streamed layers.
         """
         with _adapters_kept(self):
-            known = set(getattr(self, "peft_config", {}))
             info = super().load_adapter(*args, **kwargs)  # type: ignore[misc]
             lost = [key for key in info.unexpected_keys if _streamed_around(self, key)]  # type: ignore[arg-type]
             if lost:
-                self.delete_adapter([name for name in self.peft_config if name not in known])  # type: ignore[attr-defined]
-                raise ConfigError(_no_place(lost))
+                _refuse_keys(self, lost)
+            self.undo_adapter = None
             return info
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
@@ -216,11 +216,16 @@ def _streamed_around(model: nn.Module, key: str) -> bool:
     return is_streamed(model)
 
 
-def _no_place(keys: list[str]) -> str:
+def _refuse_keys(model: Any, keys: list[str]) -> NoReturn:
+    """Take back an adapter whose weights have no place, and say so."""
+    for module in model.modules():
+        if isinstance(module, LoadedPack) and module.undo_adapter is not None:
+            module.undo_adapter()
+            module.undo_adapter = None
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return (
-        f"{keys[0]}{more} would change or extend a streamed layer in a way that it does not have: plain LoRA on its linear"
-        " layers is supported. Other weights belong into the checkpoint: convert it again"
+    raise ConfigError(
+        f"{keys[0]}{more} would go into a streamed layer, which takes plain LoRA on its linear layers and nothing else: put"
+        " other weights into the checkpoint and convert it again"
     )
 
 
@@ -233,8 +238,11 @@ def guard(model: PreTrainedModel) -> None:
     for module in _around(model):
         if not isinstance(module, StreamedModule):
             _guard_methods(module, dtype)
+            if hasattr(module, "config") and hasattr(
+                module, "get_input_embeddings"
+            ):  # a model that may be called by itself
+                module.register_forward_pre_hook(_check_call, with_kwargs=True)
         module.register_load_state_dict_pre_hook(_check_keys)  # type: ignore[no-untyped-call]
-    model.register_forward_pre_hook(_check_call, with_kwargs=True)
 
 
 def _around(model: nn.Module) -> Iterator[nn.Module]:
@@ -284,7 +292,9 @@ def _check_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
             if key not in own or (isinstance(own[key], StreamedWeight) and state_dict[key] is not own[key])
         ]
         if lost:
-            raise ConfigError(_no_place(lost))
+            _refuse_keys(module, lost)
+    if isinstance(module, LoadedPack):
+        module.undo_adapter = None
 
 
 def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

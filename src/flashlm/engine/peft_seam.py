@@ -7,59 +7,111 @@ that are no packs pass through untouched.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from flashlm.engine.adapters import Seat
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.guards import LoadedPack
-from flashlm.errors import ConfigError
+from flashlm.engine.standin import StreamedWeight
+from flashlm.errors import ConfigError, FlashError
 from flashlm.sizes import format_size
 
 logger = logging.getLogger(__name__)
 
-
-def _flash_layers(model: nn.Module) -> list[FlashFFN]:
-    return [module for module in model.modules() if isinstance(module, FlashFFN)]
+_WEIGHTLESS = {"gaussian", "orthogonal", "eva"}  # ways to begin an adapter that don't touch the layer's own weight
 
 
-def _is_pack(model: Any) -> bool:
-    return isinstance(model, nn.Module) and any(isinstance(module, LoadedPack) for module in model.modules())
+def _pack_in(model: Any) -> LoadedPack | None:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if isinstance(module, LoadedPack)), None)
 
 
-def _check_target_parameters(model: nn.Module, config: Any) -> None:
-    """Refuse adapters on streamed parameters as such, which is how peft adapts experts."""
+def _seats(model: nn.Module) -> list[Seat]:
+    layers = [module for module in model.modules() if isinstance(module, FlashFFN)]
+    return [layer.seat for layer in layers if layer.seat is not None]
+
+
+def _check_config(tuner: Any, model: nn.Module, config: Any) -> None:
+    """Refuse what would change weights of the model before an error stops it: it could not be undone."""
     for target in getattr(config, "target_parameters", None) or ():
         for name, module in model.named_modules():
-            streamed = [f"{name}.{each}" for each in ("gate_up_proj", "up_proj", "down_proj")]
-            if hasattr(module, "flash_experts") and any(f".{each}".endswith(f".{target}") for each in streamed):
+            streamed = [key for key, each in module.named_parameters(recurse=False) if isinstance(each, StreamedWeight)]
+            if any(f".{name}.{key}".endswith(f".{target}") for key in streamed):
                 raise ConfigError(
-                    f"target_parameters {target!r}: the experts at {name} are streamed and take no adapters"
+                    f"target_parameters {target!r}: {name}.{streamed[0]} is streamed and takes no adapter"
                 )
+    with_bias = [seat.path_of(role) for seat in _seats(model) for role, has in seat.linears.has_bias.items() if has]
+    bias = getattr(config, "bias", "none")
+    begins_with = getattr(config, "init_lora_weights", None)
+    needs_weight = isinstance(begins_with, str) and begins_with not in _WEIGHTLESS
+    if bias == "all" and with_bias:
+        raise ConfigError(f"bias={bias!r} changes the bias of {with_bias[0]}, which is streamed: use bias='none'")
+    if (needs_weight or (bias != "none" and with_bias)) and _reaches_streamed(tuner, model, config):
+        what = f"init_lora_weights={begins_with!r}" if needs_weight else f"bias={bias!r}"
+        raise ConfigError(
+            f"{what} changes the layer's own weights, and these are streamed: leave feed-forward layers out"
+        )
+
+
+def _reaches_streamed(tuner: Any, model: nn.Module, config: Any) -> bool:
+    """Return whether an adapter's targets include a linear layer of a streamed one."""
+    config = copy.copy(config)
+    if config.target_modules is None:
+        config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        return True
+    names = [seat.path_of(role) for seat in _seats(model) for role in seat.stand_ins]
+    return any(tuner._check_target_module_exists(config, name) for name in names)
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """Return what puts modules and weights of `model` back to what they are now."""
+    modules = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+    # Some ways to begin an adapter (PiSSA) point the layer's own weight at what is left of it.
+    resident = [(each, each.data) for each in model.parameters() if not isinstance(each, StreamedWeight)]
+
+    def restore() -> None:
+        for module, children, parameters in modules:
+            module._modules.clear()
+            module._modules.update(children)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+        for weight, values in resident:
+            weight.data = values
+
+    return restore
 
 
 def _inject(original: Any) -> Any:
     @functools.wraps(original)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if not _is_pack(model):
+        pack = _pack_in(model)
+        if pack is None:
             return original(self, model, adapter_name, *args, **kwargs)
-        before = [(module, dict(module._modules)) for module in model.modules()]
-        num_bytes = _parameter_bytes(model)
+        config = self.peft_config[adapter_name]
+        restore, num_bytes = _snapshot(model), _parameter_bytes(model)
         try:
-            _check_target_parameters(model, self.peft_config[adapter_name])
+            _check_config(self, model, config)
             result = original(self, model, adapter_name, *args, **kwargs)
-            for layer in _flash_layers(model):
-                if layer.seat is not None:
-                    layer.seat.check(will_run=False)
+            for seat in _seats(model):
+                seat.check(will_run=False)
+        except FlashError as error:
+            restore()
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ConfigError(f"the {kind} adapter {adapter_name!r} can't be used with this pack: {error}") from error
         except BaseException:
-            for module, children in before:
-                module._modules.clear()
-                module._modules.update(children)
+            restore()
             raise
-        _announce(model, _parameter_bytes(model) - num_bytes)
+        # An adapter that is being loaded has its weights still to come, and they may be refused.
+        pack.undo_adapter = restore if config.inference_mode else None
+        _announce(pack, _parameter_bytes(model) - num_bytes)
         return result
 
     return inject_adapter
@@ -69,30 +121,28 @@ def _parameter_bytes(model: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in model.parameters())
 
 
-def _announce(model: nn.Module, num_bytes: int) -> None:
+def _announce(pack: LoadedPack, num_bytes: int) -> None:
     """Say where an adapter's memory goes beyond what `dram` has left: placing came before it was known."""
-    flash = next(module.flash for module in model.modules() if isinstance(module, LoadedPack))
-    left_bytes = max(flash.placement.dram_bytes - flash.placement.planned_bytes, 0)
+    placement = pack.flash.placement
+    left_bytes = max(placement.dram_bytes - placement.planned_bytes, 0)
     if num_bytes > left_bytes:
-        pin = format_size(max(flash.placement.pinned_bytes - num_bytes, 0))
         logger.warning(
             "the adapter takes %s, dram has %s left: to stay within it load the pack with pin=%r or less",
             format_size(num_bytes),
             format_size(left_bytes),
-            pin,
+            format_size(max(placement.pinned_bytes - num_bytes, 0)),
         )
 
 
 def _check_merge(original: Any) -> Any:
     @functools.wraps(original)
     def _check_merge_allowed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for layer in _flash_layers(self.model):
-            adapted = [] if layer.seat is None else [layer.seat.path_of(role) for role, _ in layer.seat.wrappers()]
-            if adapted:
-                raise ConfigError(
-                    f"the adapter can't be merged: {adapted[0]} is streamed. Use it unmerged, or merge it into"
-                    " the checkpoint and convert that"
-                )
+        adapted = [seat.path_of(role) for seat in _seats(self.model) for role, _ in seat.wrappers()]
+        if adapted:
+            raise ConfigError(
+                f"the adapter can't be merged: {adapted[0]} is streamed. Use it unmerged, or merge it into the checkpoint"
+                " and convert that"
+            )
         return original(self, *args, **kwargs)
 
     return _check_merge_allowed

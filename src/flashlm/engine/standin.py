@@ -56,7 +56,7 @@ _ALLOWED = frozenset(
 _CPU = torch.device("cpu")
 _REQUIRES_GRAD: Any = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _GRAD: Any = torch.Tensor.grad.__set__  # type: ignore[union-attr]
-_SAME = frozenset([torch.Tensor.detach, torch.Tensor.cpu, torch.Tensor.contiguous, torch.detach])
+_SAME = frozenset([torch.Tensor.detach, torch.detach])
 
 
 class StreamedWeight(torch.Tensor):
@@ -92,14 +92,14 @@ class StreamedWeight(torch.Tensor):
         if isinstance(first, StreamedWeight):
             if func in _SAME:
                 return first
-            if func is torch.Tensor.to and _is_same_kind(first, args[1:], kwargs):
-                return first
             if func in (_REQUIRES_GRAD, torch.Tensor.requires_grad_):
                 if (len(args) > 1 and not args[1]) or kwargs.get("requires_grad") is False:
                     return first
                 refuse(first.flash_name, "can't be trained", "a pack is for inference")
             if func == _GRAD and args[1] is None:
                 return None
+            if func is torch.Tensor.copy_ and args[1] is first:  # a model's own state dict, loaded again
+                return first
         called = str(torch.overrides.resolve_name(func) or func).removesuffix(".__get__").removesuffix(".__set__")
         refuse(_name_of(args, kwargs), f"can't be used by {called}")
 
@@ -143,13 +143,6 @@ def _name_of(args: Any, kwargs: dict[str, Any]) -> str:
         if isinstance(value, list | tuple):
             waiting += value
     return "a weight"
-
-
-def _is_same_kind(weight: StreamedWeight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if any(isinstance(value, StreamedWeight) for value in (*args, *kwargs.values())) or kwargs.get("copy"):
-        return False
-    device, dtype = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})[:2]
-    return (device is None or device.type == "cpu") and dtype in (None, weight.dtype)
 
 
 class _Placeholder(nn.Module):
