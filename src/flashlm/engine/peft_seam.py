@@ -74,19 +74,27 @@ def _reaches_streamed(tuner: Any, model: nn.Module, config: Any) -> bool:
 def _snapshot(model: nn.Module) -> Callable[[], None]:
     """Return what puts modules and weights of `model` back to what they are now."""
     modules = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
+    # A wrapper that is there already keeps notes of its adapters: ranks, factors, variants.
+    wrappers = [module for module in model.modules() if hasattr(module, "base_layer")]
+    notes = [(note, dict(note)) for module in wrappers for note in vars(module).values() if type(note) is dict]
     # Some ways to begin an adapter (PiSSA) point the layer's own weight at what is left of it.
     resident = [(each, each.data) for each in model.parameters() if not isinstance(each, StreamedWeight)]
 
     def restore() -> None:
         for module, children, parameters in modules:
-            module._modules.clear()
-            module._modules.update(children)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-        for weight, values in resident:
-            weight.data = values
+            _refill(module._modules, children)
+            _refill(module._parameters, parameters)
+        for note, values in notes:
+            _refill(note, values)
+        for weight, data in resident:
+            weight.data = data
 
     return restore
+
+
+def _refill(target: dict[Any, Any], values: dict[Any, Any]) -> None:
+    target.clear()
+    target.update(values)
 
 
 def _inject(original: Any) -> Any:
