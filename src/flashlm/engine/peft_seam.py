@@ -2,7 +2,7 @@
 
 peft replaces a model's layers one by one and merges weight by weight; an error in the middle would leave some of it done. It
 has no hook before either, so two methods of its base class are wrapped as soon as peft is imported (`_registration`). Models
-that are no packs pass through untouched.
+that are no packs pass through untouched; importing this costs nothing as long as no pack is loaded.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
 
-from flashlm.engine.adapters import Seat
-from flashlm.engine.ffn import FlashFFN
-from flashlm.engine.guards import LoadedPack
-from flashlm.engine.standin import StreamedWeight
 from flashlm.errors import ConfigError, FlashError
 from flashlm.sizes import format_size
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flashlm.engine.adapters import Seat
+    from flashlm.engine.guards import LoadedPack
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +31,23 @@ _WEIGHTLESS = {"gaussian", "orthogonal", "eva"}  # ways to begin an adapter that
 
 
 def _pack_in(model: Any) -> LoadedPack | None:
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return next((module for module in modules if isinstance(module, LoadedPack)), None)
+    guards = sys.modules.get("flashlm.engine.guards")
+    if guards is None or not hasattr(model, "modules"):
+        return None
+    return next((module for module in model.modules() if isinstance(module, guards.LoadedPack)), None)
 
 
 def _seats(model: nn.Module) -> list[Seat]:
+    from flashlm.engine.ffn import FlashFFN
+
     layers = [module for module in model.modules() if isinstance(module, FlashFFN)]
     return [layer.seat for layer in layers if layer.seat is not None]
 
 
 def _check_config(tuner: Any, model: nn.Module, config: Any) -> None:
     """Refuse what would change weights of the model before an error stops it: it could not be undone."""
+    from flashlm.engine.standin import StreamedWeight
+
     for target in getattr(config, "target_parameters", None) or ():
         for name, module in model.named_modules():
             streamed = [key for key, each in module.named_parameters(recurse=False) if isinstance(each, StreamedWeight)]
@@ -73,6 +81,8 @@ def _reaches_streamed(tuner: Any, model: nn.Module, config: Any) -> bool:
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
     """Return what puts modules and weights of `model` back to what they are now."""
+    from flashlm.engine.standin import StreamedWeight
+
     modules = [(module, dict(module._modules), dict(module._parameters)) for module in model.modules()]
     # A wrapper that is there already keeps notes of its adapters: ranks, factors, variants.
     wrappers = [module for module in model.modules() if hasattr(module, "base_layer")]
@@ -145,7 +155,8 @@ def _announce(pack: LoadedPack, num_bytes: int) -> None:
 def _check_merge(original: Any) -> Any:
     @functools.wraps(original)
     def _check_merge_allowed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        adapted = [seat.path_of(role) for seat in _seats(self.model) for role, _ in seat.wrappers()]
+        seats = [] if _pack_in(self.model) is None else _seats(self.model)
+        adapted = [seat.path_of(role) for seat in seats for role, _ in seat.wrappers()]
         if adapted:
             raise ConfigError(
                 f"the adapter can't be merged: {adapted[0]} is streamed. Use it unmerged, or merge it into the checkpoint"
