@@ -24,11 +24,12 @@ import torch
 from torch import nn
 
 from flashlm import kernels
-from flashlm.engine.adapters import AdapterPass, Linears, Seat
+from flashlm.engine.adapters import AdapterPass
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import StreamedModule, check_hidden_states
+from flashlm.engine.seat import Linears, Seat
 from flashlm.engine.sparse import SparseRows
-from flashlm.engine.standin import StreamedWeight, refuse
+from flashlm.engine.standin import StreamedWeight, Unhookable, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout, round_up
@@ -330,9 +331,15 @@ class FlashFFN(StreamedModule):
             adapters.collect(hidden, span)
         return hidden
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and self.__dict__.get("seat") is not None:
+            self.seat.check_child(name, value)  # type: ignore[union-attr]
+        super().__setattr__(name, value)
+
     def become_linear(self, weight: StreamedWeight) -> None:
         """Pass for the up-projection, in whose place the layer lies where a decoder layer holds the parts itself."""
         self.__class__ = _LinearFFN
+        self.flash_name = weight.flash_name.removesuffix(".weight")
         self.in_features, self.out_features = self.layout.hidden_size, self.layout.num_rows
         self.register_parameter("weight", weight)  # type: ignore[arg-type]  # it counts as one
 
@@ -342,7 +349,7 @@ class FlashFFN(StreamedModule):
         return f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.dtype}"
 
 
-class _LinearFFN(FlashFFN, nn.Linear):
+class _LinearFFN(FlashFFN, Unhookable, nn.Linear):
     """A `FlashFFN` that adapters find as the up-projection which it replaces."""
 
     weight: StreamedWeight
@@ -350,7 +357,7 @@ class _LinearFFN(FlashFFN, nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
-            refuse(f"{self.weight.flash_name.removesuffix('weight')}{name}", "can't be replaced")
+            refuse(f"{self.flash_name}.{name}", "can't be replaced")
         super().__setattr__(name, value)
 
 

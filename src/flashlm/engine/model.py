@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from flashlm.engine.adapters import attach, find_linears
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
 from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
@@ -30,7 +29,9 @@ from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import guard
 from flashlm.engine.linear import widen_linears
 from flashlm.engine.resident import ResidentLoad, load_resident
+from flashlm.engine.seat import attach, find_linears
 from flashlm.engine.sparse import SparseRows
+from flashlm.engine.standin import StreamedActivation
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import BudgetError, ConfigError, PackError
@@ -227,7 +228,7 @@ class FlashModel:
             layer.bind(self._stream, gemm, sparse=self.sparse, predict=predict, order=order)
             if layer.linears is not None:
                 owner = model.get_submodule(entry.module.rpartition(".")[0])
-                attach(layer, entry.module, owner, layer.linears, order)
+                attach(layer, entry, owner, layer.linears, order)
             if self.calibration is not None:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
 
@@ -376,7 +377,7 @@ def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
             model.set_submodule(entry.module, ffn)
             for name in entry.identities:
                 model.get_submodule(name)
-                model.set_submodule(name, nn.Identity())
+                model.set_submodule(name, StreamedActivation(name))
         except AttributeError as error:
             raise PackError(
                 f"the pack streams {entry.module}, which {type(model).__name__} does not have ({error}):"

@@ -22,8 +22,8 @@ from flashlm.sizes import format_size
 if TYPE_CHECKING:
     from torch import nn
 
-    from flashlm.engine.adapters import Seat
     from flashlm.engine.guards import LoadedPack
+    from flashlm.engine.seat import Seat
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +49,9 @@ def _check_config(tuner: Any, model: nn.Module, config: Any) -> None:
     from flashlm.engine.standin import StreamedWeight
 
     for target in getattr(config, "target_parameters", None) or ():
-        for name, module in model.named_modules():
-            streamed = [key for key, each in module.named_parameters(recurse=False) if isinstance(each, StreamedWeight)]
-            if any(f".{name}.{key}".endswith(f".{target}") for key in streamed):
-                raise ConfigError(
-                    f"target_parameters {target!r}: {name}.{streamed[0]} is streamed and takes no adapter"
-                )
+        for name, weight in model.named_parameters():
+            if isinstance(weight, StreamedWeight) and f".{name}".endswith(f".{target}"):
+                raise ConfigError(f"target_parameters {target!r}: {name} is streamed and takes no adapter of this kind")
     with_bias = [seat.path_of(role) for seat in _seats(model) for role, has in seat.linears.has_bias.items() if has]
     bias = getattr(config, "bias", "none")
     begins_with = getattr(config, "init_lora_weights", None)

@@ -145,10 +145,39 @@ def _name_of(args: Any, kwargs: dict[str, Any]) -> str:
     return "a weight"
 
 
-class _Placeholder(nn.Module):
-    """What linear stand-ins share."""
+class Unhookable(nn.Module):
+    """A module whose hooks would not see what its name promises."""
 
     flash_name: str
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the hook would never be called, or with something else.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            f"{self.flash_name} is streamed and never runs by itself, so a hook on it would not see its values:"
+            " hook the module around it"
+        )
+
+    register_forward_pre_hook = register_forward_hook
+    register_full_backward_hook = register_forward_hook
+    register_full_backward_pre_hook = register_forward_hook
+    register_backward_hook = register_forward_hook
+
+
+class StreamedActivation(Unhookable, nn.Identity):
+    """Stands for an activation whose work a streamed layer has done, and hands its input on."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.flash_name = name
+
+
+class _Placeholder(Unhookable):
+    """What linear stand-ins share."""
+
     passes_through: bool
     has_bias: bool
 
@@ -180,22 +209,6 @@ class _Placeholder(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Placeholder:
         return self  # the layer around it has checked `fn`
-
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the hook would never be called.
-
-        Raises:
-            ConfigError: Always.
-        """
-        raise ConfigError(
-            f"{self.flash_name} is streamed and never runs by itself, so a hook on it would never be called:"
-            " hook the feed-forward layer that it belongs to"
-        )
-
-    register_forward_pre_hook = register_forward_hook
-    register_full_backward_hook = register_forward_hook
-    register_full_backward_pre_hook = register_forward_hook
-    register_backward_hook = register_forward_hook
 
 
 class StreamedLinear(_Placeholder, nn.Linear):
