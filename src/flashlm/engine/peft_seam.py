@@ -87,7 +87,13 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     # Some ways to begin an adapter (PiSSA) point the layer's own weight at what is left of it.
     resident = [(each, each.data) for each in model.parameters() if not isinstance(each, StreamedWeight)]
 
+    pack = _pack_in(model)
+    configs = vars(pack).get("peft_config")
+
     def restore() -> None:
+        vars(pack).pop("peft_config", None)
+        if configs is not None:
+            vars(pack)["peft_config"] = configs
         for module, children, parameters in modules:
             _refill(module._modules, children)
             _refill(module._parameters, parameters)

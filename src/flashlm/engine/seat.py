@@ -1,6 +1,6 @@
 """Where adapters attach to a streamed layer: stand-ins for its family's linear layers, which peft wraps as it wraps any.
 
-A wrapper's own forward never runs: the streamed layer reads its two small matrices and computes beside its rows (`adapters`).
+A wrapper's own forward never runs: the streamed layer reads its two matrices and computes beside its rows (`adapters`).
 Adapters of any other kind than plain LoRA are refused by name.
 """
 
