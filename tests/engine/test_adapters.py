@@ -26,7 +26,10 @@ Make = Callable[..., TinyPack]
 FAMILIES = ["llama", "opt", "gpt2", "gemma2", "phi3", "biogpt", "nemotron"]
 GATED = ["gate_proj", "up_proj", "down_proj", "q_proj"]
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")  # what it says of GPT-2's layout, names, paths
+pytestmark = [  # what it says of GPT-2's layout, of names, paths and ranks
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:peft.*"),
+]
 
 
 def _load(pack: Path, **settings: Any) -> torch.nn.Module:

@@ -65,6 +65,15 @@ def _check_config(tuner: Any, model: nn.Module, config: Any) -> None:
         )
 
 
+def _check_wrapped(model: nn.Module) -> None:
+    """Refuse wrappers that the streamed layers would not serve."""
+    for seat in _seats(model):
+        seat.check(will_run=False)
+    for name, module in model.named_modules():
+        if "flash_experts" in vars(module._modules.get("base_layer") or object):
+            raise ConfigError(f"{type(module).__name__} on {name}: streamed experts take no adapters")
+
+
 def _reaches_streamed(tuner: Any, model: nn.Module, config: Any) -> bool:
     """Return whether an adapter's targets include a linear layer of a streamed one."""
     config = copy.copy(config)
@@ -121,8 +130,7 @@ def _inject(original: Any) -> Any:
         try:
             _check_config(self, model, config)
             result = original(self, model, adapter_name, *args, **kwargs)
-            for seat in _seats(model):
-                seat.check(will_run=False)
+            _check_wrapped(model)
         except FlashError as error:
             restore()
             kind = getattr(config.peft_type, "value", config.peft_type)
