@@ -92,8 +92,6 @@ class StreamedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> StreamedModule:
         check_function(fn, self._dtype)
-        for child in self.children() if recurse else ():  # adapters
-            child._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -238,9 +236,7 @@ def guard(model: PreTrainedModel) -> None:
     for module in _around(model):
         if not isinstance(module, StreamedModule):
             _guard_methods(module, dtype)
-            if hasattr(module, "config") and hasattr(
-                module, "get_input_embeddings"
-            ):  # a model that may be called by itself
+            if hasattr(module, "get_input_embeddings"):  # a model that may be called by itself
                 module.register_forward_pre_hook(_check_call, with_kwargs=True)
         module.register_load_state_dict_pre_hook(_check_keys)  # type: ignore[no-untyped-call]
 
@@ -253,18 +249,11 @@ def _around(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _guard_methods(module: nn.Module, dtype: torch.dtype) -> None:
-    apply: Callable[..., Any] = module._apply
     requires_grad = module.requires_grad_
 
     def guarded_apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         check_function(fn, dtype)
-        streamed = {name: each for name, each in self._parameters.items() if isinstance(each, StreamedWeight)}
-        self._parameters.update(dict.fromkeys(streamed))
-        try:
-            applied: nn.Module = apply(fn, recurse)
-            return applied
-        finally:
-            self._parameters.update(streamed)
+        return self  # and not through the buffers, which torch would cast with the rest
 
     def guarded_requires_grad(self: nn.Module, is_required: bool = True) -> nn.Module:
         if is_required:
