@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,21 @@ def test_training_is_refused(tiny_pack: Make, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"call model\.eval"):
             _logits(model.train())
         assert torch.equal(_logits(model.eval()), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_a_model_that_is_let_go_of_is_gone_at_once(family: str, tiny_pack: Make) -> None:
+    """Guards must not tie the model to itself: the next load counts what the process still holds."""
+    model = _load(tiny_pack(family, "float32"))
+    _logits(model)
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_vocabulary_can_be_resized(tiny_pack: Make) -> None:

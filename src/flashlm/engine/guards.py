@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -21,6 +21,8 @@ from flashlm.errors import ConfigError, FlashError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from flashlm.engine.seat import Seat
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACCELERATORS = ("cuda", "mlu", "musa", "npu", "hpu", "xpu", "mps")  # that a pipeline looks for
@@ -82,6 +84,7 @@ def _refuse_copy(name: str) -> NoReturn:
 class StreamedModule(nn.Module):
     """A module whose weights are on flash: it is neither copied nor pickled, moved nor cast."""
 
+    seat: Seat | None
     _dtype: torch.dtype
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
@@ -95,7 +98,34 @@ class StreamedModule(nn.Module):
         return self
 
 
-class LoadedPack:
+class _Guarded:
+    """Mixed into the class of every module around a streamed one."""
+
+    flash_dtype: torch.dtype
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        _refuse_copy(f"a {type(self).__name__} with streamed layers")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        _refuse_copy(f"a {type(self).__name__} with streamed layers")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Guarded:
+        check_function(fn, self.flash_dtype)
+        return self  # and not through the buffers, which torch would cast with the rest
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Refuse to ask for gradients.
+
+        Raises:
+            ConfigError: They were asked for.
+        """
+        if requires_grad:
+            streamed = (each for each in self.parameters() if isinstance(each, StreamedWeight))  # type: ignore[attr-defined]
+            refuse(next(streamed).flash_name, "can't be trained", "a pack is for inference")
+        return super().requires_grad_(False)  # type: ignore[misc]
+
+
+class LoadedPack(_Guarded):
     """Mixed into the class of a loaded model: what needs more than torch's own methods."""
 
     flash: Any
@@ -228,17 +258,33 @@ def _refuse_keys(model: Any, keys: list[str]) -> NoReturn:
 
 
 def guard(model: PreTrainedModel) -> None:
-    """Guard a loaded pack, and every module around its streamed layers."""
-    own = type(model)
-    members = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    model.__class__ = type(own.__name__, (LoadedPack, own), members)  # tools go by the class's name
+    """Guard a loaded pack, and every module around its streamed layers.
+
+    Methods are overridden by class: kept on the instances they would make cycles, and a model that is let go of would keep
+    its memory until the garbage collector comes round.
+    """
     dtype = getattr(torch, model.flash.manifest.dtype)
-    for module in _around(model):
+    seats = [
+        module.seat for module in model.modules() if isinstance(module, StreamedModule) and module.seat is not None
+    ]
+    for module in list(_around(model)):
         if not isinstance(module, StreamedModule):
-            _guard_methods(module, dtype)
+            module.__class__ = _guarded_class(type(module), LoadedPack if module is model else _Guarded, dtype)  # type: ignore[arg-type]
             if hasattr(module, "get_input_embeddings"):  # a model that may be called by itself
-                module.register_forward_pre_hook(_check_call, with_kwargs=True)
+                module.register_forward_pre_hook(partial(_check_call, seats), with_kwargs=True)
         module.register_load_state_dict_pre_hook(_check_keys)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _guarded_class(own: type[nn.Module], mixin: type, dtype: torch.dtype) -> type[nn.Module]:
+    """Return `own` with the methods of `mixin`, under the same name: tools go by that."""
+    members = {
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__doc__": own.__doc__,
+        "flash_dtype": dtype,
+    }
+    return type(own.__name__, (mixin, own), members)
 
 
 def _around(model: nn.Module) -> Iterator[nn.Module]:
@@ -246,23 +292,6 @@ def _around(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if any(is_streamed(each) for each in module.modules()):
             yield module
-
-
-def _guard_methods(module: nn.Module, dtype: torch.dtype) -> None:
-    requires_grad = module.requires_grad_
-
-    def guarded_apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-        check_function(fn, dtype)
-        return self  # and not through the buffers, which torch would cast with the rest
-
-    def guarded_requires_grad(self: nn.Module, is_required: bool = True) -> nn.Module:
-        if is_required:
-            first = next(each for each in self.parameters() if isinstance(each, StreamedWeight))
-            refuse(first.flash_name, "can't be trained", "a pack is for inference")
-        return requires_grad(False)
-
-    module._apply = MethodType(guarded_apply, module)  # type: ignore[method-assign]
-    module.requires_grad_ = MethodType(guarded_requires_grad, module)  # type: ignore[method-assign]
 
 
 def _check_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -286,12 +315,10 @@ def _check_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         module.undo_adapter = None
 
 
-def _check_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_call(seats: list[Seat], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse inputs that are not on the CPU, and adapters that would not be served, before a pass begins."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and not value.is_cpu:
             raise ConfigError(f"an input is on {value.device}, but a pack computes on the CPU: move it there")
-    for module in model.modules():
-        seat = getattr(module, "seat", None) if isinstance(module, StreamedModule) else None
-        if seat is not None:
-            seat.check()
+    for seat in seats:
+        seat.check()

@@ -75,7 +75,7 @@ class Seat:
         path: The layer's name, for messages.
         linears: The linear layers that it stands for.
         owner: The module whose children they are.
-        stand_ins: Of each role its stand-in.
+        stand_ins: Of each role its stand-in, which the owner or a wrapper of it keeps alive.
         order: int64 (num_rows,): which neuron each row is; None where rows lie in the checkpoint's order.
         activation: Name of the owner's activation, where that is another module than the streamed layer.
         forwards: In a decoder layer that holds the parts itself: what a wrapper of a role does instead of its own forward.
@@ -84,7 +84,7 @@ class Seat:
     path: str
     linears: Linears
     owner: weakref.ref[nn.Module]
-    stand_ins: dict[str, nn.Module]
+    stand_ins: dict[str, weakref.ref[nn.Module]]
     order: torch.Tensor | None
     activation: str | None = None
     forwards: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
@@ -92,10 +92,11 @@ class Seat:
     def wrappers(self) -> Iterator[tuple[str, Any]]:
         """Yield role and module of every stand-in that something has been put in the place of."""
         owner = self.owner()
-        assert owner is not None
+        if owner is None:  # a layer that was taken out of the model
+            return
         for role, stand_in in self.stand_ins.items():
             child = owner._modules.get(self.linears.names[role])
-            if child is not stand_in:
+            if child is not stand_in():
                 yield role, child
 
     def check_child(self, name: str, child: nn.Module) -> None:
@@ -137,7 +138,7 @@ class Seat:
     def _check(self, role: str, wrapper: Any, *, will_run: bool = True) -> None:
         name = self.path_of(role)
         kind = f"{type(wrapper).__module__}.{type(wrapper).__qualname__}"
-        if kind != _LORA or wrapper.base_layer is not self.stand_ins[role]:
+        if kind != _LORA or wrapper.base_layer is not self.stand_ins[role]():
             raise ConfigError(f"{kind} on the streamed {name} is not supported: only plain LoRA adapters are")
         for adapter, variant in wrapper.lora_variant.items():
             raise ConfigError(
@@ -198,17 +199,18 @@ def attach(ffn: FlashFFN, entry: LayerEntry, owner: nn.Module, linears: Linears,
         full = seat.path_of(role)
         if linears.is_in_layer and role == "up":  # the streamed layer itself lies there
             ffn.become_linear(StreamedWeight(f"{full}.weight", (num_rows, hidden_size), dtype))
-            seat.stand_ins[role] = ffn
+            seat.stand_ins[role] = weakref.ref(ffn)
             continue
         make = StreamedConv1D if linears.is_conv else StreamedLinear
         stand_in = make(full, *sizes[role], dtype, has_bias=linears.has_bias[role])
         stand_in.passes_through = linears.is_in_layer
         stand_in.eval()
         holder.add_module(name, stand_in)
-        seat.stand_ins[role] = stand_in
+        seat.stand_ins[role] = weakref.ref(stand_in)
     if linears.is_in_layer:
         others = {name.rpartition(".")[2] for name in entry.identities} - {linears.names["down"]}
         seat.activation = next(iter(others), None)
-        seat.forwards = {"up": lambda x, *args, **kwargs: ffn(x), "down": lambda x, *args, **kwargs: x}
+        whole = weakref.ref(ffn)  # a cycle would keep the model's memory when it is let go of
+        seat.forwards = {"up": lambda x, *_, **__: whole()(x), "down": lambda x, *_, **__: x}  # type: ignore[misc]
         owner.register_forward_pre_hook(lambda module, args: seat.take_over())
     ffn.seat = seat
