@@ -332,8 +332,9 @@ class FlashFFN(StreamedModule):
         return hidden
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) and self.__dict__.get("seat") is not None:
-            self.seat.check_child(name, value)  # type: ignore[union-attr]
+        seat = self.__dict__.get("seat")
+        if seat is not None and isinstance(value, nn.Module) and name != "activation":
+            seat.check_child(name, value)
         super().__setattr__(name, value)
 
     def become_linear(self, weight: StreamedWeight) -> None:
