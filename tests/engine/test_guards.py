@@ -205,6 +205,17 @@ def test_streamed_weights_can_be_named_but_not_used(family: str, tiny_pack: Make
     assert torch.equal(_logits(model), before)
 
 
+def test_streamed_parts_do_not_run_by_themselves(tiny_pack: Make) -> None:
+    llama, opt = (_load(tiny_pack(family, "float32")) for family in ("llama", "opt"))
+    for linear, width in (
+        (llama.model.layers[0].mlp.gate_proj, 48),
+        (llama.model.layers[0].mlp.down_proj, 88),
+        (opt.model.decoder.layers[0].fc2, 88),
+    ):
+        with pytest.raises(ConfigError, match="never runs by itself"):
+            linear(torch.zeros(1, width))
+
+
 def test_parts_put_in_by_hand_are_refused(tiny_pack: Make) -> None:
     """Where the decoder layer holds the parts itself, the next pass says it."""
     llama = _load(tiny_pack("llama", "float32"))

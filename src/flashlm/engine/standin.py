@@ -180,6 +180,7 @@ class _Placeholder(Unhookable):
 
     passes_through: bool
     has_bias: bool
+    out_features: int
 
     def _set_up(self, name: str, shape: Sequence[int], dtype: torch.dtype, *, has_bias: bool) -> None:
         self.flash_name = name
@@ -200,11 +201,11 @@ class _Placeholder(Unhookable):
         Raises:
             ConfigError: It was called by itself.
         """
-        if not self.passes_through:
+        hidden_states: torch.Tensor = args[0]
+        if not self.passes_through or hidden_states.shape[-1] != self.out_features:
             raise ConfigError(
                 f"{self.flash_name} is streamed and never runs by itself: call the feed-forward layer that it belongs to"
             )
-        hidden_states: torch.Tensor = args[0]
         return hidden_states
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Placeholder:
@@ -229,7 +230,8 @@ class StreamedConv1D(_Placeholder, Conv1D):  # type: ignore[misc]  # transformer
 
     def __init__(self, name: str, in_features: int, out_features: int, dtype: torch.dtype, *, has_bias: bool) -> None:
         nn.Module.__init__(self)
-        self.nx, self.nf = in_features, out_features
+        self.nx = in_features
+        self.nf = self.out_features = out_features
         self._set_up(name, (in_features, out_features), dtype, has_bias=has_bias)
 
     def __repr__(self) -> str:
