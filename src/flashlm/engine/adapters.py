@@ -9,7 +9,7 @@ placement; the products of a prompt are cut as its blocks are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,42 +74,72 @@ def _names_by_sequence(wrapper: Any, name: str) -> list[str] | None:
     return names
 
 
+@dataclass(frozen=True, slots=True)
 class AdapterPass:
     """The adapters of one layer in one pass.
 
-    Args:
+    Attributes:
         branches: Of each role ("gate", "up", "down") those that act.
         is_fused: Whether "up" holds the gate's outputs first.
         order: int64 (num_rows,): which neuron each row is; None where rows lie in the checkpoint's order.
+        num_tokens: Tokens of the pass.
     """
 
-    def __init__(self, branches: dict[str, list[Branch]], *, is_fused: bool, order: torch.Tensor | None) -> None:
-        self._is_fused = is_fused
-        self._order = order
-        self._branches = branches
-        self._by_rows = False
-        self._reduced: dict[str, list[torch.Tensor]] = {}
-        self._hidden: torch.Tensor | None = None
-        self._down: list[torch.Tensor] = []
+    branches: dict[str, list[Branch]]
+    is_fused: bool
+    order: torch.Tensor | None
+    num_tokens: int
 
-    def prepare(self, tokens: torch.Tensor, num_rows: int, *, by_rows: bool) -> None:
-        """Reduce the layer's input (num_tokens, hidden_size); `by_rows`: as the row kernels sum, else as matrix products."""
+    def share(
+        self, tokens: torch.Tensor, num_rows: int, *, by_rows: bool, where: torch.Tensor | slice = slice(None)
+    ) -> AdapterShare:
+        """Return the adapters for the tokens of the pass that go one way through its layer.
+
+        Args:
+            tokens: (num_tokens of the share, hidden_size).
+            num_rows: Rows of the layer.
+            by_rows: Sum as the row kernels do; else as matrix products.
+            where: Which tokens of the pass they are.
+        """
+        numbers = torch.arange(self.num_tokens)[where]
+        branches = {role: [_among(each, numbers) for each in some] for role, some in self.branches.items()}
+        return AdapterShare(replace(self, branches=branches), tokens, num_rows, by_rows=by_rows)
+
+
+def _among(branch: Branch, numbers: torch.Tensor) -> Branch:
+    """Return `branch` with its tokens counted among `numbers`."""
+    if branch.tokens is None:
+        return branch
+    return replace(branch, tokens=torch.isin(numbers, branch.tokens).nonzero().squeeze(1))
+
+
+class AdapterShare:
+    """The adapters of a layer for tokens that go one way through it; `AdapterPass.share` makes it."""
+
+    def __init__(self, adapters: AdapterPass, tokens: torch.Tensor, num_rows: int, *, by_rows: bool) -> None:
+        self._branches = adapters.branches
+        self._is_fused = adapters.is_fused
+        self._order = adapters.order
+        self._num_rows = num_rows
         self._by_rows = by_rows
+        self._hidden: torch.Tensor | None = None
         tokens = tokens.detach().to(torch.float32).contiguous()
-        for role, branches in self._branches.items():
-            if role != "down":
-                self._reduced[role] = [
-                    self._product(_some(tokens, each), each.reduce) * each.scaling for each in branches
-                ]
+        self._reduced = {
+            role: [self._product(_some(tokens, each), each.reduce) * each.scaling for each in branches]
+            for role, branches in self._branches.items()
+            if role != "down"
+        }
         down = self._branches.get("down", [])
         if down and by_rows:  # runs of blocks are cut as the placement wills, so their sum waits for all of them
             self._hidden = torch.zeros(len(tokens), num_rows, dtype=torch.float32)
-        else:
-            self._down = [torch.zeros(len(_some(tokens, each)), len(each.reduce), dtype=torch.float32) for each in down]
+        self._down = [
+            torch.zeros(len(_some(tokens, each)), len(each.reduce), dtype=torch.float32)
+            for each in (() if by_rows else down)
+        ]
 
-    def shift(self, up: torch.Tensor, gate: torch.Tensor | None, span: range, num_rows: int) -> None:
+    def shift(self, up: torch.Tensor, gate: torch.Tensor | None, span: range) -> None:
         """Add the adapters' share to the products of rows `span`, fp32 (num_tokens, rows), in place."""
-        self._add("up", up, span, first=num_rows if self._is_fused else 0)
+        self._add("up", up, span, first=self._num_rows if self._is_fused else 0)
         if gate is not None:
             self._add("up" if self._is_fused else "gate", gate, span, first=0)
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from flashlm import kernels
-from flashlm.engine.adapters import AdapterPass
+from flashlm.engine.adapters import AdapterPass, AdapterShare
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import StreamedModule, check_hidden_states
 from flashlm.engine.seat import Linears, Seat
@@ -189,8 +189,6 @@ class FlashFFN(StreamedModule):
             self._run_sparse(bound, bound.sparse, bound.predict, tokens.to(torch.float32).contiguous(), output)
         else:
             self._run_rows(bound, tokens.to(torch.float32).contiguous(), output, adapters)
-        if adapters is not None:
-            adapters.finish(output)
         if self.down_bias is not None:
             output += self.down_bias
         return output.to(hidden_states.dtype).reshape(hidden_states.shape)
@@ -201,8 +199,7 @@ class FlashFFN(StreamedModule):
         """Add every row's share for a few tokens: fp32 `(num_tokens, hidden_size)` in and out."""
         layout = self.layout
         allowed = None if self.selection is None else self.selection(tokens)
-        if adapters is not None:
-            adapters.prepare(tokens, layout.num_rows, by_rows=True)
+        share = None if adapters is None else adapters.share(tokens, layout.num_rows, by_rows=True)
         with bound.stream.layer(self.layer) as runs:
             for run in runs if self.observer is None else _single_blocks(runs, layout):
                 span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
@@ -215,8 +212,10 @@ class FlashFFN(StreamedModule):
                 if layout.has_gate:
                     gate = torch.empty(len(tokens), len(span), dtype=torch.float32)
                     kernels.project(tokens, rows, 0, gate, _part(bound.gate_bias, span))
-                hidden = self._activate(hidden, gate, span, tokens, allowed, adapters)
+                hidden = self._activate(hidden, gate, span, tokens, allowed, share)
                 kernels.accumulate(hidden, rows, output)
+        if share is not None:
+            share.finish(output)
 
     def _run_sparse(
         self,
@@ -294,8 +293,7 @@ class FlashFFN(StreamedModule):
         is_watched = self.observer is not None or self.selection is not None
         plain = tokens.to(torch.float32).contiguous() if is_watched else tokens
         allowed = None if self.selection is None else self.selection(plain)
-        if adapters is not None:
-            adapters.prepare(tokens, layout.num_rows, by_rows=False)
+        share = None if adapters is None else adapters.share(tokens, layout.num_rows, by_rows=False)
         with bound.stream.layer(self.layer) as runs:
             for run in _single_blocks(runs, layout):  # the cut of a matrix product changes its bits
                 span = layout.rows_of(run.blocks[0])
@@ -304,8 +302,10 @@ class FlashFFN(StreamedModule):
                 gate = None
                 if gate_part is not None:
                     gate = bound.gemm.project(prepared, gate_part, _part(bound.gate_bias, span))
-                hidden = self._activate(hidden, gate, span, plain, allowed, adapters)
+                hidden = self._activate(hidden, gate, span, plain, allowed, share)
                 bound.gemm.accumulate(hidden, down_part, output)
+        if share is not None:
+            share.finish(output)
 
     def _activate(
         self,
@@ -314,11 +314,11 @@ class FlashFFN(StreamedModule):
         span: range,
         tokens: torch.Tensor,
         allowed: torch.Tensor | None,
-        adapters: AdapterPass | None = None,
+        share: AdapterShare | None = None,
     ) -> torch.Tensor:
         """Return the hidden activations of a block, fp32 (num_tokens, rows of the block); may overwrite `up` and `gate`."""
-        if adapters is not None:
-            adapters.shift(up, gate, span, self.layout.num_rows)
+        if share is not None:
+            share.shift(up, gate, span)
         activated = _evenly(self.activation, up if gate is None else gate)
         if self.observer is not None:
             self.observer(self.layer, span, tokens, activated)
@@ -327,8 +327,8 @@ class FlashFFN(StreamedModule):
         if allowed is not None:
             activated = activated.masked_fill(~allowed[:, span.start : span.stop], 0.0)
         hidden = activated if gate is None else up.mul_(activated)
-        if adapters is not None:
-            adapters.collect(hidden, span)
+        if share is not None:
+            share.collect(hidden, span)
         return hidden
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -173,7 +173,8 @@ class Seat:
             found = read_branches(wrapper, self.path_of(role), hidden_states)
             if found:
                 branches[role] = found
-        return AdapterPass(branches, is_fused=self.linears.is_fused, order=self.order) if branches else None
+        num_tokens = hidden_states[..., 0].numel()
+        return AdapterPass(branches, self.linears.is_fused, self.order, num_tokens) if branches else None
 
 
 def attach(ffn: FlashFFN, entry: LayerEntry, owner: nn.Module, linears: Linears, order: torch.Tensor | None) -> None:
