@@ -14,11 +14,12 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# transformers' module with a registry → ours, which registers itself when it has run
+# transformers' module with a registry, or peft's with what adds adapters → ours, which registers itself when it has run
 _REGISTRARS = {
     "transformers.quantizers.auto": "flashlm.engine.quantizer",
     "transformers.models.auto.configuration_auto": "flashlm.pru.config",
     "transformers.models.auto.modeling_auto": "flashlm.pru.language_model",
+    "peft.tuners.tuners_utils": "flashlm.engine.peft_seam",
 }
 
 

@@ -115,7 +115,7 @@ def project(x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias:
     num_tokens = _check_tokens(x, rows)
     _check_activations("out", out, num_tokens, rows)
     offset_bytes = _part_offset_bytes(rows, part)
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (rows.num_rows,) or not bias.is_contiguous()):
+    if bias is not None and not (_is_plain(bias, torch.float32) and bias.shape == (rows.num_rows,)):
         raise ConfigError(f"bias must be contiguous float32 ({rows.num_rows},), got {_described(bias)}")
     if num_tokens == 0 or rows.num_rows == 0:
         return
@@ -155,8 +155,10 @@ class ProductTable:
     ) -> None:
         biases = biases or [None] * len(weights)
         dtypes = {weight.dtype for weight in weights}
-        if len(dtypes) != 1 or any(weight.dim() != 2 or weight.stride(1) != 1 for weight in weights):
-            raise ConfigError("the matrices must have one dtype and contiguous rows")
+        if len(dtypes) != 1 or any(w.dim() != 2 or w.stride(1) != 1 or not w.is_cpu for w in weights):
+            raise ConfigError("the matrices must have one dtype and contiguous rows, on the CPU")
+        if any(bias is not None and not _is_plain(bias, torch.float32) for bias in biases):
+            raise ConfigError("the biases must be contiguous float32, on the CPU")
         self._owners = (*weights, *biases)
         self._code = _DTYPE_CODES[dtypes.pop()]
         self._x_size = max(start + weight.shape[1] for weight, (start, _) in zip(weights, starts, strict=True))
@@ -192,7 +194,7 @@ class ProductTable:
         """
         num_tokens = out.shape[0]
         for name, tensor, size in (("x", x, self._x_size), ("out", out, self._out_size)):
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.numel() < num_tokens * size:
+            if not _is_plain(tensor, torch.float32) or tensor.numel() < num_tokens * size:
                 raise ConfigError(
                     f"{name} must be contiguous float32 of {num_tokens} x {size}, got {_described(tensor)}"
                 )
@@ -301,9 +303,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     num_tokens = x.numel() // in_features
     if x.dtype != weight.dtype or x.shape[-1] != in_features or num_tokens > MAX_TOKENS or x.dtype not in _DTYPE_CODES:
         raise ConfigError(f"{weight.dtype} (up to {MAX_TOKENS}, {in_features}) expected, got {_described(x)}")
-    if not weight.is_contiguous():
+    if not x.is_cpu:
+        raise ConfigError(f"x must be on the CPU, got {_described(x)}")
+    if not _is_plain(weight, x.dtype):
         raise ConfigError(f"weight must be contiguous, got {_described(weight)}")
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (out_features,) or not bias.is_contiguous()):
+    if bias is not None and not (_is_plain(bias, x.dtype) and bias.shape == (out_features,)):
         raise ConfigError(f"bias must be contiguous {x.dtype} ({out_features},), got {_described(bias)}")
     x = x.contiguous()
     out = torch.empty(*x.shape[:-1], out_features, dtype=torch.float32, device=x.device)
@@ -337,7 +341,7 @@ def project_blocks(
         ConfigError: A shape, dtype or layout is not as stated.
     """
     _check_blocks(blocks, x, 1, out)
-    if any(b.dtype != torch.float32 or b.shape != out.shape[1:] or not b.is_contiguous() for b in biases):
+    if any(not _is_plain(b, torch.float32) or b.shape != out.shape[1:] for b in biases):
         raise ConfigError(f"biases must be contiguous float32 ({out.shape[1]},)")
     addresses = [bias.data_ptr() for bias in biases] or [0] * len(blocks)
     table = torch.tensor(
@@ -393,7 +397,7 @@ def _check_blocks(blocks: Sequence[RowBlock], vectors: torch.Tensor, count: int,
         if not is_alike or rows.slots is not None:
             raise ConfigError("the blocks must be alike, and without slots")
     for tensor, shape in ((vectors, (count, first.hidden_size)), (activations, (len(blocks), first.num_rows))):
-        if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
+        if not _is_plain(tensor, torch.float32) or tensor.shape != shape:
             raise ConfigError(f"contiguous float32 {shape} expected, got {_described(tensor)}")
 
 
@@ -404,7 +408,7 @@ def widen(rows: RowBlock, part: int, dst: torch.Tensor) -> None:
         ConfigError: A shape, dtype or layout is not as stated.
     """
     offset_bytes = _part_offset_bytes(rows, part)
-    if dst.dtype != torch.float32 or dst.shape != (rows.num_rows, rows.hidden_size) or not dst.is_contiguous():
+    if not _is_plain(dst, torch.float32) or dst.shape != (rows.num_rows, rows.hidden_size):
         expected = f"({rows.num_rows}, {rows.hidden_size})"
         raise ConfigError(f"dst must be contiguous float32 {expected}, got {_described(dst)}")
     if rows.num_rows == 0:
@@ -466,7 +470,7 @@ def _part_offset_bytes(rows: RowBlock, part: int) -> int:
 
 
 def _check_tokens(x: torch.Tensor, rows: RowBlock) -> int:
-    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != rows.hidden_size or not x.is_contiguous():
+    if not _is_plain(x, torch.float32) or x.dim() != 2 or x.shape[1] != rows.hidden_size:
         expected = f"(num_tokens, {rows.hidden_size})"
         raise ConfigError(f"tokens must be contiguous float32 {expected}, got {_described(x)}")
     num_tokens = x.shape[0]
@@ -477,7 +481,7 @@ def _check_tokens(x: torch.Tensor, rows: RowBlock) -> int:
 
 def _check_activations(name: str, h: torch.Tensor, num_tokens: int, rows: RowBlock) -> None:
     is_dense = h.dim() == 2 and (h.stride(1) == 1 or h.shape[1] <= 1)
-    if h.dtype != torch.float32 or h.shape != (num_tokens, rows.num_rows) or not is_dense:
+    if h.dtype != torch.float32 or h.shape != (num_tokens, rows.num_rows) or not is_dense or not h.is_cpu:
         expected = f"({num_tokens}, {rows.num_rows})"
         raise ConfigError(f"{name} must be float32 {expected} with rows side by side, got {_described(h)}")
 
@@ -486,10 +490,15 @@ def _slots_address(rows: RowBlock) -> int:
     slots = rows.slots
     if slots is None:
         return 0
-    if slots.dtype != torch.int32 or slots.shape != (rows.num_rows,) or not slots.is_contiguous():
+    if not _is_plain(slots, torch.int32) or slots.shape != (rows.num_rows,):
         raise ConfigError(f"slots must be contiguous int32 ({rows.num_rows},), got {_described(slots)}")
     return slots.data_ptr()
 
 
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether native code may be given the tensor's address: an address on another device would be dereferenced."""
+    return tensor.dtype == dtype and tensor.is_contiguous() and tensor.is_cpu
+
+
 def _described(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"

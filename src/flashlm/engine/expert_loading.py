@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from flashlm.engine.config import Settings
@@ -13,6 +14,7 @@ from flashlm.engine.counters import Counters
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.experts import IMPLEMENTATION, BoundExperts
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.standin import StreamedWeight
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_budget import is_close_to_floor, place_experts
@@ -104,9 +106,11 @@ def take_out_experts(model: PreTrainedModel, manifest: Manifest) -> None:
     for entry in manifest.experts:
         try:
             module = model.get_submodule(entry.module)
-            for name in (in_weight_name(has_gate=manifest.has_gate), OUT_WEIGHT_NAME):
-                module.get_parameter(name)
+            names = (in_weight_name(has_gate=manifest.has_gate), OUT_WEIGHT_NAME)
+            shapes = {name: tuple(module.get_parameter(name).shape) for name in names}
+            for name in names:
                 module.register_parameter(name, None)
+            module.flash_shapes = shapes  # they are named again once the rest has loaded
         except AttributeError as error:
             raise PackError(
                 f"the pack streams experts of {entry.module}, which {type(model).__name__} does not have ({error}):"
@@ -139,4 +143,8 @@ def connect_experts(
     for index, entry in enumerate(manifest.experts):
         module = model.get_submodule(entry.module)
         module.flash_experts = BoundExperts(layer=index, layout=layouts[index], store=store, gemm=gemm)  # type: ignore[assignment]
+        shapes: dict[str, tuple[int, ...]] = module.flash_shapes  # type: ignore[assignment]
+        for name, shape in shapes.items():
+            weight = StreamedWeight(f"{entry.module}.{name}", shape, getattr(torch, manifest.dtype))
+            module.register_parameter(name, weight)  # type: ignore[arg-type]  # it counts as one
     return store

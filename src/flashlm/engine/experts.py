@@ -25,6 +25,7 @@ from flashlm import kernels
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.forward_pass import Where, split_tokens, tiles
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout
 from flashlm.planner.expert_needs import rows_per_product
@@ -95,14 +96,16 @@ def flash_experts_forward(
         As `hidden_states`.
 
     Raises:
-        ConfigError: The module is not connected to a pack, or a gradient is asked for.
+        ConfigError: The module is not connected to a pack, a gradient is asked for, or an input is on another device or of
+            a dtype that experts don't have.
         StorageError: An expert can't be read.
     """
     bound = getattr(module, "flash_experts", None)
     if not isinstance(bound, BoundExperts):
         raise ConfigError("these experts have no weights yet: load the pack with flashlm.load or from_pretrained")
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
-        raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
+    check_hidden_states(module, hidden_states)
+    if not (top_k_index.is_cpu and top_k_weights.is_cpu):
+        raise ConfigError(f"the routing is on {top_k_index.device}, but a pack computes on the CPU: move it there")
     tokens = hidden_states.detach().reshape(-1, bound.layout.hidden_size).to(torch.float32).contiguous()
     if bound.observer is not None:
         bound.observer.routed(bound.layer, top_k_index.reshape(len(tokens), -1))

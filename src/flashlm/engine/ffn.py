@@ -21,14 +21,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from flashlm import kernels
+from flashlm.engine.adapters import AdapterPass, AdapterShare
 from flashlm.engine.forward_pass import Where, split_tokens, tiles
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.guards import StreamedModule, check_hidden_states
+from flashlm.engine.seat import Linears, Seat
 from flashlm.engine.sparse import RowFetch, SparseRows
+from flashlm.engine.standin import StreamedWeight, Unhookable, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout, round_up
@@ -62,12 +67,21 @@ class _Share:
     where: torch.Tensor | slice
     tokens: torch.Tensor
     output: torch.Tensor
+    adapters: AdapterShare | None = None
 
     @classmethod
-    def of(cls, tokens: torch.Tensor, output: torch.Tensor, where: torch.Tensor | slice) -> _Share:
-        return cls(where, tokens[where], output[where])
+    def of(
+        cls,
+        tokens: torch.Tensor,
+        output: torch.Tensor,
+        where: torch.Tensor | slice,
+        adapters: AdapterShare | None = None,
+    ) -> _Share:
+        return cls(where, tokens[where], output[where], adapters)
 
     def give_back(self, output: torch.Tensor) -> None:
+        if self.adapters is not None:
+            self.adapters.finish(self.output)
         if not isinstance(self.where, slice):
             output[self.where] = self.output
 
@@ -115,7 +129,7 @@ class _Tile:
         )
 
 
-class FlashFFN(nn.Module):
+class FlashFFN(StreamedModule):
     """A feed-forward layer whose rows come from a `BlockStream`. Inference only.
 
     Args:
@@ -129,6 +143,8 @@ class FlashFFN(nn.Module):
         observer: Called for every block of a dense pass; None in normal use.
         selection: Rows that a dense pass may use, the others count as zero; None is all. For calibration and evaluation.
         activation_threshold: Neurons with |act(trigger)| not above this count as zero (CATS, FATReLU); 0 changes nothing.
+        linears: The linear layers that it stands for; None where they are unknown.
+        seat: Where adapters attach, once bound; None where the layer has no known linear layers.
     """
 
     def __init__(
@@ -149,6 +165,8 @@ class FlashFFN(nn.Module):
         self.observer: Observer | None = None
         self.selection: Selection | None = None
         self.activation_threshold = 0.0
+        self.linears: Linears | None = None
+        self.seat: Seat | None = None
         self.up_bias: nn.Parameter | None
         self.gate_bias: nn.Parameter | None
         self.down_bias: nn.Parameter | None
@@ -214,12 +232,18 @@ class FlashFFN(nn.Module):
             (..., hidden_size) in the dtype of `hidden_states`.
 
         Raises:
-            ConfigError: The layer is not connected to a pack, or a gradient is asked for.
+            ConfigError: The layer is not connected to a pack, a gradient is asked for, the input is on another device or of
+                a dtype that rows don't have, or an adapter on the layer is of another kind than plain LoRA.
             StorageError: A block can't be read.
         """
         bound = self.bound
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            raise ConfigError("streamed weights are for inference: run the model under torch.no_grad()")
+        check_hidden_states(self, hidden_states)
+        adapters = None if self.seat is None else self.seat.begin(hidden_states)
+        if adapters is not None and bound.sparse is not None:
+            raise ConfigError(
+                "mode sparse predicts rows without knowing of adapters: load the pack with mode='hybrid' to use one on its"
+                " feed-forward layers"
+            )
         tokens = hidden_states.reshape(-1, self.layout.hidden_size)
         output = torch.zeros(tokens.shape, dtype=torch.float32)
         has_predictor = bound.sparse is not None and bound.predict is not None
@@ -229,15 +253,25 @@ class FlashFFN(nn.Module):
             self._run_sparse(bound, share.tokens.to(torch.float32).contiguous(), share.output)
             share.give_back(output)
         if split.few is not None or split.many is not None:
-            self._run_exact(bound, tokens, output, split.few, split.many)
+            self._run_exact(bound, tokens, output, split.few, split.many, adapters)
         if self.down_bias is not None:
             output += self.down_bias
         return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
-    def _run_exact(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor, few: Where, many: Where) -> None:
+    def _run_exact(
+        self,
+        bound: _Bound,
+        tokens: torch.Tensor,
+        output: torch.Tensor,
+        few: Where,
+        many: Where,
+        adapters: AdapterPass | None,
+    ) -> None:
         """Add every row's share, by row kernels for `few` and by products for `many`: blocks come once for both."""
-        by_rows = None if few is None else _Share.of(tokens, output, few)
-        by_products = None if many is None else _Share.of(tokens, output, many)
+        by_rows = None if few is None else _Share.of(tokens, output, few, self._adapt(adapters, tokens, few, True))
+        by_products = (
+            None if many is None else _Share.of(tokens, output, many, self._adapt(adapters, tokens, many, False))
+        )
         if by_rows is not None:
             rows_tokens = by_rows.tokens.to(torch.float32).contiguous()
             rows_allowed = None if self.selection is None else self.selection(rows_tokens)
@@ -250,13 +284,20 @@ class FlashFFN(nn.Module):
             for run in runs:
                 if by_rows is not None:
                     for part in [run] if self.observer is None else _single_blocks(run, self.layout):
-                        self._add_by_rows(bound, part, rows_tokens, rows_allowed, by_rows.output)
+                        self._add_by_rows(bound, part, rows_tokens, rows_allowed, by_rows)
                 if by_products is not None:
                     for block in _single_blocks(run, self.layout):  # the cut of a matrix product changes its bits
-                        self._add_by_products(bound, block, prepared, plain, allowed, by_products.output)
+                        self._add_by_products(bound, block, prepared, plain, allowed, by_products)
         for share in (by_rows, by_products):
             if share is not None:
                 share.give_back(output)
+
+    def _adapt(
+        self, adapters: AdapterPass | None, tokens: torch.Tensor, where: torch.Tensor | slice, by_rows: bool
+    ) -> AdapterShare | None:
+        if adapters is None:
+            return None
+        return adapters.share(tokens[where], self.layout.num_rows, by_rows=by_rows, where=where)
 
     def _add_by_rows(
         self,
@@ -264,9 +305,9 @@ class FlashFFN(nn.Module):
         run: BlockRun,
         tokens: torch.Tensor,
         allowed: torch.Tensor | None,
-        output: torch.Tensor,
+        share: _Share,
     ) -> None:
-        """Add the share of a run of blocks by row kernels: fp32 `(num_tokens, hidden_size)` in and out."""
+        """Add what a run of blocks gives to `share.output` by row kernels; `tokens` are its own, fp32."""
         layout = self.layout
         span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
         rows = kernels.RowBlock(
@@ -282,9 +323,9 @@ class FlashFFN(nn.Module):
             for part in parts:
                 kernels.project(tokens[part], rows, 0, gate[part], _part(bound.gate_bias, span))
         with kernels.one_torch_thread():  # torch's threads cut a tensor in other places for every size
-            hidden = self._activate(hidden, gate, span, tokens, allowed)
+            hidden = self._activate(hidden, gate, span, tokens, allowed, share.adapters)
         for part in parts:
-            kernels.accumulate(hidden[part], rows, output[part])
+            kernels.accumulate(hidden[part], rows, share.output[part])
 
     def _add_by_products(
         self,
@@ -293,17 +334,17 @@ class FlashFFN(nn.Module):
         prepared: torch.Tensor,
         plain: torch.Tensor,
         allowed: torch.Tensor | None,
-        output: torch.Tensor,
+        share: _Share,
     ) -> None:
-        """Add the share of a block by matrix products; `prepared` and `plain` are the same tokens, as products take them."""
+        """Add what a block gives to `share.output` by matrix products; `prepared` and `plain` are its own tokens."""
         span = self.layout.rows_of(block.blocks[0])
         gate_part, up_part, down_part = bound.gemm.parts(self.layout, block.address, len(span))
         hidden = bound.gemm.project(prepared, up_part, _part(bound.up_bias, span))
         gate = None
         if gate_part is not None:
             gate = bound.gemm.project(prepared, gate_part, _part(bound.gate_bias, span))
-        hidden = self._activate(hidden, gate, span, plain, allowed)
-        bound.gemm.accumulate(hidden, down_part, output)
+        hidden = self._activate(hidden, gate, span, plain, allowed, share.adapters)
+        bound.gemm.accumulate(hidden, down_part, share.output)
 
     def _run_sparse(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """Add the share of the predicted rows: fp32 `(num_tokens, hidden_size)` in and out."""
@@ -368,8 +409,11 @@ class FlashFFN(nn.Module):
         span: range,
         tokens: torch.Tensor,
         allowed: torch.Tensor | None,
+        share: AdapterShare | None = None,
     ) -> torch.Tensor:
-        """Return the hidden activations of a block, fp32 (num_tokens, rows of the block); may overwrite `up`."""
+        """Return the hidden activations of a block, fp32 (num_tokens, rows of the block); may overwrite `up` and `gate`."""
+        if share is not None:
+            share.shift(up, gate, span)
         activated = _evenly(self.activation, up if gate is None else gate)
         if self.observer is not None:
             self.observer(self.layer, span, tokens, activated)
@@ -377,12 +421,40 @@ class FlashFFN(nn.Module):
             activated = activated.masked_fill(activated.abs() <= self.activation_threshold, 0.0)
         if allowed is not None:
             activated = activated.masked_fill(~allowed[:, span.start : span.stop], 0.0)
-        return activated if gate is None else up.mul_(activated)
+        hidden = activated if gate is None else up.mul_(activated)
+        if share is not None:
+            share.collect(hidden, span)
+        return hidden
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        seat = self.__dict__.get("seat")
+        if seat is not None and isinstance(value, nn.Module) and name != "activation":
+            seat.check_child(name, value)
+        super().__setattr__(name, value)
+
+    def become_linear(self, weight: StreamedWeight) -> None:
+        """Pass for the up-projection, in whose place the layer lies where a decoder layer holds the parts itself."""
+        self.__class__ = _LinearFFN
+        self.flash_name = weight.flash_name.removesuffix(".weight")
+        self.in_features, self.out_features = self.layout.hidden_size, self.layout.num_rows
+        self.register_parameter("weight", weight)  # type: ignore[arg-type]  # it counts as one
 
     def extra_repr(self) -> str:
         """Show shapes in `print(model)`."""
         layout = self.layout
         return f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.dtype}"
+
+
+class _LinearFFN(FlashFFN, Unhookable, nn.Linear):
+    """A `FlashFFN` that adapters find as the up-projection which it replaces."""
+
+    weight: StreamedWeight
+    bias: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            refuse(f"{self.flash_name}.{name}", "can't be replaced")
+        super().__setattr__(name, value)
 
 
 def _single_blocks(run: BlockRun, layout: LayerLayout) -> Iterator[BlockRun]:

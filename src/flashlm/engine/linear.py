@@ -13,13 +13,22 @@ from torch.nn import functional as F
 
 from flashlm import kernels
 from flashlm.engine.forward_pass import running_pass, tiles
+from flashlm.errors import ConfigError
 
 
 class WideningLinear(nn.Linear):
     """An `nn.Linear` with 16-bit weights (out_features, in_features) that computes in fp32. Inference only."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return input·weightᵀ + bias; (..., in_features) to (..., out_features), in the dtype of `input`."""
+        """Return input·weightᵀ + bias; (..., in_features) to (..., out_features), in the dtype of `input`.
+
+        Raises:
+            ConfigError: The input or the weight is on another device than the CPU.
+        """
+        if not (input.is_cpu and self.weight.is_cpu):
+            raise ConfigError(
+                f"a pack computes on the CPU, but an input is on {input.device}, a weight on {self.weight.device}"
+            )
         if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
         tokens = input.detach().reshape(-1, self.in_features)

@@ -27,12 +27,15 @@ from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.forward_pass import Phase
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.guards import guard
 from flashlm.engine.linear import fold_linears, widen_linears
 from flashlm.engine.pass_guard import guard_passes
 from flashlm.engine.phases import CallSize, Passes, num_cached_tokens
 from flashlm.engine.plan_use import check_plan
 from flashlm.engine.resident import ResidentLoad, load_resident
+from flashlm.engine.seat import attach, find_linears
 from flashlm.engine.sparse import SparseRows
+from flashlm.engine.standin import StreamedActivation
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import ConfigError, PackError
@@ -211,6 +214,7 @@ class FlashModel:
         fold_linears(model)
         model.flash = self
         guard_passes(model, self)
+        guard(model)
         self.passes.attach(model, [entry.module for entry, _ in manifest.files], self._measure)
         weakref.finalize(model, self.close)
 
@@ -226,14 +230,12 @@ class FlashModel:
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
             predict = predictors[index].predict if predictors else None
-            order = read_order(self.pack, entry)
-            layer.bind(
-                self._stream,
-                gemm,
-                sparse=self.sparse,
-                predict=predict,
-                order=None if order is None else torch.from_numpy(order),
-            )
+            stored = read_order(self.pack, entry)
+            order = None if stored is None else torch.from_numpy(stored)
+            layer.bind(self._stream, gemm, sparse=self.sparse, predict=predict, order=order)
+            if layer.linears is not None:
+                owner = model.get_submodule(entry.module.rpartition(".")[0])
+                attach(layer, entry, owner, layer.linears, order)
             if self.calibration is not None:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
 
@@ -369,11 +371,11 @@ def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
             has_down_bias=entry.has_down_bias,
         )
         try:
-            model.get_submodule(entry.module)
+            ffn.linears = find_linears(model, entry)
             model.set_submodule(entry.module, ffn)
             for name in entry.identities:
                 model.get_submodule(name)
-                model.set_submodule(name, nn.Identity())
+                model.set_submodule(name, StreamedActivation(name))
         except AttributeError as error:
             raise PackError(
                 f"the pack streams {entry.module}, which {type(model).__name__} does not have ({error}):"

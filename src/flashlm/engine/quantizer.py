@@ -121,8 +121,12 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
 
     @property
     def is_trainable(self) -> bool:
-        """Streamed weights are for inference."""
-        return False
+        """What a trainer asks first: streamed weights are for inference.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("a pack is for inference and can't be trained: train the checkpoint, and convert that again")
 
 
 def _pack_folder(checkpoint_files: list[str] | None) -> Path:

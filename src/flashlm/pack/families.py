@@ -108,6 +108,22 @@ _IN_LAYER = {
 _EXPERTS = re.compile(r"moe|experts|router", re.IGNORECASE)
 
 
+def linear_parts(module: nn.Module) -> FfnParts | None:
+    """Return the names of the linear layers of an FFN module, by name alone; None where it does not look like one."""
+    children = dict(module.named_children())
+    for shape in _SHAPES:
+        roles = [role for role in (shape.gate, shape.up, shape.down) if role is not None]
+        if all(role in children and is_linear(children[role]) for role in roles):
+            return _parts(module, shape)
+    return None
+
+
+def in_layer_parts(layer: nn.Module) -> FfnParts | None:
+    """Return the same of a decoder layer that holds the parts itself."""
+    found = _IN_LAYER.get(type(layer).__name__)
+    return None if found is None else _parts(layer, found[0])
+
+
 def build_meta_model(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the model of `config` without memory for its weights (meta device, eval mode).
 
