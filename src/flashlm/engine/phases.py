@@ -209,7 +209,8 @@ def _replace_method(owner: Any, name: str, around: Around) -> None:
         model = owner_ref()
         if model is None:
             raise ConfigError(f"the model of this {name} is gone: keep the model as long as its methods")
-        return around(own or getattr(type(model), name).__get__(model), args, kwargs)
+        # Not as a bound method: torch.compile takes one for the attribute of its name, which is this very wrapper.
+        return around(own or functools.partial(getattr(type(model), name), model), args, kwargs)
 
     signature = inspect.signature(getattr(owner, name))  # transformers asks for it to check arguments
     functools.update_wrapper(method, function)
