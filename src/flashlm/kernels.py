@@ -13,7 +13,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -55,11 +54,10 @@ def on_one_torch_thread(call: Callable[[], T]) -> T:
 
 def _hold() -> _native.ThreadHold:
     torch.get_num_threads()  # torch sets a new thread's number up on first use: after ours it would undo it
-    return _native.ThreadHold(*_thread_settings(), 1)
+    return _native.ThreadHold(*_THREAD_SETTINGS, 1)
 
 
-@cache
-def _thread_settings() -> tuple[int, int, int]:
+def _find_thread_settings() -> tuple[int, int, int]:
     """Return the addresses of the functions by which torch's own OpenMP and MKL are set, 0 for one that is not there."""
     folder = Path(torch.__file__).parent / "lib"
     path = next((folder / name for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (folder / name).exists()), None)
@@ -72,6 +70,9 @@ def _thread_settings() -> tuple[int, int, int]:
     found = [getattr(library, name, None) for name in names]
     get_omp, set_omp, set_mkl = (ctypes.cast(each, ctypes.c_void_p).value or 0 if each else 0 for each in found)
     return get_omp, set_omp, set_mkl
+
+
+_THREAD_SETTINGS = _find_thread_settings()  # not a cached function: torch.compile warns of those
 
 
 @dataclass(slots=True)

@@ -95,7 +95,11 @@ def test_what_is_stored_is_what_was_measured(family: str, packs: Callable[..., P
     # Mode sparse takes the same rows, token by token.
     sparse = flashlm.load(pack, dram=DRAM, mode="sparse", context=160)
     some = windows[0, :8][None]
-    with torch.no_grad(), masked(layers, [predictor.predict for predictor in predictors], thresholds):
+    with (
+        sparse.flash.phase("verify"),
+        torch.no_grad(),
+        masked(layers, [predictor.predict for predictor in predictors], thresholds),
+    ):
         torch.testing.assert_close(sparse(some).logits, model(some).logits, rtol=1e-5, atol=1e-5)
 
 

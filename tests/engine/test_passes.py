@@ -242,3 +242,12 @@ def test_summaries_and_records_read_well(load: Callable[[str], Any]) -> None:
     assert repr(model.flash.telemetry.verify()) == "<verify: no passes>"
     assert repr(model.flash.telemetry.records[0]).startswith("<prompt pass: 1 x 5 tokens in ")
     assert model.flash.telemetry.decode().to_dict()["tokens_per_s"] > 0
+
+
+def test_a_compiled_model_is_the_model(load: Callable[[str], Any]) -> None:
+    """torch.compile looks into wrapped methods, and takes a bound method for the attribute of its name."""
+    model = load("hybrid")
+    expected = _run(model)[0]
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(TOKENS).logits, expected)
+    assert model.flash.telemetry.records[-1].bytes_read == model.flash.placement.streamed_bytes

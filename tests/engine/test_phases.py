@@ -129,10 +129,12 @@ def test_direct_calls_follow_the_stated_rule(sparse: Callable[..., Any]) -> None
         assert [phase for phase, *_ in _phases(model)] == ["verify", "prompt", "verify", "prompt"]
         assert [phase for phase, *_ in _phases(other)] == ["prompt"]
         # Inputs that generate's machinery prepared, and something else called in between.
-        prepared = model.prepare_inputs_for_generation(PROMPT, is_first_iteration=True)
-        model(PROMPT[:, :1])
+        cache = model(PROMPT, use_cache=True).past_key_values
+        whole = torch.cat([PROMPT, PROMPT[:, :3]], dim=1)
+        prepared = model.prepare_inputs_for_generation(whole, next_sequence_length=3, past_key_values=cache)
+        model(whole)
         model(**prepared)
-        assert [phase for phase, *_ in _phases(model)] == ["decode", "prompt"]
+        assert _phases(model) == [("prompt", 1, 9), ("prompt", 1, 12), ("verify", 1, 3)]
     with (
         pytest.raises(ConfigError, match=r"phase='prefill' is unknown.*prompt, decode, verify"),
         model.flash.phase("prefill"),

@@ -153,15 +153,13 @@ class Passes:
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase | None:
         """Return the phase that the program or `generate` has named, None where neither has."""
         mine = [each.phase for each in _chosen.get() if each.passes is self]
-        noted: tuple[weakref.ref[torch.Tensor], Phase] | None = self._prepared.__dict__.pop("noted", None)
         if mine:
             return mine[-1]
-        if noted is None:
-            return None
         # Only for the very inputs that were prepared: whatever else is called meanwhile is not what was meant.
-        inputs = noted[0]()
+        inputs_ref, phase = getattr(self._prepared, "noted", (lambda: None, None))
+        inputs = inputs_ref()
         is_meant = inputs is not None and any(each is inputs for each in (*args, *kwargs.values()))
-        return noted[1] if is_meant else None
+        return phase if is_meant else None
 
     def _prepare(self, prepare: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepare inputs, and note what `generate` wants them for."""
@@ -209,7 +207,8 @@ def _replace_method(owner: Any, name: str, around: Around) -> None:
         model = owner_ref()
         if model is None:
             raise ConfigError(f"the model of this {name} is gone: keep the model as long as its methods")
-        return around(own or getattr(type(model), name).__get__(model), args, kwargs)
+        # Not as a bound method: torch.compile takes one for the attribute of its name, which is this very wrapper.
+        return around(own or functools.partial(getattr(type(model), name), model), args, kwargs)
 
     signature = inspect.signature(getattr(owner, name))  # transformers asks for it to check arguments
     functools.update_wrapper(method, function)
