@@ -21,6 +21,7 @@ from flashlm.pru.config import PRUConfig
 from flashlm.pru.module import PRU
 from flashlm.pru.products import Linear
 from flashlm.pru.shapes import Init, Split, Subsampling
+from flashlm.transformers_seam import is_initialised
 
 EMBEDDING_RANGE = 0.1
 
@@ -147,7 +148,7 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return F.dropout(x, self.config.dropout, self.training)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if any(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)):
+        if any(is_initialised(parameter) for parameter in module.parameters(recurse=False)):
             return  # loaded from a checkpoint
         if isinstance(module, nn.Embedding | nn.Linear):
             nn.init.uniform_(module.weight, -EMBEDDING_RANGE, EMBEDDING_RANGE)
