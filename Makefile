@@ -85,7 +85,7 @@ build/reader_stress_%: $(STRESS_SOURCES) $(wildcard native/*.h) Makefile
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fsanitize=$* -fno-sanitize-recover=all -Inative $(STRESS_SOURCES) -pthread -o $@
 
 sanitize-reader: build/reader_stress_thread build/reader_stress_address,undefined
-	for program in $^; do ./$$program $(STRESS_SECONDS) || exit 1; done
+	for program in $^; do ./$$program $(STRESS_SECONDS) build || exit 1; done
 
 sanitize: sanitize-reader sanitize-tests  ## Native code under gcc's address, undefined-behaviour and thread sanitizers
 
