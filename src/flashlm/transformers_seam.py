@@ -20,7 +20,7 @@ from flashlm.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
     from transformers.core_model_loading import Concatenate as Concatenate
     from transformers.core_model_loading import Interleave as Interleave
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightRenaming as WeightRenaming
     from transformers.core_model_loading import dot_natural_key as dot_natural_key
     from transformers.core_model_loading import rename_source_key as rename_source_key
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig as ContinuousBatchingConfig
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as ALL_EXPERTS_FUNCTIONS
+    from transformers.loss.loss_utils import ForCausalLMLoss as ForCausalLMLoss
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
     from transformers.pytorch_utils import Conv1D as Conv1D
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.auto import register_quantization_config as register_quantization_config
@@ -47,10 +50,13 @@ _CONVERSIONS = "transformers.core_model_loading"
 _QUANTIZERS = "transformers.quantizers.auto"
 
 MODULE_OF: Mapping[str, str] = {
+    "ALL_ATTENTION_FUNCTIONS": "transformers.modeling_utils",
     "ALL_EXPERTS_FUNCTIONS": "transformers.integrations.moe",
     "AUTO_QUANTIZER_MAPPING": _QUANTIZERS,
     "Concatenate": _CONVERSIONS,
+    "ContinuousBatchingConfig": "transformers.generation.configuration_utils",
     "Conv1D": "transformers.pytorch_utils",
+    "ForCausalLMLoss": "transformers.loss.loss_utils",
     "HfQuantizer": "transformers.quantizers.base",
     "Interleave": _CONVERSIONS,
     "MergeModulelist": _CONVERSIONS,
@@ -67,9 +73,10 @@ MODULE_OF: Mapping[str, str] = {
 """What other modules import from here, and where transformers has it."""
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
-    "transformers.PreTrainedConfig": ("_experts_implementation",),
+    "transformers.PreTrainedConfig": ("_attn_implementation", "_experts_implementation"),
     "transformers.PreTrainedModel": (
         "_get_dtype_plan",
+        "_hf_peft_config_loaded",
         "_init_weights",
         "_is_stateful",
         "_keys_to_ignore_on_load_unexpected",
@@ -78,6 +85,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     ),
     "transformers.GenerationMixin": ("_supports_default_dynamic_cache",),
     "transformers.integrations.moe": ("_default_apply_gate",),
+    "transformers.pipelines.Pipeline": ("_default_generation_config",),
     _QUANTIZERS: ("LOADING_ATTRIBUTES_CONFIG_TYPES",),
     "transformers.quantizers.base.HfQuantizer": (
         "_process_model_after_weight_loading",
@@ -188,3 +196,28 @@ def apply_gate(module: Any, joined: torch.Tensor) -> torch.Tensor:
     """Return (tokens, rows): an experts module's own gating of its (tokens, 2 · rows) gate and up outputs."""
     activated: torch.Tensor = module._apply_gate(joined)
     return activated
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """Return which attention function models with this config call; None where nobody has chosen yet."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def are_adapters_loaded(model: PreTrainedModel) -> bool:
+    """Return whether transformers has put adapters (peft) into `model`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def note_adapters(model: PreTrainedModel, *, are_loaded: bool) -> None:
+    """Set what `are_adapters_loaded` returns."""
+    model._hf_peft_config_loaded = are_loaded
+
+
+def pipeline_defaults(pipeline: object) -> GenerationConfig | None:
+    """Return the generation settings that a pipeline brings of its own; None for what is no such pipeline."""
+    return getattr(pipeline, "_default_generation_config", None)
+
+
+def previous_cache_length(model: PreTrainedModel) -> int:
+    """Return the tokens of the largest static cache that `generate` has made for `model`; 0 before the first."""
+    return max(getattr(model, "_previous_max_cache_length", 0), 0)
