@@ -58,9 +58,9 @@ demo: $(BUILT)  ## Convert the demo model and generate from it with half of its 
 test: $(DEV)  ## Run all tests, and fail when none ran
 	$(call run_tests,$(BIN)/python,tests,500)
 
-.venv-transformers-%/.built: $(DEV) .ci/light_venv
+.venv-transformers-%/.built: $(DEV) .ci/light_venv .ci/requirements_with
 	.ci/light_venv $(BIN)/python $(@D)
-	$(@D)/bin/python -m pip install --quiet transformers==$*
+	$(@D)/bin/python -m pip install --quiet $$($(BIN)/python .ci/requirements_with $*)
 	touch $@
 
 test-transformers-%: .venv-transformers-%/.built
@@ -68,7 +68,7 @@ test-transformers-%: .venv-transformers-%/.built
 	$(call run_tests,$(<D)/bin/python,transformers-$*,300,-m "not slow" $(PARITY_TESTS))
 
 VERSION ?= $(TRANSFORMERS_VERSIONS)
-test-transformers: $(VERSION:%=test-transformers-%)  ## Run the parity tests with other releases: VERSION=5.24.0 (default: oldest, newest)
+test-transformers: $(VERSION:%=test-transformers-%)  ## The parity tests with other releases: VERSION=5.24.0 (default: oldest, newest)
 
 $(SANITIZE)/.built: $(DEV) .ci/light_venv
 	.ci/light_venv $(BIN)/python $(SANITIZE)

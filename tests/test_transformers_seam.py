@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).parents[1]
 SEAM = SOURCE / "transformers_seam.py"
 # What transformers documents for its users; everything else of it goes through the seam.
 PUBLIC_MODULES = {"transformers", "transformers.activations", "transformers.utils", "transformers.utils.logging"}
-# Names with an underscore that belong to others than transformers, Python's and torch's, and what is ours on objects of others.
+# Names with an underscore that belong to Python and torch, and what is ours on objects of others.
 FOREIGN = {*dir(os), *dir(sys), *vars(nn.Module()), "_is_param"}
 OWN_PREFIX = "_flash"
 
