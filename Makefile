@@ -23,6 +23,8 @@ SANITIZED_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -pr
 	ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1
 STRESS_SOURCES := native/tests/reader_stress.cpp $(filter-out native/bindings%,$(wildcard native/*.cpp))
 STRESS_SECONDS ?= 4
+# Where addresses are drawn from more bits than gcc 12's thread sanitizer knows, it ends at once.
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 # $(call run_tests,python,report,least number that must pass,what): fails when no test ran, too, whatever pytest said.
 define run_tests
@@ -85,7 +87,7 @@ build/reader_stress_%: $(STRESS_SOURCES) $(wildcard native/*.h) Makefile
 	$(CXX) -std=c++20 -O1 -g -Wall -Wextra -fsanitize=$* -fno-sanitize-recover=all -Inative $(STRESS_SOURCES) -pthread -o $@
 
 sanitize-reader: build/reader_stress_thread build/reader_stress_address,undefined
-	for program in $^; do ./$$program $(STRESS_SECONDS) build || exit 1; done
+	for program in $^; do $(FIXED_ADDRESSES) ./$$program $(STRESS_SECONDS) build || exit 1; done
 
 sanitize: sanitize-reader sanitize-tests  ## Native code under gcc's address, undefined-behaviour and thread sanitizers
 
