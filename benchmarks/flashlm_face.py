@@ -1,19 +1,14 @@
-"""Everything of flashlm that the benchmarks touch, in one place."""
+"""flashlm as one of the hybrid benchmark's systems: converting, loading with its telemetry, prompts timed layer by layer."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from device_rate import QUEUE_DEPTH, READ_BYTES
-from hybrid_child import Spec, TorchRunner
-
-from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest
+from torch_runner import Spec, TorchRunner
 
 
 def convert_checkpoint(source: Path, pack: Path, dtype: str) -> None:
@@ -26,25 +21,6 @@ def convert_checkpoint(source: Path, pack: Path, dtype: str) -> None:
 def layer_files(pack: Path) -> list[Path]:
     """Return the streamed files of a pack, in layer order."""
     return sorted((pack / "flash").glob("layer-*.rows"))
-
-
-def reader_pass(chunks: Sequence[tuple[Path, int, int]]) -> float:
-    """Read the chunks through flashlm's reader, `QUEUE_DEPTH` in flight, and return GB/s."""
-    reader = Reader()
-    files = {path: reader.open(path, expected_bytes=path.stat().st_size) for path, _, _ in chunks}
-    ring = AlignedBuffer(QUEUE_DEPTH * READ_BYTES)
-    in_flight: deque[Any] = deque()
-    start_s = time.perf_counter()
-    for number, (path, offset, length) in enumerate(chunks):
-        if len(in_flight) == QUEUE_DEPTH:
-            reader.wait(in_flight.popleft())
-        slot = number % QUEUE_DEPTH * READ_BYTES
-        in_flight.append(reader.submit([ReadRequest(files[path], offset, length, ring, slot)]))
-    while in_flight:
-        reader.wait(in_flight.popleft())
-    elapsed_s = time.perf_counter() - start_s
-    reader.close()
-    return sum(length for _, _, length in chunks) / elapsed_s / 1e9
 
 
 class FlashRunner(TorchRunner):

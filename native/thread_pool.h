@@ -2,7 +2,7 @@
 //
 // A worker that is late costs nothing: the caller goes on alone and waits only for tasks that a worker has begun, so a
 // core that torch's OpenMP threads hold does not stall us. One job runs at a time; a second caller meanwhile runs its own
-// tasks alone. Workers spin for some tens of microseconds (the gap between two kernels of a layer), then sleep. They
+// tasks alone. Workers spin for half a millisecond (more than Python takes between two kernels of a layer), then sleep. They
 // start with the first job, also in a forked child, and are never joined: at exit they sleep in the kernel, owning nothing.
 #pragma once
 

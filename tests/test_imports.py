@@ -12,7 +12,19 @@ import pytest
 import flashlm
 
 ROOT = Path(flashlm.__file__).parent
-ORDER = ("native", "kernels", "pru", "storage", "pack", "memory", "sparsity", "planner", "engine", "cli")  # low to high
+ORDER = (
+    "native",
+    "transformers_seam",
+    "kernels",
+    "pru",
+    "storage",
+    "pack",
+    "memory",
+    "sparsity",
+    "planner",
+    "engine",
+    "cli",
+)  # low to high
 LEAVES = {"errors", "sizes", "interrupt", "console", "_native"}
 TOP = {"__init__", "__main__", "_registration"}
 

@@ -3,8 +3,6 @@
 The work is done by `flashlm._native` (fp32 sums, threads, no GIL); here shapes and dtypes are checked once, and
 addresses taken. Results depend on neither the cutting into blocks, nor the threads, nor the number of tokens: a token
 gets the same bits alone and in a batch. They do depend on the instruction set (`FLASHLM_SIMD`), through its lanes.
-
-`project_reference` and the others are the slow twins in plain torch, for tests and for reading.
 """
 
 from __future__ import annotations
@@ -424,39 +422,6 @@ def widen(rows: RowBlock, part: int, dst: torch.Tensor) -> None:
         dst.data_ptr(),
         _slots_address(rows),
     )
-
-
-def project_reference(
-    x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
-    """Do what `project` does, in torch and float64."""
-    product = x.double() @ part_view(rows, part).double().T
-    out.copy_(product if bias is None else product + bias.double())
-
-
-def accumulate_reference(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
-    """Do what `accumulate` does, in torch and float64, skipping the same rows."""
-    is_active = (h != 0).any(dim=0)
-    y.copy_(y.double() + h[:, is_active].double() @ part_view(rows, rows.num_parts - 1)[is_active].double())
-
-
-def widen_reference(rows: RowBlock, part: int, dst: torch.Tensor) -> None:
-    """Do what `widen` does, in torch."""
-    dst.copy_(part_view(rows, part))
-
-
-def part_view(rows: RowBlock, part: int) -> torch.Tensor:
-    """Return a part of the rows as a (num_rows, hidden_size) view of their memory; a copy where there are slots."""
-    num_stored = rows.num_rows if rows.slots is None else int(rows.slots.max()) + 1 if rows.num_rows else 0
-    itemsize = rows.dtype.itemsize
-    if num_stored == 0:
-        return torch.empty(0, rows.hidden_size, dtype=rows.dtype)
-    num_bytes = (num_stored - 1) * rows.row_stride_bytes + rows.num_parts * rows.hidden_size * itemsize
-    memory = torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(rows.address), dtype=rows.dtype)
-    view = memory.as_strided(
-        (num_stored, rows.hidden_size), (rows.row_stride_bytes // itemsize, 1), part * rows.hidden_size
-    )
-    return view if rows.slots is None else view[rows.slots.long()]
 
 
 def _part_offset_bytes(rows: RowBlock, part: int) -> int:

@@ -24,6 +24,7 @@ from flashlm.pack.manifest import Manifest
 from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
 from flashlm.sparsity.routing import Routing, read_routing
 from flashlm.storage.reader import File, Reader
+from flashlm.transformers_seam import keep_from_initialising, lead_experts_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,9 +118,8 @@ def take_out_experts(model: PreTrainedModel, manifest: Manifest) -> None:
                 " convert the model again with this version of transformers"
             ) from error
         # transformers would fill what it takes for missing weights with random numbers.
-        module._is_hf_initialized = True
-        config = module.config
-        config._experts_implementation = IMPLEMENTATION
+        keep_from_initialising(module)
+        lead_experts_to(module.config, IMPLEMENTATION)
 
 
 def connect_experts(

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from flashlm import kernels
 from flashlm.engine.expert_store import ExpertStore
@@ -29,6 +28,7 @@ from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout
 from flashlm.planner.expert_needs import rows_per_product
+from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
 
 IMPLEMENTATION = "flashlm"
 MAX_KERNEL_TOKENS = kernels.MAX_TOKENS
@@ -328,7 +328,7 @@ def _activate(module: Any, bound: BoundExperts, parts: list[torch.Tensor]) -> to
     if module.has_gate:
         gate, up = parts
         joined = torch.cat([gate, up], dim=1) if module.is_concatenated else torch.stack([gate, up], dim=2).flatten(1)
-        activated = module._apply_gate(joined).contiguous()
+        activated = apply_gate(module, joined).contiguous()
     else:
         activated = module.act_fn(parts[0])
     if bound.observer is not None:

@@ -33,10 +33,6 @@ class BlockGemm:
         self._compute_dtype = self._dtype if self.strategy == "native" else torch.float32
         self._scratch = torch.empty(0, dtype=torch.float32)
 
-    def scratch_bytes(self, layout: LayerLayout) -> int:
-        """Return the memory that a block of `layout` is widened into."""
-        return 0 if self.strategy == "native" else layout.block_rows * layout.num_parts * layout.hidden_size * 4
-
     def prepare(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return `tokens` (num_tokens, hidden_size) in the dtype of the products."""
         return tokens.to(self._compute_dtype).contiguous()

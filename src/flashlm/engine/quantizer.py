@@ -10,14 +10,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers.quantizers import auto as quantizers_auto
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
 from flashlm.engine.config import Settings, make_settings
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack import activations
 from flashlm.pack.manifest import FORMAT_VERSION
+from flashlm.transformers_seam import (
+    AUTO_QUANTIZER_MAPPING,
+    HfQuantizer,
+    QuantizationConfigMixin,
+    accept_loading_attributes,
+    register_quantization_config,
+    register_quantizer,
+)
+from flashlm.transformers_seam import check as check_transformers
 
 QUANT_METHOD = "flashlm"
 
@@ -84,14 +89,15 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
     quantization_config: FlashConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what streamed weights can't do."""
+        """Refuse what streamed weights can't do, and a transformers that lacks what they need."""
+        check_transformers()
         if not self.pre_quantized:
             raise ConfigError("FlashConfig loads packs only: make one with `flashlm convert SOURCE PACK`")
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if not {str(device) for device in devices} <= {"None", "cpu", "auto"}:
             raise ConfigError(f"device_map={device_map!r}: flashlm computes on the CPU; leave device_map out")
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Return none: a pack's weights have the names and forms that the model wants."""
         return []
 
@@ -138,15 +144,11 @@ def _pack_folder(checkpoint_files: list[str] | None) -> Path:
 def register() -> None:
     """Make transformers know packs; this module calls it once. Calling it again does nothing."""
     activations.register()
-    if QUANT_METHOD in quantizers_auto.AUTO_QUANTIZER_MAPPING:
+    if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
         return
-    quantizers_auto.register_quantization_config(QUANT_METHOD)(FlashConfig)
-    quantizers_auto.register_quantizer(QUANT_METHOD)(FlashQuantizer)
-    # A pack's config.json has a quantization config already. For classes on this list transformers then takes over the
-    # attributes of the one passed to from_pretrained; for all others it ignores them with a warning.
-    known = getattr(quantizers_auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
-    if isinstance(known, tuple):
-        quantizers_auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*known, FlashConfig)
+    register_quantization_config(QUANT_METHOD)(FlashConfig)
+    register_quantizer(QUANT_METHOD)(FlashQuantizer)
+    accept_loading_attributes(FlashConfig)
     # transformers then warns that it did just that, in words which sound as if the settings were ignored.
     warnings.filterwarnings("ignore", message=r"(?s)You passed `quantization_config`.*\['dram', ", category=UserWarning)
 

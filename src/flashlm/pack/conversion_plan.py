@@ -25,6 +25,7 @@ from flashlm.pack.manifest import EXPERTS_FORMAT_VERSION, FORMAT_VERSION, MAX_DI
 from flashlm.pack.names import map_with_experts, tied_pairs
 from flashlm.pack.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
 from flashlm.pack.source import files_to_copy, fingerprint, load_config
+from flashlm.transformers_seam import dtype_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,7 @@ def _resident_tensors(
     """Return every tensor that is not streamed, and the biases of the streamed layers under the pack's names."""
     wanted: torch.dtype = getattr(torch, dtype)
     # transformers keeps some weights in fp32 whatever is asked, the corrections of some routers among them.
-    kept: dict[str, torch.dtype] = model._get_dtype_plan(wanted)
+    kept = dtype_plan(model, wanted)
     keeps = re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
     streamed = {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
     tensors = [

@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from flashlm.errors import UnsupportedModelError
 from flashlm.pack.ffn_probe import activation_name
 from flashlm.pack.manifest import CUSTOM_GATE
+from flashlm.transformers_seam import has_plain_gate
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _NUM_ACTIVE_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
@@ -141,9 +142,8 @@ def _num_active(model: PreTrainedModel, module: nn.Module) -> int | None:
 
 def _activation(module: nn.Module) -> str:
     """Return the name of the module's activation where it is the plain formula, else `CUSTOM_GATE`."""
-    plain = getattr(getattr(type(module), "_apply_gate", None), "__name__", "") == "_default_apply_gate"
     act = getattr(module, "act_fn", None)
-    if not plain and getattr(module, "has_gate", True):
+    if not has_plain_gate(module) and getattr(module, "has_gate", True):
         return CUSTOM_GATE
     if isinstance(act, nn.Module):
         with torch.device("cpu"):

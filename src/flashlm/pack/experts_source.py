@@ -14,14 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers.core_model_loading import (
-    Concatenate,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-    dot_natural_key,
-)
 
 from flashlm.errors import PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
@@ -29,6 +21,14 @@ from flashlm.pack.direct_file import AlignedBuffer, DirectReader, room_bytes
 from flashlm.pack.experts import ExpertLayer
 from flashlm.pack.layer_file import LayerPools, RowChunk, typed
 from flashlm.pack.layout import LayerLayout
+from flashlm.transformers_seam import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    dot_natural_key,
+)
 
 
 @dataclass(kw_only=True, eq=False)

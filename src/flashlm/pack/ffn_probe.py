@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
-from transformers.pytorch_utils import Conv1D
+
+from flashlm.transformers_seam import Conv1D
 
 _HIDDEN = 12
 _ROWS = 20

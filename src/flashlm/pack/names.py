@@ -12,13 +12,18 @@ from collections.abc import Sequence, Set
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from flashlm.errors import PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import Checkpoint, TensorEntry
 from flashlm.pack.experts import ExpertLayer
 from flashlm.pack.experts_source import ExpertSource, ExpertWeight
+from flashlm.transformers_seam import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    ignored_patterns,
+    rename_source_key,
+)
 
 # Buffers that older transformers versions saved and newer ones compute.
 _LEGACY_BUFFERS = re.compile(
@@ -104,7 +109,7 @@ def _renamed(
 
 
 def _is_ignored(model: PreTrainedModel, key: str, name: str) -> bool:
-    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    patterns = ignored_patterns(model)
     return _LEGACY_BUFFERS.search(key) is not None or any(re.search(pattern, name) for pattern in patterns)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.memory.cache_plan import LayerUse
@@ -25,6 +24,7 @@ from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, residen
 from flashlm.planner.outline import outline
 from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
+from flashlm.transformers_seam import Conv1D
 
 CONFIG_NAME = "config.json"
 RELU_NAMES = ("relu", "relu2", "fatrelu")  # activations with exact zeros

@@ -26,6 +26,7 @@ from flashlm.pru.products import Linear
 from flashlm.pru.pyramid import PyramidalTransform
 from flashlm.pru.recurrence import run_dense
 from flashlm.pru.shapes import Init, Split, Subsampling
+from flashlm.transformers_seam import is_initialised, keep_from_initialising
 
 EMBEDDING_RANGE = 0.1
 
@@ -71,7 +72,7 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self.decoder: nn.Linear = Linear(config.embedding_size, config.vocab_size)
         for module in self.layers.modules():  # they have initialised themselves, unless made on the meta device
             if not any(parameter.is_meta for parameter in module.parameters()):
-                module._is_hf_initialized = True  # type: ignore[assignment]
+                keep_from_initialising(module)
         self.post_init()
 
     @classmethod
@@ -208,8 +209,7 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Initialise what neither a constructor nor a checkpoint has."""
         # not in _init_weights: transformers passes modules by whose parameters are all in lists, as the pyramid's are
         for module in self.layers.modules():
-            is_initialised = getattr(module, "_is_hf_initialized", False)
-            if isinstance(module, PyramidalTransform | GroupedLinear | nn.LSTM) and not is_initialised:
+            if isinstance(module, PyramidalTransform | GroupedLinear | nn.LSTM) and not is_initialised(module):
                 _reset_missing(module)
         super().initialize_weights()
 
@@ -223,7 +223,7 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 def _reset_missing(module: PyramidalTransform | GroupedLinear | nn.LSTM) -> None:
     """Initialise the parameters that no checkpoint gave."""
     parameters = list(module.parameters())
-    loaded = [(each, each.detach().clone()) for each in parameters if getattr(each, "_is_hf_initialized", False)]
+    loaded = [(each, each.detach().clone()) for each in parameters if is_initialised(each)]
     if len(loaded) == len(parameters):
         return
     module.reset_parameters()
