@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from flashlm import __version__
-from flashlm.errors import ConfigError, PackError
-from flashlm.pack.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from flashlm.errors import ConfigError, PackError, UnsupportedModelError
+from flashlm.pack.checkpoint import Checkpoint, open_checkpoint
 from flashlm.pack.direct_file import DirectReader
 from flashlm.pack.experts import ExpertLayer, find_expert_layers
 from flashlm.pack.experts_source import ExpertSource, read_experts
@@ -22,7 +22,7 @@ from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
 from flashlm.pack.layer_file import LayerPart, LayerPools, RowChunk, read_layer
 from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import EXPERTS_FORMAT_VERSION, FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
-from flashlm.pack.names import map_with_experts, tied_pairs
+from flashlm.pack.names import NameMap, map_names, tied_pairs
 from flashlm.pack.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
 from flashlm.pack.source import files_to_copy, fingerprint, load_config
 
@@ -60,6 +60,7 @@ class ConversionPlan:
         streamed: The files of all of these.
         num_column_parts: The most parts of a layer that lie column by column.
         resident: What goes into `model.safetensors`.
+        left_out: Names of checkpoint tensors that the model does not have and transformers ignores.
         copied: Small files to copy.
         fingerprint: Identifies the conversion.
     """
@@ -75,6 +76,7 @@ class ConversionPlan:
     streamed: tuple[StreamedFile, ...]
     num_column_parts: int
     resident: ResidentPlan
+    left_out: tuple[str, ...]
     copied: tuple[Path, ...]
     fingerprint: str
 
@@ -114,7 +116,8 @@ def plan_conversion(
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
     experts = find_expert_layers(model)
     layers = () if experts else find_ffn_layers(model)
-    entries, sources = map_with_experts(model, checkpoint, experts)
+    names = map_names(model, checkpoint, experts)
+    entries, sources = names.entries, names.experts
     for duplicate, original in tied_pairs(model, entries):
         with DirectReader() as reader:
             if is_same(reader, entries[duplicate], entries[original]):
@@ -124,7 +127,7 @@ def plan_conversion(
             f"block_rows is {block_rows}: leave it out, a block of a mixture-of-experts model is an expert"
         )
     rows = experts[0].num_rows if experts else _block_rows(layers, dtype, block_rows)
-    parts = tuple(_layer_parts(layer, entries) for layer in layers)
+    parts = tuple(_layer_parts(model, layer, names) for layer in layers)
     copied = files_to_copy(folder, trust_remote_code=trust_remote_code)
     settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__}
     return ConversionPlan(
@@ -138,7 +141,8 @@ def plan_conversion(
         experts=experts,
         streamed=(*_layer_files(layers, parts, dtype, rows), *_expert_files(sources, dtype)),
         num_column_parts=max((sum(part.source.neuron_axis == 1 for part in each) for each in parts), default=0),
-        resident=ResidentPlan(_resident_tensors(model, layers, entries, dtype)),
+        resident=ResidentPlan(_resident_tensors(model, layers, names, dtype)),
+        left_out=names.left_out,
         copied=tuple(copied),
         fingerprint=fingerprint(checkpoint, copied, settings),
     )
@@ -206,8 +210,14 @@ def _layout(layer: FfnLayer, dtype: str, block_rows: int) -> LayerLayout:
     )
 
 
-def _layer_parts(layer: FfnLayer, entries: dict[str, TensorEntry]) -> tuple[LayerPart, ...]:
-    parts = tuple(LayerPart(source, entries[source.name]) for source in layer.parts)
+def _layer_parts(model: PreTrainedModel, layer: FfnLayer, names: NameMap) -> tuple[LayerPart, ...]:
+    for source in (*layer.parts, *layer.biases.values()):
+        if source.name in names.made:
+            raise UnsupportedModelError(
+                f"model type {model.config.model_type!r} is not supported: transformers computes {source.name} from"
+                f" {names.made[source.name].part_name} on loading, which is more than a new name"
+            )
+    parts = tuple(LayerPart(source, names.entries[source.name]) for source in layer.parts)
     for part in parts:
         if not part.entry.dtype.is_floating_point:
             raise PackError(f"{part.entry.path} holds {part.entry.name} as {part.entry.dtype}: floating point expected")
@@ -215,7 +225,7 @@ def _layer_parts(layer: FfnLayer, entries: dict[str, TensorEntry]) -> tuple[Laye
 
 
 def _resident_tensors(
-    model: PreTrainedModel, layers: tuple[FfnLayer, ...], entries: dict[str, TensorEntry], dtype: str
+    model: PreTrainedModel, layers: tuple[FfnLayer, ...], names: NameMap, dtype: str
 ) -> list[ResidentTensor]:
     """Return every tensor that is not streamed, and the biases of the streamed layers under the pack's names."""
     wanted: torch.dtype = getattr(torch, dtype)
@@ -223,22 +233,28 @@ def _resident_tensors(
     kept: dict[str, torch.dtype] = model._get_dtype_plan(wanted)
     keeps = re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
     streamed = {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
+
+    def target(name: str, source: torch.dtype) -> torch.dtype:
+        return pack_dtype(source, torch.float32 if keeps is not None and keeps.search(name) else wanted)
+
     tensors = [
-        ResidentTensor(
-            name=name,
-            source=entry,
-            shape=entry.shape,
-            dtype=pack_dtype(entry.dtype, torch.float32 if keeps is not None and keeps.search(name) else wanted),
-        )
-        for name, entry in sorted(entries.items())
+        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=target(name, entry.dtype))
+        for name, entry in names.entries.items()
         if name not in streamed
     ]
+    tensors += [
+        ResidentTensor(
+            name=name, source=each.group.entries[0], shape=each.shape, dtype=target(name, each.dtype), made=each
+        )
+        for name, each in names.made.items()
+    ]
+    tensors.sort(key=lambda tensor: tensor.name)
     for layer in layers:
         for name, source in layer.biases.items():
             size = layer.hidden_size if name.endswith(".down_bias") else layer.num_rows
             tensors.append(
                 ResidentTensor(
-                    name=name, source=entries[source.name], first=source.first_neuron, shape=(size,), dtype=wanted
+                    name=name, source=names.entries[source.name], first=source.first_neuron, shape=(size,), dtype=wanted
                 )
             )
     return tensors

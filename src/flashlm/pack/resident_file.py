@@ -20,6 +20,7 @@ from flashlm.pack.checkpoint import TORCH_DTYPES, TensorEntry
 from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes
 from flashlm.pack.layer_file import check_overflow, typed
 from flashlm.pack.layout import round_up
+from flashlm.pack.made import MadeTensor
 from flashlm.pack.pipeline import BufferPool, WriteBehind
 
 DATA_ALIGN_BYTES = 4096
@@ -39,6 +40,7 @@ class ResidentTensor:
         first: First row (axis 0) taken of it.
         shape: Its shape.
         dtype: Its type in the pack.
+        made: How it is made, where it is no part of a single checkpoint tensor; `source` is then the first of several.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ResidentTensor:
     first: int = 0
     shape: tuple[int, ...]
     dtype: torch.dtype
+    made: MadeTensor | None = None
 
     @property
     def num_elements(self) -> int:
@@ -115,13 +118,26 @@ class _Piece:
 def read_resident(reader: DirectReader, plan: ResidentPlan, pool: BufferPool) -> Iterator[_Piece]:
     """Yield the checkpoint's elements in the plan's order, in pieces; each must give its buffer back to `pool`."""
     for tensor in plan.tensors:
-        itemsize = tensor.source.dtype.itemsize
-        piece_elements = _READ_BYTES // itemsize
-        for start in range(0, tensor.num_elements, piece_elements):
-            num_bytes = min(piece_elements, tensor.num_elements - start) * itemsize
-            buffer = pool.take(room_bytes(num_bytes))
-            raw = reader.read(tensor.source.path, tensor.source_offset + start * itemsize, num_bytes, buffer)
-            yield _Piece(tensor, typed(raw, tensor.source.dtype), buffer)
+        if tensor.made is None:
+            yield from _read_tensor(reader, tensor, tensor.source, tensor.source_offset, tensor.num_elements, pool)
+        elif tensor.made.is_joined:
+            for entry in tensor.made.group.entries:
+                num_elements = math.prod(entry.shape)
+                yield from _read_tensor(reader, tensor, entry, entry.offset, num_elements, pool)
+        else:
+            yield _Piece(tensor, tensor.made.build(reader), pool.take(0))
+
+
+def _read_tensor(
+    reader: DirectReader, tensor: ResidentTensor, source: TensorEntry, offset: int, num_elements: int, pool: BufferPool
+) -> Iterator[_Piece]:
+    itemsize = source.dtype.itemsize
+    piece_elements = _READ_BYTES // itemsize
+    for start in range(0, num_elements, piece_elements):
+        num_bytes = min(piece_elements, num_elements - start) * itemsize
+        buffer = pool.take(room_bytes(num_bytes))
+        raw = reader.read(source.path, offset + start * itemsize, num_bytes, buffer)
+        yield _Piece(tensor, typed(raw, source.dtype), buffer)
 
 
 class _Stream:
