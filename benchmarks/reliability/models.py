@@ -26,7 +26,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import tiny_models
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -34,9 +33,12 @@ from transformers import AutoModelForCausalLM
 import flashlm
 from flashlm.errors import FlashError
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from machine import describe_machine
+
+from tests import tiny_models
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "reliability-models.json"

@@ -120,7 +120,7 @@ def test_pack_is_a_model_folder(tmp_path: Path) -> None:
     assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 1}
     assert {path.name for path in (tmp_path / "pack").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "flash",
-        "tokenizer.json", "chat_template.jinja", "tokenizer.model",
+        "tokenizer.json", "chat_template.jinja", "tokenizer.model", "README.md", "LICENSE",
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "pack" / "flash").iterdir()} == {
         "manifest.json", "layer-00000.rows", "layer-00001.rows",

@@ -35,6 +35,7 @@ from flashlm.errors import BudgetError, ConfigError, PackError
 from flashlm.memory.budget import Placement, place, place_sparse
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.limits import read_memory_limits
+from flashlm.pack.ffn_probe import find_learned
 from flashlm.pack.files import check_files, check_resident_file
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
@@ -361,17 +362,19 @@ def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
     if manifest.activation not in ACT2FN:
         raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
     for layer, entry in enumerate(manifest.layers):
-        ffn = FlashFFN(
-            layer=layer,
-            layout=manifest.layout(layer),
-            activation=ACT2FN[manifest.activation],
-            dtype=torch_dtype(manifest.dtype),
-            has_up_bias=entry.has_up_bias,
-            has_gate_bias=entry.has_gate_bias,
-            has_down_bias=entry.has_down_bias,
-        )
         try:
-            model.get_submodule(entry.module)
+            learned = find_learned(model.get_submodule(entry.module), manifest.activation)
+            ffn = FlashFFN(
+                layer=layer,
+                layout=manifest.layout(layer),
+                activation=ACT2FN[manifest.activation] if learned is None else learned[1].__call__,
+                dtype=torch_dtype(manifest.dtype),
+                has_up_bias=entry.has_up_bias,
+                has_gate_bias=entry.has_gate_bias,
+                has_down_bias=entry.has_down_bias,
+            )
+            if learned is not None:  # its weights are resident, under the names that they have in the model
+                ffn.add_module(*learned)
             model.set_submodule(entry.module, ffn)
             for name in entry.identities:
                 model.get_submodule(name)

@@ -78,7 +78,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if (folder / SINGLE_NAME).is_file():
         return _checkpoint(folder, {SINGLE_NAME: None})
     if (folder / INDEX_NAME).is_file():
-        return _checkpoint(folder, _read_index(folder / INDEX_NAME))
+        return _checkpoint(folder, read_index(folder / INDEX_NAME))
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         raise PackError(
             f"{folder} holds its weights as pickles (.bin), which can run code when opened and are not read:"
@@ -100,7 +100,12 @@ def _checkpoint(folder: Path, wanted: dict[str, set[str] | None]) -> Checkpoint:
     return Checkpoint(folder=folder, files=tuple(folder / file for file in sorted(wanted)), tensors=tensors)
 
 
-def _read_index(path: Path) -> dict[str, set[str] | None]:
+def read_index(path: Path) -> dict[str, set[str] | None]:
+    """Return the names of the tensors in each shard that an index names.
+
+    Raises:
+        PackError: It is damaged, or names a file that is not beside it.
+    """
     content = _load_json(path, MAX_INDEX_BYTES)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

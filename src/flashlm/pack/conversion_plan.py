@@ -24,7 +24,8 @@ from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import EXPERTS_FORMAT_VERSION, FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
 from flashlm.pack.names import NameMap, map_names, tied_pairs
 from flashlm.pack.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
-from flashlm.pack.source import files_to_copy, fingerprint, load_config
+from flashlm.pack.small_files import SmallFiles, choose_from_folder
+from flashlm.pack.source import fingerprint, load_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class ConversionPlan:
         num_column_parts: The most parts of a layer that lie column by column.
         resident: What goes into `model.safetensors`.
         left_out: Names of checkpoint tensors that the model does not have and transformers ignores.
-        copied: Small files to copy.
+        small: Small files to copy, and what is left out.
         fingerprint: Identifies the conversion.
     """
 
@@ -77,13 +78,24 @@ class ConversionPlan:
     num_column_parts: int
     resident: ResidentPlan
     left_out: tuple[str, ...]
-    copied: tuple[Path, ...]
+    small: SmallFiles
     fingerprint: str
 
     @property
     def format_version(self) -> Literal[1, 2]:
         """Version of the pack's format."""
         return EXPERTS_FORMAT_VERSION if self.experts else FORMAT_VERSION
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out, a line each."""
+        tensors = []
+        if self.left_out:
+            tensors = [
+                f"left out, not part of the model: {len(self.left_out)} tensors that transformers ignores too, first"
+                f" {self.left_out[0]}"
+            ]
+        return (*tensors, *self.small.lines())
 
     @property
     def file_bytes(self) -> dict[str, int]:
@@ -128,7 +140,7 @@ def plan_conversion(
         )
     rows = experts[0].num_rows if experts else _block_rows(layers, dtype, block_rows)
     parts = tuple(_layer_parts(model, layer, names) for layer in layers)
-    copied = files_to_copy(folder, trust_remote_code=trust_remote_code)
+    small = choose_from_folder(folder, checkpoint.files, with_code=trust_remote_code)
     settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__}
     return ConversionPlan(
         pack=target,
@@ -143,8 +155,8 @@ def plan_conversion(
         num_column_parts=max((sum(part.source.neuron_axis == 1 for part in each) for each in parts), default=0),
         resident=ResidentPlan(_resident_tensors(model, layers, names, dtype)),
         left_out=names.left_out,
-        copied=tuple(copied),
-        fingerprint=fingerprint(checkpoint, copied, settings),
+        small=small,
+        fingerprint=fingerprint(checkpoint, small.kept, settings),
     )
 
 

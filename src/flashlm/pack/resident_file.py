@@ -16,9 +16,10 @@ import torch
 import xxhash
 
 from flashlm.errors import PackError
+from flashlm.pack.casts import CastCounts
 from flashlm.pack.checkpoint import TORCH_DTYPES, TensorEntry
 from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes
-from flashlm.pack.layer_file import check_overflow, typed
+from flashlm.pack.layer_file import typed
 from flashlm.pack.layout import round_up
 from flashlm.pack.made import MadeTensor
 from flashlm.pack.pipeline import BufferPool, WriteBehind
@@ -143,8 +144,8 @@ def _read_tensor(
 class _Stream:
     """Fills aligned buffers with consecutive elements and hands each full one to the writer, checksummed in chunks."""
 
-    def __init__(self, file: AtomicFile, pool: BufferPool, writer: WriteBehind) -> None:
-        self._file, self._pool, self._writer = file, pool, writer
+    def __init__(self, file: AtomicFile, pool: BufferPool, writer: WriteBehind, casts: CastCounts) -> None:
+        self._file, self._pool, self._writer, self._casts = file, pool, writer, casts
         self._offset = 0  # of the buffer in the file
         self._used = 0
         self._buffer = pool.take(_WRITE_BYTES)
@@ -158,7 +159,7 @@ class _Stream:
             count = min((_WRITE_BYTES - self._used) // dtype.itemsize, elements.numel())
             target = self._buffer.bytes[self._used : self._used + count * dtype.itemsize].view(dtype)
             target.copy_(elements[:count])
-            check_overflow(target, elements[:count], name)
+            self._casts.check(target, elements[:count], name)
             self._used += count * dtype.itemsize
             elements = elements[count:]
 
@@ -184,7 +185,12 @@ class _Stream:
 
 
 def write_resident(
-    path: Path, plan: ResidentPlan, pieces: Iterator[_Piece], pools: tuple[BufferPool, BufferPool], writer: WriteBehind
+    path: Path,
+    plan: ResidentPlan,
+    pieces: Iterator[_Piece],
+    pools: tuple[BufferPool, BufferPool],
+    writer: WriteBehind,
+    casts: CastCounts,
 ) -> Generator[tuple[int, tuple[str, ...]]]:
     """Write the file from `pieces`; after each yield the bytes done, and at the end the checksums of its chunks.
 
@@ -194,10 +200,11 @@ def write_resident(
         pieces: From `read_resident`.
         pools: The buffers of the pieces, and those to write from.
         writer: The writing thread.
+        casts: Where weights that became zero are counted.
     """
     reading, writing = pools
     with AtomicFile(path, plan.num_bytes) as file:
-        stream = _Stream(file, writing, writer)
+        stream = _Stream(file, writing, writer, casts)
         try:
             stream.put(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), torch.uint8, "header")
             done = len(plan.header)

@@ -92,14 +92,14 @@ SMALL: dict[str, Any] = {
     "num_layers": 4,
     "attention_heads": 4,
     "decoder_layers": 4,
-    "encoder_layers": 2,
+    "encoder_layers": 4,
     "decoder_attention_heads": 4,
     "encoder_attention_heads": 4,
     "decoder_ffn_dim": 88,
     "encoder_ffn_dim": 88,
     "max_target_positions": 160,
     "num_decoder_layers": 4,
-    "num_encoder_layers": 2,
+    "num_encoder_layers": 4,
     "num_decoder_attention_heads": 4,
     "num_encoder_attention_heads": 4,
 }
@@ -143,11 +143,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ctrl": {"dff": 88},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 4, "rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {
-        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots3_note": {"per_layer_config": {}},
-    "dots3_note_text": {"per_layer_config": {}},
     "falcon_h1": {"mamba_d_ssm": 96},
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
@@ -166,8 +164,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 8},
     # a cache of linear attention alone can't be asked for its length
-    "bamba": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "n_group": 2, "topk_group": 1},
     "kimi_linear": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
         "linear_head_dim": 12,
@@ -258,5 +256,9 @@ def save_tiny(model_type: str, folder: Path, *, seed: int = 0) -> PreTrainedMode
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
+        for module in model.modules():
+            # As training leaves it; transformers zeroes it on loading in some families, whatever the checkpoint holds.
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0
     model.save_pretrained(folder)
     return model
