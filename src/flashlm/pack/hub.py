@@ -10,14 +10,16 @@ import glob
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flashlm.errors import ConfigError, PackError
+from flashlm.errors import ConfigError, FlashError, PackError
 from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME, read_index
-from flashlm.pack.small_files import CONFIG_NAME, choose
+from flashlm.pack.small_files import CONFIG_NAME, SmallFiles, choose
 from flashlm.sizes import format_size
 
 
-def wanted_files(sizes: Mapping[str, int | None], shards: list[str], *, with_code: bool) -> list[str]:
-    """Return which files of a repository a conversion needs.
+def wanted_files(
+    sizes: Mapping[str, int | None], shards: list[str], *, with_code: bool
+) -> tuple[list[str], SmallFiles]:
+    """Return which files of a repository a conversion needs, and what of the small ones is left where it is.
 
     Args:
         sizes: Bytes of each of its files by path; None where unknown.
@@ -31,7 +33,8 @@ def wanted_files(sizes: Mapping[str, int | None], shards: list[str], *, with_cod
     if missing:
         raise PackError(f"the repository's {INDEX_NAME} names {missing[0]}, which the repository does not hold")
     whole = [name for name in (CONFIG_NAME, INDEX_NAME if SINGLE_NAME not in shards else "") if name in sizes]
-    return sorted({*whole, *shards, *choose(sizes, shards, with_code=with_code).kept})
+    small = choose(sizes, shards, with_code=with_code)
+    return sorted({*whole, *shards, *small.kept}), small
 
 
 def weight_files(names: Mapping[str, object], read_file: Callable[[str], Path]) -> list[str]:
@@ -68,25 +71,34 @@ def download(source: str, *, with_code: bool, announce: Callable[[str], None]) -
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
+    # Every `Exception`: a missing connection is an error of whichever HTTP client the hub's library was built on.
     try:
         info = HfApi().model_info(source, files_metadata=True)
-    except (OSError, ValueError, RuntimeError) as error:  # hub errors derive from these, as do httpx's
+    except Exception as error:
         try:
-            return Path(snapshot_download(source, local_files_only=True))
-        except (OSError, ValueError, RuntimeError):
+            folder = Path(hf_hub_download(source, CONFIG_NAME, local_files_only=True)).parent
+        except Exception:
             raise _not_given(source, error) from error
+        announce(f"the hub does not answer: what was fetched of {source} earlier is taken, in {folder}")
+        return folder
     try:
         sizes = {each.rfilename: each.size for each in info.siblings or ()}
-        shards = weight_files(sizes, lambda name: Path(hf_hub_download(source, name, revision=info.sha)))
-        wanted = wanted_files(sizes, shards, with_code=with_code)
+        shards = weight_files(sizes, lambda name: Path(hf_hub_download(source, name)))
+        wanted, small = wanted_files(sizes, shards, with_code=with_code)
         num_bytes = sum(sizes[name] or 0 for name in wanted)
         announce(
             f"fetching {len(wanted)} of {len(sizes)} files of {source}, {format_size(num_bytes)} (what is not here yet)"
         )
-        patterns = [glob.escape(name) for name in wanted]
-        return Path(snapshot_download(source, revision=info.sha, allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError) as error:
+        for line in small.lines():
+            announce(line)
+        folder = Path(snapshot_download(source, allow_patterns=[glob.escape(name) for name in wanted]))
+    except FlashError:
+        raise
+    except Exception as error:
         raise _not_given(source, error) from error
+    if info.sha is not None and folder.name != info.sha:
+        raise ConfigError(f"{source} changed on the hub while it was fetched: try again")
+    return folder
 
 
 def _not_given(source: str, error: BaseException) -> ConfigError:
