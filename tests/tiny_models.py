@@ -206,18 +206,19 @@ def causal_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def small_config(model_type: str) -> Any:
-    """A config of `model_type` with every size that it has made small."""
+def small_config(model_type: str, **changes: Any) -> Any:
+    """A config of `model_type` with every size that it has made small, and with `changes`."""
+    overrides = OVERRIDES.get(model_type, {}) | changes
     default = AutoConfig.for_model(model_type)
     text = default.get_text_config(decoder=True)
     nested = [name for name in getattr(default, "sub_configs", {}) if value_of(default, name) is not None]
     if text is not default and (not nested or model_type in TEXT_ONLY):
-        return _small(text, OVERRIDES.get(model_type, {}))
+        return _small(text, overrides)
     parts: dict[str, Any] = {}
     for name in nested:
         part = getattr(default, name)
         parts[name] = _small(part, OVERRIDES.get(getattr(part, "model_type", ""), {})).to_dict()
-    return _small(default, parts | OVERRIDES.get(model_type, {}), is_whole=text is default)
+    return _small(default, parts | overrides, is_whole=text is default)
 
 
 def _small(default: Any, overrides: dict[str, Any], *, is_whole: bool = True) -> Any:
@@ -249,10 +250,10 @@ def value_of(config: Any, key: str) -> Any:
         return None
 
 
-def save_tiny(model_type: str, folder: Path, *, seed: int = 0) -> PreTrainedModel:
+def save_tiny(model_type: str, folder: Path, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Write a tiny random checkpoint; biases and norms are random too, so that none hides a mistake."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(small_config(model_type)).eval()
+    model = AutoModelForCausalLM.from_config(small_config(model_type, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 
 import flashlm
 from flashlm.engine.calibrate import calibrate
@@ -80,3 +80,45 @@ def test_an_activation_with_weights_is_not_calibrated(tmp_path):
     convert(tmp_path / "source", tmp_path / "pack")
     with pytest.raises(ConfigError, match="xielu, has weights of its own"):
         calibrate(tmp_path / "pack")
+
+
+@pytest.mark.parametrize("num_active", [1, 2])
+@pytest.mark.filterwarnings("ignore")
+def test_llama_4_runs_the_chosen_experts_alone(num_active, tmp_path):
+    """Its own module runs all experts on all tokens, most of them zeros."""
+    tiny_models.save_tiny("llama4_text", tmp_path / "source", num_experts_per_tok=num_active)
+    manifest = convert(tmp_path / "source", tmp_path / "pack", dtype="float32")
+    assert [entry.num_active for entry in manifest.experts] == [num_active] * 4
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="float32").eval()
+    least = flashlm.load(tmp_path / "pack", pin=0)
+    whole = flashlm.load(tmp_path / "pack")
+    for batch_size, num_tokens in ((1, 1), (3, 1), (3, 40)):
+        ids = ids_of(batch_size, num_tokens)
+        with torch.no_grad():
+            wanted, first, second = (model(ids).logits for model in (reference, least, whole))
+        assert (wanted - first).abs().max() <= 2e-5 * wanted.abs().max()
+        assert torch.equal(first, second)
+    ids = ids_of(1, 9)
+    greedy = [model.generate(ids, attention_mask=torch.ones_like(ids), **FEW_TOKENS) for model in (reference, least)]
+    assert torch.equal(*greedy)
+    assert (
+        least.flash.telemetry.records[-1].miss_experts + least.flash.telemetry.records[-1].hit_experts == 4 * num_active
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_text_model_of_a_release_with_vision_is_converted(tmp_path):
+    """Llama 4 as released holds a vision tower, which its causal language model does not have."""
+    config = tiny_models.small_config("llama4")
+    torch.manual_seed(0)
+    whole = Llama4ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "source")
+    lines = []
+    convert(tmp_path / "source", tmp_path / "pack", dtype="float32", announce=lines.append)
+    assert any(
+        "tensors that transformers ignores too, first multi_modal_projector.linear_1.weight" in line for line in lines
+    )
+    ids = ids_of(2, 12)
+    with torch.no_grad():
+        wanted, found = whole(input_ids=ids).logits, flashlm.load(tmp_path / "pack", pin=0)(ids).logits
+    assert (wanted - found).abs().max() <= 2e-5 * wanted.abs().max()

@@ -13,6 +13,7 @@ from flashlm.engine.counters import Counters
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.experts import IMPLEMENTATION, BoundExperts
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.llama4 import lead_experts
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_budget import is_close_to_floor, place_experts
@@ -114,8 +115,9 @@ def take_out_experts(model: PreTrainedModel, manifest: Manifest) -> None:
             ) from error
         # transformers would fill what it takes for missing weights with random numbers.
         module._is_hf_initialized = True
-        config = module.config
-        config._experts_implementation = IMPLEMENTATION
+        if not lead_experts(model, entry.module):
+            config = module.config
+            config._experts_implementation = IMPLEMENTATION
 
 
 def connect_experts(

@@ -128,7 +128,7 @@ def plan_conversion(
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
     experts = find_expert_layers(model)
     layers = () if experts else find_ffn_layers(model)
-    names = map_names(model, checkpoint, experts)
+    names = map_names(model, checkpoint, experts, is_text_part=type(model.config) is not type(config))
     entries, sources = names.entries, names.experts
     for duplicate, original in tied_pairs(model, entries):
         with DirectReader() as reader:

@@ -34,6 +34,11 @@ _LEGACY_BUFFERS = re.compile(
 )
 # Modules that predict several tokens ahead; no causal model of transformers runs them.
 _MULTI_TOKEN = re.compile(r"(^|\.)(mtp|nextn)(_\w+)?\.")
+# Parts of a model of several kinds of input beside the text model, where that one alone is built.
+_OTHER_PARTS = re.compile(
+    r"^(model\.)?(vision\w*|visual\w*|image\w*|audio\w*|speech\w*|embed_(vision|audio)|multi_?modal_\w+|mm_\w+|\w*connector"
+    r"|aligner)\."
+)
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _NUM_EXTRA_LAYERS = re.compile(r"nextn|mtp")  # settings such as num_nextn_predict_layers
 
@@ -55,8 +60,20 @@ class NameMap:
     left_out: tuple[str, ...] = ()
 
 
-def map_names(model: PreTrainedModel, checkpoint: Checkpoint, layers: Sequence[ExpertLayer] = ()) -> NameMap:
-    """Return where every weight of `model` is in the checkpoint; `layers` are those whose experts are streamed.
+def map_names(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    layers: Sequence[ExpertLayer] = (),
+    *,
+    is_text_part: bool = False,
+) -> NameMap:
+    """Return where every weight of `model` is in the checkpoint.
+
+    Args:
+        model: The model, on the meta device.
+        checkpoint: Its checkpoint.
+        layers: The layers whose experts are streamed.
+        is_text_part: Whether the checkpoint's config is one of several kinds of input, and `model` the text model in it.
 
     Raises:
         PackError: A weight is missing, has another shape, or a tensor has no place in the model.
@@ -68,7 +85,7 @@ def map_names(model: PreTrainedModel, checkpoint: Checkpoint, layers: Sequence[E
         for layer in layers
         for name in (layer.in_weight, layer.out_weight)
     }
-    found = _renamed(model, checkpoint, state, experts)
+    found = _renamed(model, checkpoint, state, experts, _Ignored(model, is_text_part=is_text_part))
     _check_missing(model, found.entries.keys() | found.made.keys() | experts.keys(), checkpoint)
     for name, entry in found.entries.items():
         if tuple(state[name].shape) != entry.shape:
@@ -86,14 +103,17 @@ def map_names(model: PreTrainedModel, checkpoint: Checkpoint, layers: Sequence[E
 
 
 def _renamed(
-    model: PreTrainedModel, checkpoint: Checkpoint, state: dict[str, torch.Tensor], experts: dict[str, ExpertWeight]
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    state: dict[str, torch.Tensor],
+    experts: dict[str, ExpertWeight],
+    ignored: _Ignored,
 ) -> NameMap:
     """Sort the checkpoint's tensors; those of experts are added to `experts`."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    ignored = _Ignored(model)
     found, groups = NameMap(), dict[str, MakingGroup]()
     unknown: list[str] = []
     left_out: list[str] = []
@@ -131,7 +151,8 @@ def _renamed(
 class _Ignored:
     """Tells whether a tensor that the model does not have is one that transformers ignores."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, is_text_part: bool) -> None:
+        self._is_text_part = is_text_part
         self._patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
         self._computed = {name for name, _ in model.named_buffers()}  # not in the state dict: computed, never read
         text = model.config.get_text_config(decoder=True)
@@ -142,6 +163,8 @@ class _Ignored:
         if name in self._computed or _LEGACY_BUFFERS.search(key) or _MULTI_TOKEN.search(key):
             return True
         if any(pattern.search(name) for pattern in self._patterns):
+            return True
+        if self._is_text_part and _OTHER_PARTS.search(key):
             return True
         # DeepSeek and GLM put what predicts further tokens behind the last layer, and state how many such layers there are.
         number = _LAYER_NUMBER.search(name)
