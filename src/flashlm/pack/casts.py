@@ -30,11 +30,12 @@ class CastCounts:
         """
         if not _may_lose(source.dtype, target.dtype) or not target.numel():
             return
-        low, high = torch.aminmax(target)
+        dense = target.contiguous()  # a copy costs less than these passes over parts of rows
+        low, high = torch.aminmax(dense)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             _refuse_overflow(target, source, name)
-        if _has_zeros(target):
-            lost = int(torch.count_nonzero(source)) - int(torch.count_nonzero(target))
+        if _has_zeros(dense):
+            lost = int(torch.count_nonzero(source[dense == 0]))
             if lost:
                 self.zeroed[name] = self.zeroed.get(name, 0) + lost
 
@@ -62,8 +63,9 @@ def _may_lose(source: torch.dtype, target: torch.dtype) -> bool:
     return was.max > becomes.max or was.smallest_normal * was.eps < becomes.smallest_normal * becomes.eps
 
 
-def _has_zeros(target: torch.Tensor) -> bool:
-    bits = target.view(_INTEGERS[target.dtype.itemsize])
+def _has_zeros(values: torch.Tensor) -> bool:
+    """Return whether any of contiguous values is zero, of either sign."""
+    bits = values.view(_INTEGERS[values.dtype.itemsize])
     # -0.0 is the smallest integer, as bits.
     return int(torch.count_nonzero(bits)) < bits.numel() or int(bits.min()) == torch.iinfo(bits.dtype).min
 
