@@ -34,8 +34,9 @@ class CastCounts:
         low, high = torch.aminmax(dense)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             _refuse_overflow(target, source, name)
-        if _has_zeros(dense):
-            lost = int(torch.count_nonzero(source[dense == 0]))
+        bits = dense.view(_INTEGERS[dense.dtype.itemsize])
+        if _has_zeros(bits):
+            lost = int(torch.count_nonzero(source[bits + bits == 0]))  # without the sign
             if lost:
                 self.zeroed[name] = self.zeroed.get(name, 0) + lost
 
@@ -63,9 +64,8 @@ def _may_lose(source: torch.dtype, target: torch.dtype) -> bool:
     return was.max > becomes.max or was.smallest_normal * was.eps < becomes.smallest_normal * becomes.eps
 
 
-def _has_zeros(values: torch.Tensor) -> bool:
-    """Return whether any of contiguous values is zero, of either sign."""
-    bits = values.view(_INTEGERS[values.dtype.itemsize])
+def _has_zeros(bits: torch.Tensor) -> bool:
+    """Return whether any value is zero, of either sign, by the values' bits as integers."""
     # -0.0 is the smallest integer, as bits.
     return int(torch.count_nonzero(bits)) < bits.numel() or int(bits.min()) == torch.iinfo(bits.dtype).min
 
