@@ -162,6 +162,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 12,
         "is_decoder": True,
     },
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 24,
+        "attention_hidden_size": 96,
+        "mamba_dt_rank": 4,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 8},
     # a cache of linear attention alone can't be asked for its length
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -191,7 +198,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "roformer",
             "xlm-roberta",
             "xlm-roberta-xl",
-            "xmod",
         )
     },
 }
@@ -253,7 +259,8 @@ def value_of(config: Any, key: str) -> Any:
 def save_tiny(model_type: str, folder: Path, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Write a tiny random checkpoint; biases and norms are random too, so that none hides a mistake."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(small_config(model_type, **changes)).eval()
+    config = small_config(model_type, **changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -262,4 +269,6 @@ def save_tiny(model_type: str, folder: Path, *, seed: int = 0, **changes: Any) -
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0.0
     model.save_pretrained(folder)
+    if type(model.config) is not type(config):  # the text model of a whole: a release has the whole's config
+        config.save_pretrained(folder)
     return model

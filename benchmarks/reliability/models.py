@@ -47,6 +47,7 @@ DOCS = ROOT / "docs" / "models.md"
 MAX_ERROR = 2e-5  # of the largest logit: fp32 sums in another order, through four layers
 NUM_NEW_TOKENS = 12
 TIMEOUT_S = 180.0
+HUNG, KILLED = "no answer within", "the process ended with code"
 QUICK = ("apertus", "bert", "bloom", "gptj", "jetmoe", "lfm2", "mixtral", "olmo_hybrid", "qwen3_next", "rwkv")
 
 
@@ -125,9 +126,9 @@ def examine_apart(model_type: str) -> dict[str, Any]:
     if not queue.empty():
         result: dict[str, Any] = queue.get()
     elif process.is_alive():
-        result = {"outcome": "error", "reason": f"no answer within {TIMEOUT_S:g} s"}
+        result = {"outcome": "error", "reason": f"{HUNG} {TIMEOUT_S:g} s"}
     else:
-        result = {"outcome": "error", "reason": f"the process ended with code {process.exitcode}"}
+        result = {"outcome": "error", "reason": f"{KILLED} {process.exitcode}"}
     process.join(5.0)
     if process.is_alive():
         process.kill()
@@ -160,6 +161,10 @@ def document(results: dict[str, Any]) -> dict[str, Any]:
         "machine": describe_machine(),
         "tries": len(results),
         "counts": counts(results),
+        "silent_wrong_answers": counts(results)["different"],
+        "kills": sum(result.get("reason", "").startswith(KILLED) for result in results.values()),
+        "hangs": sum(result.get("reason", "").startswith(HUNG) for result in results.values()),
+        "named_errors": counts(results)["refused"],
         "max_error_allowed": MAX_ERROR,
         "types": dict(sorted(results.items())),
     }

@@ -15,6 +15,7 @@ NAMES: dict[str, str] = {
     "bailing_hybrid": "Ling and Ring, linear attention (Bailing)",
     "bamba": "Bamba 9B",
     "bart": "BART (decoder)",
+    "beam": "Beam",
     "bert": "BERT",
     "bert-generation": "BERT (generation)",
     "big_bird": "BigBird",
@@ -30,6 +31,7 @@ NAMES: dict[str, str] = {
     "cohere": "Command R, R+; Aya 23",
     "cohere2": "Command R7B, Command A",
     "cohere2_moe": "Command, mixture of experts",
+    "cohere_compass_text": "Cohere Compass (text)",
     "cpmant": "CPM-Ant",
     "ctrl": "CTRL",
     "cwm": "CWM, Code World Model",
@@ -55,6 +57,7 @@ NAMES: dict[str, str] = {
     "falcon_h1": "Falcon-H1",
     "falcon_mamba": "Falcon Mamba",
     "flex_olmo": "FlexOlmo",
+    "flint": "Flint",
     "fuyu": "Fuyu 8B",
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
@@ -96,12 +99,16 @@ NAMES: dict[str, str] = {
     "hy_v3": "Hunyuan (HY V3)",
     "hy_v4": "Hunyuan (HY V4)",
     "hyperclovax": "HyperCLOVA X",
+    "inkling2_text": "Inkling 2 (text)",
+    "inkling_text": "Inkling (text)",
     "internlm3": "InternLM 3",
     "iquestcoder": "IQuest Coder",
     "jais2": "Jais 2",
     "jamba": "Jamba",
     "jetmoe": "JetMoE",
     "kimi_linear": "Kimi Linear 48B-A3B",
+    "kolibri1": "Kolibri 1",
+    "laguna": "Laguna",
     "lfm2": "LFM2, Liquid 350M to 2.6B",
     "lfm2_moe": "LFM2 8B-A1B (experts)",
     "lfm3": "LFM3",
@@ -127,6 +134,7 @@ NAMES: dict[str, str] = {
     "mllama": "Llama 3.2 Vision",
     "modernbert-decoder": "ModernBERT decoder, Ettin decoders",
     "moshi": "Moshi",
+    "moss_transcribe_diarize": "MOSS Transcribe Diarize",
     "mpt": "MPT 7B, 30B",
     "musicgen": "MusicGen",
     "musicgen_melody": "MusicGen Melody",
@@ -158,6 +166,8 @@ NAMES: dict[str, str] = {
     "qwen3_5_text": "Qwen3.5 (text)",
     "qwen3_moe": "Qwen3-30B-A3B, 235B-A22B, Qwen3-Coder",
     "qwen3_next": "Qwen3-Next-80B-A3B",
+    "qwen4_exp": "Qwen4 experimental (text and vision)",
+    "qwen4_exp_text": "Qwen4 experimental (text)",
     "recurrent_gemma": "RecurrentGemma",
     "reformer": "Reformer",
     "rembert": "RemBERT",
@@ -186,6 +196,21 @@ NAMES: dict[str, str] = {
     "zamba2": "Zamba2",
     "zaya": "ZAYA1",
 }
+# What the refused ones are, for those who wonder why: groups of model types.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "an encoder": (
+        "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "git", "megatron-bert",
+        "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta",
+        "xlm-roberta-xl", "xlnet", "xmod",
+    ),
+    "the decoder of an encoder-decoder": (
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+        "prophetnet", "trocr", "whisper",
+    ),
+    "a state-space or recurrent model, with few or no feed-forward layers": (
+        "falcon_mamba", "mamba", "mamba2", "rwkv", "zamba", "zamba2",
+    ),
+}  # fmt: skip
 EXACT_ZEROS = ("relu", "relu2", "fatrelu")
 HEAD = """# Models
 
@@ -270,8 +295,14 @@ def _served(model_type: str, result: dict[str, Any]) -> str:
 def _section(title: str, column: str, names: list[str], types: dict[str, Any]) -> list[str]:
     if not names:
         return []
-    rows = [f"| {shown_name(name)} | `{name}` | {_cell(types[name].get('reason', ''))} |" for name in names]
+    rows = [
+        f"| {shown_name(name)} | `{name}` | {_what(name)}{_cell(types[name].get('reason', ''))} |" for name in names
+    ]
     return ["", f"## {title}", "", f"| model | `model_type` | {column} |", "|---|---|---|", *rows]
+
+
+def _what(model_type: str) -> str:
+    return "".join(f"{what}; " for what, names in GROUPS.items() if model_type in names)
 
 
 def _cell(reason: str) -> str:
