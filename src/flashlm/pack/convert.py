@@ -116,6 +116,7 @@ def _check_target(folder: Path, target: Path) -> None:
 
 def _check_space(plan: ConversionPlan, record: ProgressRecord) -> None:
     needed = sum(size for name, size in plan.file_bytes.items() if name not in record.finished) + _SPARE_BYTES
+    needed += sum((plan.checkpoint.folder / name).stat().st_size for name in plan.small.kept)
     stats = os.statvfs(plan.pack)
     free = stats.f_bavail * stats.f_frsize
     if needed > free:
