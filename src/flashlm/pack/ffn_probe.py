@@ -104,9 +104,9 @@ def find_learned(module: nn.Module, name: str) -> tuple[str, nn.Module] | None:
     return None
 
 
-def _class_of(name: str) -> type[nn.Module]:
-    cls = ACT2CLS[name]
-    found: type[nn.Module] = cls[0] if isinstance(cls, tuple) else cls
+def _class_of(name: str) -> type[nn.Module] | None:
+    cls = ACT2CLS.get(name)  # a program may have added an instance only
+    found: type[nn.Module] | None = cls[0] if isinstance(cls, tuple) else cls
     return found
 
 
