@@ -143,15 +143,11 @@ def test_a_conversion_fetches_what_it_needs_once(tmp_path: Path) -> None:
     assert shards <= {path.name for path in Path(again.stdout.splitlines()[-1]).iterdir()}
 
 
-def test_a_repository_of_pickles_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
-    folder = tmp_path / "repository"
-    save_checkpoint(folder, "llama")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    hub = Hub(folder)
-    with serving(hub) as endpoint:
-        done = run(endpoint, tmp_path / "cache", "-c", FETCH, REPO)
-    assert "PackError: the repository holds its weights as pickles (pytorch_model.bin)" in done.stderr
-    assert hub.fetched == []
+def test_a_repository_of_pickles_is_refused_before_anything_is_fetched() -> None:
+    with pytest.raises(PackError, match=r"pickles \(pytorch_model.bin\)"):
+        weight_files({"config.json": 1, "pytorch_model.bin": 1}, Path.resolve)
+    with pytest.raises(PackError, match="the repository has no weights"):
+        weight_files({"config.json": 1, "model.gguf": 1}, Path.resolve)
 
 
 def test_files_are_chosen_from_the_list_alone(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if (folder / SINGLE_NAME).is_file():
         return _checkpoint(folder, {SINGLE_NAME: None})
     if (folder / INDEX_NAME).is_file():
-        return _checkpoint(folder, read_index(folder / INDEX_NAME))
+        return _checkpoint(folder, _read_index(folder / INDEX_NAME))
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         raise PackError(
             f"{folder} holds its weights as pickles (.bin), which can run code when opened and are not read:"
@@ -100,12 +100,7 @@ def _checkpoint(folder: Path, wanted: dict[str, set[str] | None]) -> Checkpoint:
     return Checkpoint(folder=folder, files=tuple(folder / file for file in sorted(wanted)), tensors=tensors)
 
 
-def read_index(path: Path) -> dict[str, set[str] | None]:
-    """Return the names of the tensors in each shard that an index names.
-
-    Raises:
-        PackError: It is damaged, or names a file that is not beside it.
-    """
+def _read_index(path: Path) -> dict[str, set[str] | None]:
     content = _load_json(path, MAX_INDEX_BYTES)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -129,6 +124,15 @@ def _load_json(path: Path, max_bytes: int) -> Any:
         raise PackError(f"{path} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise PackError(f"{path} is not JSON: {error}") from error
+
+
+def shards_of(index: Path) -> list[str]:
+    """Return the names of the weight files that an index names.
+
+    Raises:
+        PackError: It is damaged, or names a file that could not lie beside it.
+    """
+    return sorted(_read_index(index))
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

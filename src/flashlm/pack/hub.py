@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flashlm.errors import ConfigError, FlashError, PackError
-from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME, read_index
+from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME, shards_of
 from flashlm.pack.small_files import CONFIG_NAME, SmallFiles, choose
 from flashlm.sizes import format_size
 
@@ -50,7 +50,7 @@ def weight_files(names: Mapping[str, object], read_file: Callable[[str], Path]) 
     if SINGLE_NAME in names:
         return [SINGLE_NAME]
     if INDEX_NAME in names:
-        return sorted(read_index(read_file(INDEX_NAME)))
+        return shards_of(read_file(INDEX_NAME))
     pickles = [name for name in names if "/" not in name and name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         raise PackError(
