@@ -13,6 +13,7 @@ from flashlm.pack.families import build_meta_model, find_ffn_layers
 from flashlm.pack.info import describe
 from flashlm.pack.manifest import read_manifest
 from flashlm.pack.verify import verify
+from tests import tiny_models
 from tests.models import FAMILIES, save_checkpoint, tiny_config
 from tests.pack.packs import all_bytes, read_rows
 
@@ -49,6 +50,15 @@ def test_every_family_round_trips(family: str, tmp_path: Path) -> None:
     manifest = convert(tmp_path / "source", tmp_path / "pack")
     _check_round_trip(tmp_path / "source", tmp_path / "pack", model, torch.bfloat16)
     assert manifest == read_manifest(tmp_path / "pack")
+    assert verify(tmp_path / "pack").problems == ()
+
+
+@pytest.mark.parametrize("family", ["apertus", "bloom", "lfm2", "lfm3", "modernbert-decoder", "mpt", "olmo_hybrid"])
+@pytest.mark.filterwarnings("ignore")
+def test_families_with_names_and_activations_of_their_own_round_trip(family: str, tmp_path: Path) -> None:
+    model = tiny_models.save_tiny(family, tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "pack", dtype="fp32")
+    _check_round_trip(tmp_path / "source", tmp_path / "pack", model, torch.float32)
     assert verify(tmp_path / "pack").problems == ()
 
 
@@ -120,7 +130,7 @@ def test_pack_is_a_model_folder(tmp_path: Path) -> None:
     assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 1}
     assert {path.name for path in (tmp_path / "pack").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "flash",
-        "tokenizer.json", "chat_template.jinja", "tokenizer.model",
+        "tokenizer.json", "chat_template.jinja", "tokenizer.model", "README.md", "LICENSE",
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "pack" / "flash").iterdir()} == {
         "manifest.json", "layer-00000.rows", "layer-00001.rows",

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.bloom.modeling_bloom import BloomGelu
 
 from flashlm.errors import UnsupportedModelError
 from flashlm.pack.families import FfnLayer, PartSource, build_meta_model, find_ffn_layers
-from flashlm.pack.ffn_probe import FfnParts, activation_name, prove
+from flashlm.pack.ffn_probe import FfnParts, activation_name, find_function, learned_name, prove, prove_in_place
 from tests.models import FAMILIES, tiny_config, tiny_model
 
 
@@ -73,7 +75,8 @@ def test_gpt2_weights_are_known_to_be_transposed() -> None:
     ("family", "settings", "reason"),
     [
         ("mixtral", {"num_local_experts": 4}, "mixture-of-experts"),
-        ("bloom", {"n_head": 4, "n_layer": 2}, "BloomGelu"),
+        ("llama4_text", {"num_key_value_heads": 2, "head_dim": 12}, "Llama4TextMoe is part of a mixture-of-experts"),
+        ("bloom", {"n_head": 4, "n_layer": 2, "slow_but_exact": True, "pretraining_tp": 2}, "BloomMLP does not run"),
         ("mamba", {}, "feed-forward"),
         ("bitnet", {"num_key_value_heads": 2}, "ffn_sub_norm"),
         ("gemma3n_text", {"num_key_value_heads": 2, "head_dim": 12, "activation_sparsity_pattern": [0.5, 0.5],
@@ -140,3 +143,89 @@ def test_activation_is_named_by_what_it_is(name: str) -> None:
 
 def test_activation_with_weights_has_no_name() -> None:
     assert activation_name(nn.PReLU(), ["prelu"]) is None
+
+
+class _Function(nn.Module):
+    """An activation class that transformers' table does not have."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("activation", "configured", "name"),
+    [
+        (BloomGelu().eval(), [], "gelu_fast"),  # the tanh form with a constant cut after eight digits
+        (BloomGelu().eval(), ["gelu_new"], "gelu_new"),
+        (nn.GELU(), [], "gelu"),
+        (nn.GELU(approximate="tanh"), [], "gelu_fast"),
+        (_Function(torch.relu), [], "relu"),
+        (_Function(lambda x: torch.relu(x).clamp(max=1000.0)), [], None),
+        (_Function(lambda x: nn.functional.gelu(x) * (1 + 1e-5)), [], None),
+        (_Function(lambda x: torch.relu(x) - torch.relu(x).mean(-1, keepdim=True)), [], None),
+        (_Function(lambda x: torch.relu(x) + 1e-3 * x.roll(1, -1).sign()), [], None),
+    ],
+)
+def test_an_activation_of_another_class_is_named_by_what_it_computes(
+    activation: nn.Module, configured: list[str], name: str | None
+) -> None:
+    assert activation_name(activation, configured) == name
+
+
+def test_an_activation_with_a_weight_for_each_neuron_is_not_kept() -> None:
+    assert learned_name(nn.PReLU()) == "prelu"
+    assert learned_name(nn.PReLU(88)) is None
+
+
+class _Functional(nn.Module):
+    """A gated FFN that calls a function where others have an activation module."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.function(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (nn.functional.silu, "silu"),
+        (nn.functional.gelu, "gelu"),
+        (lambda x: nn.functional.gelu(x, approximate="tanh"), "gelu_new"),
+        (lambda x: torch.relu(x).square(), "relu2"),
+        (lambda x: nn.functional.silu(x).clamp(max=30.0), None),
+        (torch.sin, None),
+    ],
+)
+def test_a_function_in_the_place_of_an_activation_is_found_by_proof(
+    function: Callable[[torch.Tensor], torch.Tensor], name: str | None
+) -> None:
+    assert find_function(_Functional(function), _GATED, []) == name
+
+
+class _Adding(nn.Module):
+    """An FFN that adds the residual itself, and `extra` of what the down-projection gives."""
+
+    def __init__(self, extra: float) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj, self.act = nn.Linear(8, 16), nn.Linear(16, 8), nn.ReLU()
+        self.extra = extra
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        inner = self.act(self.up_proj(x))
+        return self.down_proj(inner) + residual + self.extra * inner[..., : residual.shape[-1]]
+
+
+def test_a_module_that_adds_the_residual_is_proved_as_it_will_run() -> None:
+    parts = FfnParts(gate=None, up="up_proj", down="down_proj", is_fused=False)
+    assert prove_in_place(_Adding(0.0), parts, "relu", "act") is None
+    assert "computes something else than down(act(up(x))) + residual" in (
+        prove_in_place(_Adding(1e-3), parts, "relu", "act") or ""
+    )

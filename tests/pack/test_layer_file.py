@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from flashlm.pack.casts import CastCounts
 from flashlm.pack.checkpoint import read_header
 from flashlm.pack.direct_file import DirectReader
 from flashlm.pack.families import PartSource
@@ -58,7 +59,7 @@ def test_rows_lie_where_the_layout_says(
             for chunk in ahead:
                 first, last = chunk.rows.start // 16, (chunk.rows.stop - 1) // 16
                 start, stop = layout.offset_of(first), layout.offset_of(last) + layout.read_bytes(last)
-                fill_rows(file[start:stop], layout, chunk, ("weight",) * len(parts))
+                fill_rows(file[start:stop], layout, chunk, ("weight",) * len(parts), CastCounts())
                 chunk.release()
     dtype = getattr(torch, layout.dtype)
     itemsize = dtype.itemsize

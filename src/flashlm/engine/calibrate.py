@@ -27,6 +27,7 @@ from flashlm.engine.capture import CalibrationText
 from flashlm.engine.evaluate import read_token_ids
 from flashlm.engine.ordering import order_pack
 from flashlm.errors import ConfigError, PackError
+from flashlm.pack.ffn_probe import has_weights
 from flashlm.pack.files import check_files
 from flashlm.pack.manifest import read_manifest
 from flashlm.sizes import format_size
@@ -109,6 +110,11 @@ def calibrate(
     check_files(folder, manifest)
     if manifest.activation not in ACT2FN:
         raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
+    if has_weights(ACT2FN[manifest.activation]):
+        raise ConfigError(
+            f"the activation of {folder}, {manifest.activation}, has weights of its own in every layer, which predictors do"
+            " not know: this pack runs in mode hybrid"
+        )
     for entry in manifest.layers:
         check_rank(rank, hidden_size=manifest.hidden_size, num_rows=entry.num_rows)
     if plots is not None:

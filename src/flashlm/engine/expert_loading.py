@@ -14,6 +14,7 @@ from flashlm.engine.counters import Counters
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.experts import IMPLEMENTATION, BoundExperts
 from flashlm.engine.gemm import BlockGemm
+from flashlm.engine.llama4 import lead_experts
 from flashlm.engine.standin import StreamedWeight
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.budget import Placement
@@ -119,7 +120,8 @@ def take_out_experts(model: PreTrainedModel, manifest: Manifest) -> None:
             ) from error
         # transformers would fill what it takes for missing weights with random numbers.
         keep_from_initialising(module)
-        lead_experts_to(module.config, IMPLEMENTATION)
+        if not lead_experts(model, entry.module):
+            lead_experts_to(module.config, IMPLEMENTATION)
 
 
 def connect_experts(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashlm.engine.config import make_settings
 from flashlm.engine.decoding import Decoding, Sampling, decide_decoding
 from flashlm.engine.model import FlashModel, load
+from flashlm.engine.positions import check_positions
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.limits import peak_process_bytes
 from flashlm.planner.needs import read_config
@@ -197,14 +198,8 @@ def _model_inputs(encoded: Any) -> dict[str, Any]:
 
 
 def _check_positions(pack: Path, num_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse a run past the positions that the model was built for, before anything is loaded."""
-    text = read_config(pack).get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
-    if limit is not None and num_prompt_tokens + max_new_tokens > limit:
-        raise ConfigError(
-            f"the prompt has {num_prompt_tokens} tokens and {max_new_tokens} more are wanted, but the model has"
-            f" {limit} positions: shorten the prompt or lower --max-new-tokens"
-        )
+    """Refuse a run past the positions that the model has a table of, before anything is loaded."""
+    check_positions(read_config(pack), num_prompt_tokens, max_new_tokens)
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from flashlm.kernels import MAX_TOKENS
 from flashlm.memory.budget import Placement, place, place_sparse
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.limits import read_memory_limits
+from flashlm.pack.ffn_probe import find_learned
 from flashlm.pack.files import check_files, check_resident_file
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
@@ -361,16 +362,19 @@ def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
     if manifest.activation not in ACT2FN:
         raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
     for layer, entry in enumerate(manifest.layers):
-        ffn = FlashFFN(
-            layer=layer,
-            layout=manifest.layout(layer),
-            activation=ACT2FN[manifest.activation],
-            dtype=torch_dtype(manifest.dtype),
-            has_up_bias=entry.has_up_bias,
-            has_gate_bias=entry.has_gate_bias,
-            has_down_bias=entry.has_down_bias,
-        )
         try:
+            learned = find_learned(model.get_submodule(entry.module), manifest.activation)
+            ffn = FlashFFN(
+                layer=layer,
+                layout=manifest.layout(layer),
+                activation=ACT2FN[manifest.activation] if learned is None else learned[1].__call__,
+                dtype=torch_dtype(manifest.dtype),
+                has_up_bias=entry.has_up_bias,
+                has_gate_bias=entry.has_gate_bias,
+                has_down_bias=entry.has_down_bias,
+            )
+            if learned is not None:  # its weights are resident, under the names that they have in the model
+                ffn.add_module(*learned)
             ffn.linears = find_linears(model, entry)
             model.set_submodule(entry.module, ffn)
             for name in entry.identities:

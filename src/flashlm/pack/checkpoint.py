@@ -126,6 +126,15 @@ def _load_json(path: Path, max_bytes: int) -> Any:
         raise PackError(f"{path} is not JSON: {error}") from error
 
 
+def shards_of(index: Path) -> list[str]:
+    """Return the names of the weight files that an index names.
+
+    Raises:
+        PackError: It is damaged, or names a file that could not lie beside it.
+    """
+    return sorted(_read_index(index))
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of one safetensors file.
 

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from flashlm import __version__
-from flashlm.errors import ConfigError, PackError
-from flashlm.pack.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from flashlm.errors import ConfigError, PackError, UnsupportedModelError
+from flashlm.pack.checkpoint import Checkpoint, open_checkpoint
 from flashlm.pack.direct_file import DirectReader
 from flashlm.pack.experts import ExpertLayer, find_expert_layers
 from flashlm.pack.experts_source import ExpertSource, read_experts
@@ -22,9 +22,10 @@ from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
 from flashlm.pack.layer_file import LayerPart, LayerPools, RowChunk, read_layer
 from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import EXPERTS_FORMAT_VERSION, FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
-from flashlm.pack.names import map_with_experts, tied_pairs
+from flashlm.pack.names import NameMap, map_names, tied_pairs
 from flashlm.pack.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
-from flashlm.pack.source import files_to_copy, fingerprint, load_config
+from flashlm.pack.small_files import SmallFiles, choose_from_folder
+from flashlm.pack.source import fingerprint, load_config
 from flashlm.transformers_seam import dtype_plan
 
 
@@ -61,7 +62,8 @@ class ConversionPlan:
         streamed: The files of all of these.
         num_column_parts: The most parts of a layer that lie column by column.
         resident: What goes into `model.safetensors`.
-        copied: Small files to copy.
+        left_out: Names of checkpoint tensors that the model does not have and transformers ignores.
+        small: Small files to copy, and what is left out.
         fingerprint: Identifies the conversion.
     """
 
@@ -76,13 +78,25 @@ class ConversionPlan:
     streamed: tuple[StreamedFile, ...]
     num_column_parts: int
     resident: ResidentPlan
-    copied: tuple[Path, ...]
+    left_out: tuple[str, ...]
+    small: SmallFiles
     fingerprint: str
 
     @property
     def format_version(self) -> Literal[1, 2]:
         """Version of the pack's format."""
         return EXPERTS_FORMAT_VERSION if self.experts else FORMAT_VERSION
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out, a line each."""
+        tensors = []
+        if self.left_out:
+            tensors = [
+                f"left out, not part of the model: {len(self.left_out)} tensors that transformers ignores too, first"
+                f" {self.left_out[0]}"
+            ]
+        return (*tensors, *self.small.lines())
 
     @property
     def file_bytes(self) -> dict[str, int]:
@@ -115,7 +129,8 @@ def plan_conversion(
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
     experts = find_expert_layers(model)
     layers = () if experts else find_ffn_layers(model)
-    entries, sources = map_with_experts(model, checkpoint, experts)
+    names = map_names(model, checkpoint, experts, is_text_part=type(model.config) is not type(config))
+    entries, sources = names.entries, names.experts
     for duplicate, original in tied_pairs(model, entries):
         with DirectReader() as reader:
             if is_same(reader, entries[duplicate], entries[original]):
@@ -125,8 +140,8 @@ def plan_conversion(
             f"block_rows is {block_rows}: leave it out, a block of a mixture-of-experts model is an expert"
         )
     rows = experts[0].num_rows if experts else _block_rows(layers, dtype, block_rows)
-    parts = tuple(_layer_parts(layer, entries) for layer in layers)
-    copied = files_to_copy(folder, trust_remote_code=trust_remote_code)
+    parts = tuple(_layer_parts(model, layer, names) for layer in layers)
+    small = choose_from_folder(folder, checkpoint.files, with_code=trust_remote_code)
     settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__}
     return ConversionPlan(
         pack=target,
@@ -139,9 +154,10 @@ def plan_conversion(
         experts=experts,
         streamed=(*_layer_files(layers, parts, dtype, rows), *_expert_files(sources, dtype)),
         num_column_parts=max((sum(part.source.neuron_axis == 1 for part in each) for each in parts), default=0),
-        resident=ResidentPlan(_resident_tensors(model, layers, entries, dtype)),
-        copied=tuple(copied),
-        fingerprint=fingerprint(checkpoint, copied, settings),
+        resident=ResidentPlan(_resident_tensors(model, layers, names, dtype)),
+        left_out=names.left_out,
+        small=small,
+        fingerprint=fingerprint(checkpoint, small.kept, settings),
     )
 
 
@@ -207,8 +223,14 @@ def _layout(layer: FfnLayer, dtype: str, block_rows: int) -> LayerLayout:
     )
 
 
-def _layer_parts(layer: FfnLayer, entries: dict[str, TensorEntry]) -> tuple[LayerPart, ...]:
-    parts = tuple(LayerPart(source, entries[source.name]) for source in layer.parts)
+def _layer_parts(model: PreTrainedModel, layer: FfnLayer, names: NameMap) -> tuple[LayerPart, ...]:
+    for source in (*layer.parts, *layer.biases.values()):
+        if source.name in names.made:
+            raise UnsupportedModelError(
+                f"model type {model.config.model_type!r} is not supported: transformers computes {source.name} from"
+                f" {names.made[source.name].part_name} on loading, which is more than a new name"
+            )
+    parts = tuple(LayerPart(source, names.entries[source.name]) for source in layer.parts)
     for part in parts:
         if not part.entry.dtype.is_floating_point:
             raise PackError(f"{part.entry.path} holds {part.entry.name} as {part.entry.dtype}: floating point expected")
@@ -216,7 +238,7 @@ def _layer_parts(layer: FfnLayer, entries: dict[str, TensorEntry]) -> tuple[Laye
 
 
 def _resident_tensors(
-    model: PreTrainedModel, layers: tuple[FfnLayer, ...], entries: dict[str, TensorEntry], dtype: str
+    model: PreTrainedModel, layers: tuple[FfnLayer, ...], names: NameMap, dtype: str
 ) -> list[ResidentTensor]:
     """Return every tensor that is not streamed, and the biases of the streamed layers under the pack's names."""
     wanted: torch.dtype = getattr(torch, dtype)
@@ -224,22 +246,28 @@ def _resident_tensors(
     kept = dtype_plan(model, wanted)
     keeps = re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
     streamed = {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
+
+    def target(name: str, source: torch.dtype) -> torch.dtype:
+        return pack_dtype(source, torch.float32 if keeps is not None and keeps.search(name) else wanted)
+
     tensors = [
-        ResidentTensor(
-            name=name,
-            source=entry,
-            shape=entry.shape,
-            dtype=pack_dtype(entry.dtype, torch.float32 if keeps is not None and keeps.search(name) else wanted),
-        )
-        for name, entry in sorted(entries.items())
+        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=target(name, entry.dtype))
+        for name, entry in names.entries.items()
         if name not in streamed
     ]
+    tensors += [
+        ResidentTensor(
+            name=name, source=each.group.entries[0], shape=each.shape, dtype=target(name, each.dtype), made=each
+        )
+        for name, each in names.made.items()
+    ]
+    tensors.sort(key=lambda tensor: tensor.name)
     for layer in layers:
         for name, source in layer.biases.items():
             size = layer.hidden_size if name.endswith(".down_bias") else layer.num_rows
             tensors.append(
                 ResidentTensor(
-                    name=name, source=entries[source.name], first=source.first_neuron, shape=(size,), dtype=wanted
+                    name=name, source=names.entries[source.name], first=source.first_neuron, shape=(size,), dtype=wanted
                 )
             )
     return tensors

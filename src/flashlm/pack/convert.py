@@ -17,8 +17,9 @@ import xxhash
 from flashlm import __version__
 from flashlm.errors import ConfigError, StorageError
 from flashlm.kernels import one_torch_thread
+from flashlm.pack.casts import CastCounts, describe_zeroed
 from flashlm.pack.conversion_plan import ConversionPlan, experts_file_name, layer_file_name, plan_conversion
-from flashlm.pack.direct_file import DirectReader, write_small_file
+from flashlm.pack.direct_file import DirectReader, sync_folder, write_error, write_small_file
 from flashlm.pack.layer_file import LayerPools, write_layer
 from flashlm.pack.manifest import (
     FLASH_DIR,
@@ -70,9 +71,10 @@ def convert(
             one is left as it is.
         dtype: Element type of the pack: bf16, fp16 or fp32 (or the full names).
         block_rows: Rows per block, a multiple of 16; by default blocks of about 4 MiB.
-        trust_remote_code: Run model code that comes with the source.
+        trust_remote_code: Run model code that comes with the source, and keep it in the pack.
         progress: Called with (bytes done, bytes in all, what).
-        announce: Called with one line about what will be written.
+        announce: Called with one line about what will be written, one for each thing that is left out, and one where
+            weights became zero; the pack's manifest keeps these (`source.notes`).
 
     Returns:
         The manifest of the finished pack.
@@ -84,7 +86,7 @@ def convert(
         StorageError: The target can't be written, is full or too small; or the source can't be read.
     """
     announce = announce or (lambda line: None)
-    folder = resolve_source(source, trust_remote_code=trust_remote_code)
+    folder = resolve_source(source, trust_remote_code=trust_remote_code, announce=announce)
     target = Path(pack).expanduser()
     _check_target(folder, target)
     plan = plan_conversion(str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code)
@@ -96,7 +98,11 @@ def convert(
             return read_manifest(target)
         _check_space(plan, record)
         announce(_describe(plan, record))
+        for note in plan.notes:
+            announce(note)
         _write_files(plan, record, progress or (lambda done, total, what: None))
+        for note in _cast_notes(plan, record):
+            announce(f"warning: {note}")
         return _finish(plan, record)
 
 
@@ -110,6 +116,7 @@ def _check_target(folder: Path, target: Path) -> None:
 
 def _check_space(plan: ConversionPlan, record: ProgressRecord) -> None:
     needed = sum(size for name, size in plan.file_bytes.items() if name not in record.finished) + _SPARE_BYTES
+    needed += sum((plan.checkpoint.folder / name).stat().st_size for name in plan.small.kept)
     stats = os.statvfs(plan.pack)
     free = stats.f_bavail * stats.f_frsize
     if needed > free:
@@ -137,13 +144,16 @@ def _write_files(plan: ConversionPlan, record: ProgressRecord, progress: Progres
     record.finished = {name: sums for name, sums in record.finished.items() if _is_there(plan, name)}
     done = sum(sizes[name] for name in record.finished)
     total = sum(sizes.values())
-    with WriteBehind() as writer, closing(_files(plan, record, writer)) as files:
+    casts = CastCounts()
+    with WriteBehind() as writer, closing(_files(plan, record, writer, casts)) as files:
         for name, steps in files:
+            casts.zeroed.clear()
             with closing(steps):
                 for step_bytes, checksums in steps:
                     progress(done + step_bytes, total, name)
                     if checksums:
                         record.finished[name] = checksums
+                        record.zeroed[name] = dict(casts.zeroed)
                         save_record(plan.pack, record)
             done += sizes[name]
 
@@ -162,7 +172,9 @@ def _path(plan: ConversionPlan, name: str) -> Path | None:
 _Steps = Generator[tuple[int, tuple[str, ...]]]
 
 
-def _files(plan: ConversionPlan, record: ProgressRecord, writer: WriteBehind) -> Generator[tuple[str, _Steps]]:
+def _files(
+    plan: ConversionPlan, record: ProgressRecord, writer: WriteBehind, casts: CastCounts
+) -> Generator[tuple[str, _Steps]]:
     """Yield each unfinished file with the steps that write it."""
     if RESIDENT_NAME not in record.finished:
         reading, writing = BufferPool(4), BufferPool(3)
@@ -171,7 +183,7 @@ def _files(plan: ConversionPlan, record: ProgressRecord, writer: WriteBehind) ->
             ReadAhead(read_resident(reader, plan.resident, reading), depth=2, pools=(reading,)) as pieces,
         ):
             path = plan.pack / RESIDENT_NAME
-            yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer)
+            yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer, casts)
     todo = [file for file in plan.streamed if file.name not in record.finished]
     pools = LayerPools(num_column_parts=plan.num_column_parts)
     with DirectReader() as reader:
@@ -179,20 +191,42 @@ def _files(plan: ConversionPlan, record: ProgressRecord, writer: WriteBehind) ->
         with ReadAhead(chunks, depth=2, pools=pools.reading) as ahead:
             for file in todo:
                 path = plan.pack / FLASH_DIR / file.name
-                yield file.name, write_layer(path, file.layout, ahead, file.part_names, pools, writer)
+                yield file.name, write_layer(path, file.layout, ahead, file.part_names, pools, writer, casts)
 
 
 def _finish(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
     """Write the small files, and last of all the manifest."""
-    contents = {path.name: path.read_bytes() for path in plan.copied}
-    contents["config.json"] = pack_config(plan.checkpoint.folder, plan.dtype, plan.format_version).encode()
-    for name, content in contents.items():
+    contents = {"config.json": pack_config(plan.checkpoint.folder, plan.dtype, plan.format_version).encode()}
+    checksums = {}
+    for name in sorted({*plan.small.kept, *contents}):
+        content = contents.get(name) or (plan.checkpoint.folder / name).read_bytes()
+        _make_folders(plan.pack, name)
         write_small_file(plan.pack / name, content)
-    checksums = {name: xxhash.xxh3_64_hexdigest(content) for name, content in contents.items()}
+        checksums[name] = xxhash.xxh3_64_hexdigest(content)
     manifest = _manifest(plan, record).model_copy(update={"small_files": checksums})
     write_small_file(manifest_path(plan.pack), manifest.to_json().encode())
     remove_record(plan.pack)
     return manifest
+
+
+def _make_folders(pack: Path, name: str) -> None:
+    folder = (pack / name).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while folder != pack:
+            folder = folder.parent
+            sync_folder(folder)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _cast_notes(plan: ConversionPlan, record: ProgressRecord) -> tuple[str, ...]:
+    zeroed: dict[str, int] = {}
+    for by_tensor in record.zeroed.values():
+        for name, count in by_tensor.items():
+            zeroed[name] = zeroed.get(name, 0) + count
+    line = describe_zeroed(zeroed, plan.dtype)
+    return () if line is None else (line,)
 
 
 def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
@@ -242,5 +276,6 @@ def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
             name=plan.source_name,
             files={path.name: path.stat().st_size for path in plan.checkpoint.files},
             fingerprint=plan.fingerprint,
+            notes=(*plan.notes, *_cast_notes(plan, record)),
         ),
     )

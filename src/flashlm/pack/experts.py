@@ -2,9 +2,10 @@
 
 That interface (`use_experts_implementation`, transformers 5) keeps the experts of a layer in two three-dimensional
 weights and says by flags how they lie: transposed or not, gate and up one after the other or interleaved, with or without
-gate and biases. The flags are read here; no family is named. Everything else of such a model stays in DRAM: routers, shared
-experts, attention, biases, and the dense feed-forward layers that some families begin with. Every token uses those, so
-streaming them would read them whole for every token, and they are a few per cent of the weights (DeepSeek-V3: 0.2 %).
+gate and biases. The flags are read here; no family is named but Llama 4, whose experts have none. Everything else of such
+a model stays in DRAM: routers, shared experts, attention, biases, and the dense feed-forward layers that some families
+begin with. Every token uses those, so streaming them would read them whole for every token, and they are a few per cent
+of the weights (DeepSeek-V3: 0.2 %).
 
 Needs the model on the meta device only.
 """
@@ -25,6 +26,8 @@ from flashlm.pack.manifest import CUSTOM_GATE
 from flashlm.transformers_seam import has_plain_gate
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+# Experts beside the interface that the engine leads to it (`engine/llama4.py`), and what their flags would say.
+_LED = {"Llama4TextExperts": {"has_gate": True, "has_bias": False, "is_transposed": True, "is_concatenated": True}}
 _NUM_ACTIVE_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
@@ -80,9 +83,9 @@ def find_expert_layers(model: PreTrainedModel) -> tuple[ExpertLayer, ...]:
         UnsupportedModelError: Weights that do not fit the flags, or layers that disagree in shape.
     """
     found = tuple(
-        _expert_layer(model, path, module)
+        _expert_layer(model, path, module, flags)
         for path, module in model.named_modules()
-        if all(isinstance(getattr(module, flag, None), bool) for flag in _FLAGS)
+        if (flags := _stated_flags(module) or led_flags(module)) is not None
     )
     for what in ("hidden_size", "num_rows", "has_gate", "activation"):
         values = {getattr(layer, what) for layer in found}
@@ -91,12 +94,22 @@ def find_expert_layers(model: PreTrainedModel) -> tuple[ExpertLayer, ...]:
     return found
 
 
+def _stated_flags(module: nn.Module) -> dict[str, bool] | None:
+    """Return what a module of the experts interface says of itself; None of any other."""
+    flags = {flag: getattr(module, flag, None) for flag in _FLAGS}
+    return flags if all(isinstance(value, bool) for value in flags.values()) else None  # type: ignore[return-value]
+
+
+def led_flags(module: nn.Module) -> dict[str, bool] | None:
+    """Return what the flags of a module beside the interface would say where the engine leads it there; else None."""
+    return _LED.get(type(module).__name__)
+
+
 def _unsupported(model: PreTrainedModel, where: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"model type {model.config.model_type!r} is not supported: at {where}: {why}")
 
 
-def _expert_layer(model: PreTrainedModel, path: str, module: nn.Module) -> ExpertLayer:
-    flags: dict[str, bool] = {flag: getattr(module, flag) for flag in _FLAGS}
+def _expert_layer(model: PreTrainedModel, path: str, module: nn.Module, flags: dict[str, bool]) -> ExpertLayer:
     shapes = {name: tuple(weight.shape) for name, weight in module.named_parameters(recurse=False)}
     wanted = (in_weight_name(has_gate=flags["has_gate"]), OUT_WEIGHT_NAME)
     if any(len(shapes.get(name, ())) != 3 for name in wanted):
@@ -142,8 +155,9 @@ def _num_active(model: PreTrainedModel, module: nn.Module) -> int | None:
 
 def _activation(module: nn.Module) -> str:
     """Return the name of the module's activation where it is the plain formula, else `CUSTOM_GATE`."""
+    is_plain = has_plain_gate(module) or led_flags(module) is not None
     act = getattr(module, "act_fn", None)
-    if not has_plain_gate(module) and getattr(module, "has_gate", True):
+    if not is_plain and getattr(module, "has_gate", True):
         return CUSTOM_GATE
     if isinstance(act, nn.Module):
         with torch.device("cpu"):

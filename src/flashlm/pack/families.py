@@ -18,7 +18,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flashlm.errors import UnsupportedModelError
-from flashlm.pack.ffn_probe import FfnParts, activation_name, is_linear, linear_sizes, neuron_axis, prove
+from flashlm.pack.ffn_probe import (
+    FfnParts,
+    activation_name,
+    find_function,
+    has_weights,
+    is_linear,
+    learned_name,
+    linear_sizes,
+    neuron_axis,
+    prove,
+    prove_in_place,
+    takes_residual,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +107,8 @@ _SHAPES = (
     _Shape(up="dense_h_to_4h", down="dense_4h_to_h"),  # Falcon, GPT-NeoX, Persimmon
     _Shape(up="c_fc", down="c_proj"),  # GPT-2, GPT-Neo, Starcoder2, GPT-BigCode
     _Shape(up="fc_in", down="fc_out"),  # GPT-J, CodeGen
+    _Shape(gate="w1", up="w3", down="w2"),  # LFM2, LFM3
+    _Shape(up="Wi", down="Wo", is_fused=True),  # ModernBERT's decoder
 )
 
 # Decoder layers that hold the parts themselves. Their forward can't be run apart, so each was read by a person:
@@ -106,6 +120,7 @@ _IN_LAYER = {
 }
 
 _EXPERTS = re.compile(r"moe|experts|router", re.IGNORECASE)
+_WHOLES = ("Layer", "Block", "Model", "ForCausalLM", "ForConditionalGeneration")
 
 
 def linear_parts(module: nn.Module) -> FfnParts | None:
@@ -146,6 +161,7 @@ def find_ffn_layers(model: PreTrainedModel) -> tuple[FfnLayer, ...]:
     Raises:
         UnsupportedModelError: An FFN that can't be placed, none or several in a layer, or layers that disagree.
     """
+    _refuse_experts(model)
     path, layers = _decoder_layers(model)
     found = tuple(_ffn_of_layer(model, f"{path}.{index}", layer) for index, layer in enumerate(layers))
     for what in ("hidden_size", "has_gate", "activation"):
@@ -157,6 +173,19 @@ def find_ffn_layers(model: PreTrainedModel) -> tuple[FfnLayer, ...]:
 
 def _unsupported(model: PreTrainedModel, path: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"model type {model.config.model_type!r} is not supported: at {path}: {why}")
+
+
+def _refuse_experts(model: PreTrainedModel) -> None:
+    """Refuse experts that `find_expert_layers` did not find: Llama 4, JetMoE, DBRX have ways of their own to hold them."""
+    for name, module in model.named_modules():
+        cls = type(module).__name__
+        if name and _EXPERTS.search(cls) and not cls.endswith(_WHOLES) and not isinstance(module, nn.ModuleList):
+            raise _unsupported(
+                model,
+                name,
+                f"{cls} is part of a mixture-of-experts layer beside transformers' experts interface, through which alone"
+                " experts are streamed",
+            )
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -179,11 +208,6 @@ def _looks_like_decoder(layer: nn.Module) -> bool:
 
 
 def _ffn_of_layer(model: PreTrainedModel, path: str, layer: nn.Module) -> FfnLayer:
-    experts = [name for name, module in layer.named_modules() if _EXPERTS.search(type(module).__name__)]
-    if experts:
-        raise _unsupported(
-            model, f"{path}.{experts[0]}", "a mixture-of-experts layer beside transformers' experts interface"
-        )
     if type(layer).__name__ in _IN_LAYER:
         shape, act = _IN_LAYER[type(layer).__name__]
         return _in_layer_ffn(model, path, layer, shape, act)
@@ -192,7 +216,7 @@ def _ffn_of_layer(model: PreTrainedModel, path: str, layer: nn.Module) -> FfnLay
         names = ", ".join(name for name, _, _ in found) or "none"
         raise _unsupported(model, path, f"one feed-forward module expected in {type(layer).__name__}, found {names}")
     module_path, module, shape = found[0]
-    return _module_ffn(model, module_path, module, shape)
+    return _module_ffn(model, module_path, module, shape, type(layer))
 
 
 def _matches(layer: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, _Shape]]:
@@ -205,19 +229,45 @@ def _matches(layer: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, _Sha
                 break
 
 
-def _module_ffn(model: PreTrainedModel, path: str, module: nn.Module, shape: _Shape) -> FfnLayer:
+def _module_ffn(
+    model: PreTrainedModel, path: str, module: nn.Module, shape: _Shape, layer_class: type[nn.Module]
+) -> FfnLayer:
     parts = _parts(module, shape)
     others = [
         name
         for name, child in module.named_children()
         if name not in (shape.gate, shape.up, shape.down) and not isinstance(child, nn.Dropout)
     ]
-    if len(others) != 1 or any(True for _ in module.parameters(recurse=False)):
+    if isinstance(module, layer_class):
+        raise _unsupported(
+            model,
+            path,
+            f"{layer_class.__name__} holds its feed-forward layer itself, in a forward that is not known here",
+        )
+    if len(others) > 1 or any(True for _ in module.parameters(recurse=False)):
         raise _unsupported(model, path, f"one activation expected beside its linear layers, found {others}")
-    activation = _activation(model, path, module, others[0])
-    problem = prove(module, parts, activation)
+    cls = type(module).__name__
+    if not others:
+        function = find_function(module, parts, _configured_activations(model.config))
+        if function is None:
+            raise _unsupported(
+                model, path, f"{cls} computes no activation of transformers' ACT2FN in the formula of an FFN"
+            )
+        return _place(model, path, module, shape, parts, activation=function, prefix=path, identities=())
+    child = others[0]
+    activation = _activation(model, path, module, child)
+    learned = child if has_weights(module.get_submodule(child)) else None
+    if takes_residual(module) and learned is None:
+        problem = prove_in_place(module, parts, activation, child)
+        if problem:
+            raise _unsupported(model, path, f"{cls} {problem}")
+        inside = (f"{path}.{child}", f"{path}.{shape.down}")
+        return _place(
+            model, f"{path}.{shape.up}", module, shape, parts, activation=activation, prefix=path, identities=inside
+        )
+    problem = prove(module, parts, activation, learned=learned)
     if problem:
-        raise _unsupported(model, path, f"{type(module).__name__} {problem}")
+        raise _unsupported(model, path, f"{cls} {problem}")
     return _place(model, path, module, shape, parts, activation=activation, prefix=path, identities=())
 
 
@@ -241,7 +291,8 @@ def _parts(module: nn.Module, shape: _Shape) -> FfnParts:
 
 
 def _activation(model: PreTrainedModel, path: str, module: nn.Module, child: str) -> str:
-    name = activation_name(module.get_submodule(child), _configured_activations(model.config))
+    found = module.get_submodule(child)
+    name = activation_name(found, _configured_activations(model.config)) or learned_name(found)
     if name is None:
         cls = type(module.get_submodule(child)).__name__
         raise _unsupported(model, f"{path}.{child}", f"{cls} is not an activation of transformers' ACT2FN")

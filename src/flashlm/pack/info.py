@@ -34,6 +34,7 @@ class PackInfo:
         source: Where the weights came from.
         flashlm_version: The flashlm that wrote the pack.
         format_version: Version of the format.
+        notes: What the conversion left out or could not keep, a line each.
     """
 
     pack: Path
@@ -55,6 +56,7 @@ class PackInfo:
     source: str
     flashlm_version: str
     format_version: int
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
@@ -87,6 +89,7 @@ class PackInfo:
             ("resident", format_size(self.resident_bytes)),
             ("streamed", format_size(self.streamed_bytes)),
             ("written by", f"flashlm {self.flashlm_version}, format {self.format_version}"),
+            *(("note", note) for note in self.notes),
         ]
 
 
@@ -118,4 +121,5 @@ def describe(pack: str | Path) -> PackInfo:
         source=manifest.source.name,
         flashlm_version=manifest.flashlm_version,
         format_version=manifest.format_version,
+        notes=manifest.source.notes,
     )

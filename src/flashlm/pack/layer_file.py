@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from flashlm.errors import PackError
+from flashlm.pack.casts import CastCounts
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes
 from flashlm.pack.families import PartSource
@@ -162,10 +162,11 @@ def write_layer(
     part_names: tuple[str, ...],
     pools: LayerPools,
     writer: WriteBehind,
+    casts: CastCounts,
 ) -> Generator[tuple[int, tuple[str, ...]]]:
     """Write a layer's file from `chunks`; after each chunk yield the bytes done and the checksums of its blocks.
 
-    The file is in place when the iterator is exhausted, and not before.
+    The file is in place when the iterator is exhausted, and not before. Weights that became zero are counted in `casts`.
 
     Raises:
         StorageError: A write failed.
@@ -177,7 +178,7 @@ def write_layer(
         try:
             while done_rows < layout.num_rows:
                 chunk = next(chunks)
-                _submit_chunk(file, layout, chunk, part_names, pools, writer, checksums)
+                _submit_chunk(file, layout, chunk, part_names, pools, writer, casts, checksums)
                 done_rows = chunk.rows.stop
                 yield layout.offset_of(chunk.rows.start // layout.block_rows), ()
         finally:
@@ -192,6 +193,7 @@ def _submit_chunk(
     part_names: tuple[str, ...],
     pools: LayerPools,
     writer: WriteBehind,
+    casts: CastCounts,
     checksums: list[str],
 ) -> None:
     first = chunk.rows.start // layout.block_rows
@@ -199,7 +201,7 @@ def _submit_chunk(
     start = layout.offset_of(first)
     num_bytes = layout.offset_of(last) + layout.read_bytes(last) - start
     out = pools.out.take(num_bytes)
-    fill_rows(out.bytes[:num_bytes], layout, chunk, part_names)
+    fill_rows(out.bytes[:num_bytes], layout, chunk, part_names, casts)
     chunk.release()
 
     def write() -> None:
@@ -214,7 +216,9 @@ def _submit_chunk(
     writer.submit(write)
 
 
-def fill_rows(out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_names: tuple[str, ...]) -> None:
+def fill_rows(
+    out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_names: tuple[str, ...], casts: CastCounts
+) -> None:
     """Lay the rows of `chunk` into `out` (bytes, from the first block's start), padding with zeros."""
     dtype = getattr(torch, layout.dtype)
     out.zero_()
@@ -226,7 +230,7 @@ def fill_rows(out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_name
         for index, part in enumerate(chunk.parts):
             target = block[:, index * layout.hidden_size : (index + 1) * layout.hidden_size]
             copy_tiled(target, part[low : low + num_rows])
-            check_overflow(target, part[low : low + num_rows], part_names[index])
+            casts.check(target, part[low : low + num_rows], part_names[index])
 
 
 def copy_tiled(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -236,17 +240,3 @@ def copy_tiled(target: torch.Tensor, source: torch.Tensor) -> None:
         return
     for column in range(0, target.shape[1], TILE_COLUMNS):
         target[:, column : column + TILE_COLUMNS].copy_(source[:, column : column + TILE_COLUMNS])
-
-
-def check_overflow(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
-    """Refuse a finite value that became infinite in fp16.
-
-    Raises:
-        PackError: With the tensor's name and the value.
-    """
-    if target.dtype != torch.float16 or source.dtype in (torch.float16, target.dtype):
-        return
-    overflown = torch.isinf(target) & torch.isfinite(source)
-    if overflown.any():
-        value = float(source[overflown][0])
-        raise PackError(f"{name} holds {value:g}, too large for float16 (65504): convert with --dtype bfloat16")

@@ -38,7 +38,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
-SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$", max_length=255)]
+SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+(/[^/\\\x00]+)*$", max_length=255)]
 LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}(\.[0-9a-f]{8})?\.rows$")]
 ExpertsFileName = Annotated[str, Field(pattern=r"^experts-\d{5}\.rows$")]
 
@@ -107,11 +107,13 @@ class SourceEntry(_Strict):
         files: Size of each weight file by its name.
         fingerprint: Identifies the conversion (source files with their times, settings), so that one that is asked for
             again is known to be done.
+        notes: What the conversion left out or could not keep, a line each.
     """
 
     name: str
     files: dict[str, int]
     fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Manifest(_Strict):
@@ -156,6 +158,8 @@ class Manifest(_Strict):
             raise ValueError("streamed layers or layers of experts expected, and not both")
         if self.format_version != (EXPERTS_FORMAT_VERSION if self.experts else FORMAT_VERSION):
             raise ValueError(f"format version {self.format_version} does not go with what is streamed")
+        if any({"", ".", ".."} & set(name.split("/")) for name in self.small_files):
+            raise ValueError("a small file is no file in the pack")
         if any(layer.num_active > layer.num_experts for layer in self.experts):
             raise ValueError("more active experts than experts")
         for layer, layout in self.files:

@@ -27,12 +27,14 @@ class ProgressRecord(BaseModel):
     Attributes:
         fingerprint: What identifies the conversion.
         finished: Checksums of each finished file, by its name.
+        zeroed: Of each of them, how many weights became zero that were not, by the tensor's name in the checkpoint.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     fingerprint: str
     finished: dict[str, tuple[str, ...]] = {}
+    zeroed: dict[str, dict[str, int]] = {}
 
 
 def prepare_folder(pack: Path) -> None:

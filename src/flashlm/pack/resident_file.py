@@ -16,10 +16,12 @@ import torch
 import xxhash
 
 from flashlm.errors import PackError
+from flashlm.pack.casts import CastCounts
 from flashlm.pack.checkpoint import TORCH_DTYPES, TensorEntry
 from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes
-from flashlm.pack.layer_file import check_overflow, typed
+from flashlm.pack.layer_file import typed
 from flashlm.pack.layout import round_up
+from flashlm.pack.made import MadeTensor
 from flashlm.pack.pipeline import BufferPool, WriteBehind
 
 DATA_ALIGN_BYTES = 4096
@@ -39,6 +41,7 @@ class ResidentTensor:
         first: First row (axis 0) taken of it.
         shape: Its shape.
         dtype: Its type in the pack.
+        made: How it is made, where it is no part of a single checkpoint tensor; `source` is then the first of several.
     """
 
     name: str
@@ -46,6 +49,7 @@ class ResidentTensor:
     first: int = 0
     shape: tuple[int, ...]
     dtype: torch.dtype
+    made: MadeTensor | None = None
 
     @property
     def num_elements(self) -> int:
@@ -115,20 +119,33 @@ class _Piece:
 def read_resident(reader: DirectReader, plan: ResidentPlan, pool: BufferPool) -> Iterator[_Piece]:
     """Yield the checkpoint's elements in the plan's order, in pieces; each must give its buffer back to `pool`."""
     for tensor in plan.tensors:
-        itemsize = tensor.source.dtype.itemsize
-        piece_elements = _READ_BYTES // itemsize
-        for start in range(0, tensor.num_elements, piece_elements):
-            num_bytes = min(piece_elements, tensor.num_elements - start) * itemsize
-            buffer = pool.take(room_bytes(num_bytes))
-            raw = reader.read(tensor.source.path, tensor.source_offset + start * itemsize, num_bytes, buffer)
-            yield _Piece(tensor, typed(raw, tensor.source.dtype), buffer)
+        if tensor.made is None:
+            yield from _read_tensor(reader, tensor, tensor.source, tensor.source_offset, tensor.num_elements, pool)
+        elif tensor.made.is_joined:
+            for entry in tensor.made.group.entries:
+                num_elements = math.prod(entry.shape)
+                yield from _read_tensor(reader, tensor, entry, entry.offset, num_elements, pool)
+        else:
+            yield _Piece(tensor, tensor.made.build(reader), pool.take(0))
+
+
+def _read_tensor(
+    reader: DirectReader, tensor: ResidentTensor, source: TensorEntry, offset: int, num_elements: int, pool: BufferPool
+) -> Iterator[_Piece]:
+    itemsize = source.dtype.itemsize
+    piece_elements = _READ_BYTES // itemsize
+    for start in range(0, num_elements, piece_elements):
+        num_bytes = min(piece_elements, num_elements - start) * itemsize
+        buffer = pool.take(room_bytes(num_bytes))
+        raw = reader.read(source.path, offset + start * itemsize, num_bytes, buffer)
+        yield _Piece(tensor, typed(raw, source.dtype), buffer)
 
 
 class _Stream:
     """Fills aligned buffers with consecutive elements and hands each full one to the writer, checksummed in chunks."""
 
-    def __init__(self, file: AtomicFile, pool: BufferPool, writer: WriteBehind) -> None:
-        self._file, self._pool, self._writer = file, pool, writer
+    def __init__(self, file: AtomicFile, pool: BufferPool, writer: WriteBehind, casts: CastCounts) -> None:
+        self._file, self._pool, self._writer, self._casts = file, pool, writer, casts
         self._offset = 0  # of the buffer in the file
         self._used = 0
         self._buffer = pool.take(_WRITE_BYTES)
@@ -142,7 +159,7 @@ class _Stream:
             count = min((_WRITE_BYTES - self._used) // dtype.itemsize, elements.numel())
             target = self._buffer.bytes[self._used : self._used + count * dtype.itemsize].view(dtype)
             target.copy_(elements[:count])
-            check_overflow(target, elements[:count], name)
+            self._casts.check(target, elements[:count], name)
             self._used += count * dtype.itemsize
             elements = elements[count:]
 
@@ -168,7 +185,12 @@ class _Stream:
 
 
 def write_resident(
-    path: Path, plan: ResidentPlan, pieces: Iterator[_Piece], pools: tuple[BufferPool, BufferPool], writer: WriteBehind
+    path: Path,
+    plan: ResidentPlan,
+    pieces: Iterator[_Piece],
+    pools: tuple[BufferPool, BufferPool],
+    writer: WriteBehind,
+    casts: CastCounts,
 ) -> Generator[tuple[int, tuple[str, ...]]]:
     """Write the file from `pieces`; after each yield the bytes done, and at the end the checksums of its chunks.
 
@@ -178,10 +200,11 @@ def write_resident(
         pieces: From `read_resident`.
         pools: The buffers of the pieces, and those to write from.
         writer: The writing thread.
+        casts: Where weights that became zero are counted.
     """
     reading, writing = pools
     with AtomicFile(path, plan.num_bytes) as file:
-        stream = _Stream(file, writing, writer)
+        stream = _Stream(file, writing, writer, casts)
         try:
             stream.put(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), torch.uint8, "header")
             done = len(plan.header)

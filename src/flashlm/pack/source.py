@@ -1,9 +1,10 @@
-"""The source of a conversion: a local model folder or a hub id, its config, and the small files that a pack keeps."""
+"""The source of a conversion: a local model folder or a hub id, its config, and what identifies it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack import activations
 from flashlm.pack.checkpoint import Checkpoint
+from flashlm.pack.hub import download
 
 QUANT_METHOD = "flashlm"
 DTYPE_NAMES = {
@@ -22,23 +24,6 @@ DTYPE_NAMES = {
     "float16": "float16",
     "float32": "float32",
 }
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
-_COPIED_NAMES = {
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-}
-_COPIED_SUFFIXES = {".model", ".tiktoken", ".jinja"}
-MAX_COPIED_BYTES = 256 << 20
 _CONFIG_NAME = "config.json"
 
 
@@ -53,27 +38,21 @@ def canonical_dtype(dtype: str) -> str:
     return DTYPE_NAMES[dtype]
 
 
-def resolve_source(source: str | Path, *, trust_remote_code: bool = False) -> Path:
+def resolve_source(
+    source: str | Path, *, trust_remote_code: bool = False, announce: Callable[[str], None] | None = None
+) -> Path:
     """Return the folder of `source`: itself where it is one, else the hub's snapshot, downloaded if need be.
 
     Raises:
         ConfigError: Neither a folder nor a hub id that can be reached.
+        PackError: A model of the hub that has no safetensors.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if folder.exists() or folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
         raise ConfigError(f"source {str(source)!r} is not a folder")
-    from huggingface_hub import snapshot_download
-
-    patterns = [*_HUB_PATTERNS, *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except (OSError, ValueError, RuntimeError) as error:  # hub errors derive from these, as do httpx's
-        raise ConfigError(
-            f"source {str(source)!r} is neither a local folder nor a model that the hub gives:"
-            f" {str(error).strip().partition(chr(10))[0]}"
-        ) from error
+    return download(str(source), with_code=trust_remote_code, announce=announce or (lambda line: None))
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -136,23 +115,10 @@ def _with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def files_to_copy(folder: Path, *, trust_remote_code: bool = False) -> list[Path]:
-    """Return the tokenizer, generation and template files of a model folder (and its code, where that is trusted)."""
-    suffixes = _COPIED_SUFFIXES | ({".py"} if trust_remote_code else set())
-    found = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and (path.name in _COPIED_NAMES or path.suffix in suffixes)
-    ]
-    for path in found:
-        if path.stat().st_size > MAX_COPIED_BYTES:
-            raise PackError(f"{path} is larger than {MAX_COPIED_BYTES} bytes: not a tokenizer or config file")
-    return found
-
-
-def fingerprint(checkpoint: Checkpoint, copied: list[Path], settings: dict[str, object]) -> str:
+def fingerprint(checkpoint: Checkpoint, copied: tuple[str, ...], settings: dict[str, object]) -> str:
     """Return what identifies a conversion: names, sizes and times of all source files, and its settings."""
-    files = [*checkpoint.files, checkpoint.folder / _CONFIG_NAME, *copied]
-    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    names = [*(path.name for path in checkpoint.files), _CONFIG_NAME, *copied]
+    found = {name: (checkpoint.folder / name).stat() for name in names}
+    stats = {name: [each.st_size, each.st_mtime_ns] for name, each in found.items()}
     text = json.dumps({"files": stats, "settings": settings}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
