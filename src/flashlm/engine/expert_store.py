@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashlm.engine.block_check import BlockCheck
 from flashlm.engine.counters import Counters
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
@@ -53,6 +54,7 @@ class ExpertStore:
         placement: Slots of each layer, and spare ones.
         policy: What goes when room is needed, what never goes, and what is there in the beginning.
         counters: Where traffic and time are added up.
+        check: What is held against checksums; None: nothing.
 
     Attributes:
         traffic: Hits and misses of each layer since loading.
@@ -67,7 +69,9 @@ class ExpertStore:
         *,
         policy: CachePolicy,
         counters: Counters | None = None,
+        check: BlockCheck | None = None,
     ) -> None:
+        self._check = check or BlockCheck()
         assert placement.experts is not None
         self.counters = counters or Counters()
         self.traffic = [LayerTraffic() for _ in layouts]
@@ -113,6 +117,7 @@ class ExpertStore:
 
         Raises:
             StorageError: An expert can't be read.
+            PackError: An expert is damaged (where that is checked).
         """
         with self._lock:
             started_s = time.perf_counter()
@@ -194,6 +199,8 @@ class ExpertStore:
     def _wait(self, layer: int, running: _Pass, expert: int) -> None:
         started_s = time.perf_counter()
         self._reader.wait(running.begun[expert])
+        num_bytes = self._layouts[layer].read_bytes(expert)
+        self._check.streamed(layer, expert, self._slab, running.step.slot(expert) * self._slot_bytes, num_bytes)
         del running.begun[expert]
         self.counters.wait_s += time.perf_counter() - started_s
         self.counters.bytes_read += self._layouts[layer].read_bytes(0)
@@ -212,16 +219,19 @@ class ExpertStore:
 
         Raises:
             StorageError: An expert can't be read.
+            PackError: An expert is damaged.
         """
         batch: list[ReadRequest] = []
+        blocks: list[tuple[int, int]] = []
         for layer, experts in enumerate(self.policy.warm):
             step = self.cache.begin(layer, sorted(experts), experts)
             for expert in step.misses:
                 slot = step.take(expert)
                 assert slot is not None
                 batch.append(self._request(layer, expert, slot))
+                blocks.append((layer, expert))
                 step.done(expert)
                 if len(batch) * self._slot_bytes >= WARM_BYTES:
-                    self._reader.read(batch)
-                    batch = []
-        self._reader.read(batch)
+                    self._check.read(self._reader, batch, blocks)
+                    batch, blocks = [], []
+        self._check.read(self._reader, batch, blocks)

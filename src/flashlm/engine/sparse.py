@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from flashlm.engine.counters import Counters
+from flashlm.engine.row_check import RowCheck
 from flashlm.errors import StorageError
 from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache
 from flashlm.pack.layout import LayerLayout
@@ -26,12 +27,14 @@ class RowFetch:
     """The rows of one pass, on their way.
 
     Attributes:
+        layer: Whose they are.
         rows: int32 (num_rows,), ascending.
         lookup: Their slots; those that were held come first in `lookup.order`.
         address: Where slot 0 of the layer is.
         ticket: The reads under way; None once they have landed.
     """
 
+    layer: int
     rows: torch.Tensor
     lookup: Lookup
     address: int
@@ -86,13 +89,33 @@ class SparseRows:
             )
             for layout in layouts
         ]
+        self._check: RowCheck | None = None
+        self._filled: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # layer, rows, slots: what loading has read
         self._fill_pinned(capacities)
+
+    def use_check(self, check: RowCheck, *, keeps: bool) -> None:
+        """Hold the rows that are there already against the checksums; `keeps`: and every row that is read from now on.
+
+        Raises:
+            PackError: A row is damaged.
+            StorageError: A block can't be read.
+        """
+        for layer in range(len(self._layouts)):
+            filled = [(rows, slots) for each, rows, slots in self._filled if each == layer]
+            if filled:
+                rows, slots = (torch.cat(parts) for parts in zip(*filled, strict=True))
+                check.held(layer, rows, slots, self._slab, self._offsets[layer])
+        self._filled.clear()
+        if keeps:
+            check.learn()
+            self._check = check
 
     def _fill_pinned(self, capacities: Sequence[LayerCapacity]) -> None:
         for layer, capacity in enumerate(capacities):
             rows = torch.arange(capacity.num_pinned, dtype=torch.int32)
             if len(rows):
                 self._reader.wait(self._submit(layer, rows, rows))
+                self._filled.append((layer, rows, rows))
 
     def _submit(self, layer: int, rows: torch.Tensor, slots: torch.Tensor) -> RowTicket:
         return self._reader.submit_rows(
@@ -132,7 +155,7 @@ class SparseRows:
             started_s = time.perf_counter()
             lookup = self.cache.acquire(layer, rows, is_same_step=is_same_step)
             missing = lookup.order[lookup.num_held :]
-            fetch = RowFetch(rows, lookup, self._slab.address + self._offsets[layer], None)
+            fetch = RowFetch(layer, rows, lookup, self._slab.address + self._offsets[layer], None)
             is_landed = not len(missing)
             try:
                 managed_s = time.perf_counter()
@@ -154,11 +177,16 @@ class SparseRows:
 
         Raises:
             StorageError: A read failed.
+            PackError: A row is damaged (where that is checked).
         """
         if fetch.ticket is None:
             return
         started_s = time.perf_counter()
         self._reader.wait(fetch.ticket)
+        if self._check is not None:
+            missing = fetch.lookup.order[fetch.lookup.num_held :]
+            place = fetch.address - self._slab.address
+            self._check.streamed(fetch.layer, fetch.rows[missing], fetch.lookup.slots[missing], self._slab, place)
         self.counters.wait_s += time.perf_counter() - started_s
         self.counters.bytes_read += fetch.ticket.num_bytes
         self.counters.num_reads += fetch.ticket.num_reads
@@ -181,6 +209,7 @@ class SparseRows:
                 missing = lookup.order[lookup.num_held :]
                 try:
                     self._reader.wait(self._submit(layer, rows[missing], lookup.slots[missing]))
+                    self._filled.append((layer, rows, lookup.slots))
                 except BaseException:
                     self.cache.forget(layer, rows)
                     raise

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from flashlm.engine.block_check import BlockCheck
 from flashlm.engine.counters import Counters
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
@@ -45,6 +46,7 @@ class _Step:
     """One streamed block in the cyclic order."""
 
     layer: int
+    block: int
     file: File
     offset: int
     num_bytes: int
@@ -71,9 +73,11 @@ class BlockStream:
         placement: What is pinned, and the staging.
         read_ahead: False begins a layer's reads only when it is reached.
         counters: Where traffic and time are added up.
+        check: What is held against checksums; None: nothing.
 
     Raises:
         StorageError: A pinned block can't be read.
+        PackError: A pinned block is damaged.
     """
 
     def __init__(
@@ -85,8 +89,10 @@ class BlockStream:
         *,
         read_ahead: bool = True,
         counters: Counters | None = None,
+        check: BlockCheck | None = None,
     ) -> None:
         self.counters = counters or Counters()
+        self._check = check or BlockCheck()
         self._reader = reader
         self._read_ahead = read_ahead
         self._lock = threading.RLock()
@@ -121,7 +127,8 @@ class BlockStream:
                 requests.append(ReadRequest(file, layout.offset_of(block), num_bytes, pool, position))
                 addresses[-1].append(pool.address + position)
                 position += num_bytes
-        self._reader.read(requests)
+        blocks = [(layer, block) for layer, sizes in enumerate(self._pinned_bytes) for block in range(len(sizes))]
+        self._check.read(self._reader, requests, blocks)
         return pool, addresses
 
     @contextmanager
@@ -132,6 +139,7 @@ class BlockStream:
 
         Raises:
             StorageError: A block can't be read.
+            PackError: A streamed block is damaged (where that is checked).
         """
         with self._lock:
             try:
@@ -170,6 +178,7 @@ class BlockStream:
     def _land(self, layer: int) -> int:
         """Wait for the next block of `layer`; return how many there are by then, in neighbouring slots."""
         counters = self.counters
+        assert self._ring is not None
         joins = self._slot_bytes == self._strides[layer]
         most = min(self._run_blocks[layer], self._num_slots // 4) if joins else 1
         count = 0
@@ -187,6 +196,7 @@ class BlockStream:
                 self._reader.wait(landing.ticket)
             counters.bytes_read += step.num_bytes
             counters.num_reads += 1
+            self._check.streamed(step.layer, step.block, self._ring, landing.slot * self._slot_bytes, step.num_bytes)
             count += 1
             before = landing
         return count
@@ -236,5 +246,5 @@ def _schedule(
     for layer, (file, layout) in enumerate(zip(files, layouts, strict=True)):
         streamed = range(placement.num_pinned[layer], layout.num_blocks)
         first.append(len(steps) if streamed else None)
-        steps += [_Step(layer, file, layout.offset_of(block), layout.read_bytes(block)) for block in streamed]
+        steps += [_Step(layer, block, file, layout.offset_of(block), layout.read_bytes(block)) for block in streamed]
     return steps, first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flashlm.errors import ConfigError, PackError, UnsupportedModelError
+from flashlm.errors import ConfigError, FlashError, PackError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack import activations
 from flashlm.pack.experts import ExpertLayer, find_expert_layers
 from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
-from flashlm.pack.source import canonical_dtype
+from flashlm.pack.pack_config import local_config
+from flashlm.pack.source import canonical_dtype, load_config, load_pack_config
 from flashlm.planner.expert_needs import expert_uses
 from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, resident_bytes, uses_of_layers
 from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
@@ -154,8 +154,7 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
 
 def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape | ExpertShape:
     manifest = read_manifest(pack)
-    activations.register()
-    config = AutoConfig.from_pretrained(pack, trust_remote_code=trust_remote_code)
+    config: Any = load_pack_config(pack, manifest, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
@@ -270,16 +269,12 @@ def _read_config(source: str | Path, trust_remote_code: bool) -> Any:
     activations.register()
     try:
         if is_local:
-            json.loads((path / CONFIG_NAME).read_bytes())
-        config = AutoConfig.from_pretrained(path if is_local else str(source), trust_remote_code=trust_remote_code)
-    except FileNotFoundError:
-        raise PackError(f"{path} is not a model folder: {CONFIG_NAME} is missing") from None
-    except json.JSONDecodeError as error:
-        raise PackError(f"{path / CONFIG_NAME} is not JSON: {error}") from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            return load_config(path, trust_remote_code=trust_remote_code)
+        config = local_config(AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code))
+    except FlashError:
+        raise
+    except Exception as error:  # each model's class has checks of its own, and the hub's client errors of many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if is_local:
-            raise UnsupportedModelError(f"{path / CONFIG_NAME} can't be used: {reason}") from error
         raise ConfigError(f"{source} is neither local nor a model whose config the hub gives: {reason}") from error
     activations.check_parameters(config)
     return config
