@@ -74,6 +74,7 @@ def generate(
     pin: str | int | None = None,
     plan: str | Path | None = None,
     expert_policy: str | None = None,
+    check: str | None = None,
     sampling: Sampling | None = None,
     is_chat: bool = False,
     on_loaded: Callable[[FlashModel], None] | None = None,
@@ -84,7 +85,7 @@ def generate(
     Args:
         pack: Folder made by `flashlm convert`.
         prompt: The text to continue.
-        dram, mode, context, pin, plan, expert_policy: As in `load`; context defaults to just what this run needs.
+        dram, mode, context, pin, plan, expert_policy, check: As in `load`; context defaults to just what this run needs.
         sampling: How tokens are chosen.
         is_chat: Wrap the prompt in the pack's chat template, as the user's turn.
         on_loaded: Called once the model is ready.
@@ -97,14 +98,14 @@ def generate(
     import torch
 
     sampling = sampling or Sampling()
-    settings = make_settings(dram, mode, context, plan=plan, expert_policy=expert_policy)
+    settings = make_settings(dram, mode, context, plan=plan, expert_policy=expert_policy, check=check)
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("the prompt is not UTF-8 text")
-    tokenizer = read_tokenizer(pack)
+    tokenizer = read_tokenizer(pack, is_checked=settings.check != "none")
     inputs = _encode(tokenizer, prompt, is_chat=is_chat)
     num_prompt_tokens = int(inputs["input_ids"].shape[1])
     wanted = num_prompt_tokens + sampling.max_new_tokens
-    _check_positions(pack, num_prompt_tokens, sampling.max_new_tokens)
+    _check_positions(pack, num_prompt_tokens, sampling.max_new_tokens, is_checked=settings.check != "none")
     if settings.context is not None and wanted > settings.context:
         raise ConfigError(
             f"the prompt has {num_prompt_tokens} tokens and {sampling.max_new_tokens} more are wanted,"
@@ -118,6 +119,7 @@ def generate(
         pin=pin,
         plan=plan,
         expert_policy=expert_policy,
+        check=check,
     )
     if on_loaded is not None:
         on_loaded(model.flash)
@@ -153,7 +155,7 @@ def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens
     }
 
 
-def read_tokenizer(pack: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(pack: Path, *, is_checked: bool | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a pack.
 
     Raises:
@@ -161,9 +163,9 @@ def read_tokenizer(pack: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    read_config(pack)
+    read_config(pack, is_checked=is_checked)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(pack)
+        tokenizer = AutoTokenizer.from_pretrained(pack, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PackError(f"{pack} has no tokenizer that transformers can load: {reason}") from error
@@ -191,9 +193,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool) -
     return inputs
 
 
-def _check_positions(pack: Path, num_prompt_tokens: int, max_new_tokens: int) -> None:
+def _check_positions(pack: Path, num_prompt_tokens: int, max_new_tokens: int, *, is_checked: bool) -> None:
     """Refuse a run past the positions that the model was built for, before anything is loaded."""
-    text = read_config(pack).get_text_config(decoder=True)
+    text = read_config(pack, is_checked=is_checked).get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and num_prompt_tokens + max_new_tokens > limit:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,20 @@ SLACK_BYTES = 160 << 20
 LIVE_VECTORS_PER_TOKEN = 12
 
 
-def read_config(pack: Path, *, is_checked: bool = True, **trust: Any) -> Any:
+def read_config(pack: Path, *, is_checked: bool | None = None, **trust: Any) -> Any:
     """Return the transformers config of a pack.
+
+    Args:
+        pack: The folder.
+        is_checked: Whether config.json is held against its checksum; None: unless `FLASHLM_CHECK` is "none".
+        **trust: `trust_remote_code`, if at all.
 
     Raises:
         PackError: Not a finished pack, or its config.json is missing, damaged or (`is_checked`) changed.
         UnsupportedModelError: A config that this transformers can't use.
     """
+    if is_checked is None:
+        is_checked = os.environ.get("FLASHLM_CHECK") != "none"
     return load_pack_config(pack, read_manifest(pack), is_checked=is_checked, **trust)
 
 
