@@ -72,6 +72,16 @@ class BlockCheck:
         for request, (layer, block) in zip(landed(reader, requests), blocks, strict=True):
             self.check(layer, block, content_of(request.buffer, request.buffer_offset, request.num_bytes))
 
+    def sample(self, reader: Reader, request: ReadRequest, layer: int, block: int) -> None:
+        """Read one block at loading, only to check it; nothing is read where loading checks nothing.
+
+        Raises:
+            StorageError: The read failed.
+            PackError: The block is damaged.
+        """
+        if self._at_load:
+            self.read(reader, [request], [(layer, block)])
+
     def streamed(self, layer: int, block: int, buffer: AlignedBuffer, offset: int, num_bytes: int) -> None:
         """Check a block that was streamed into `buffer`, where that is wanted.
 

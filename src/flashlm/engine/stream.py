@@ -110,6 +110,7 @@ class BlockStream:
         self._free_slots = deque(range(placement.num_slots))  # taken and given back in turn: neighbours hold neighbours
         self._landings: deque[_Landing] = deque()
         self._next_step = 0
+        self._check_first(files, layouts, placement)
 
     def _read_pinned(
         self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement
@@ -130,6 +131,15 @@ class BlockStream:
         blocks = [(layer, block) for layer, sizes in enumerate(self._pinned_bytes) for block in range(len(sizes))]
         self._check.read(self._reader, requests, blocks)
         return pool, addresses
+
+    def _check_first(self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement) -> None:
+        """Check one block of each layer of which none is pinned: a file of another layer or pack is noticed at once."""
+        if self._ring is None:
+            return
+        for layer, (file, layout, num_pinned) in enumerate(zip(files, layouts, placement.num_pinned, strict=True)):
+            if num_pinned == 0:
+                request = ReadRequest(file, layout.offset_of(0), layout.read_bytes(0), self._ring, 0)
+                self._check.sample(self._reader, request, layer, 0)
 
     @contextmanager
     def layer(self, layer: int) -> Iterator[Iterator[BlockRun]]:

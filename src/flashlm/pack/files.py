@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import xxhash
 
 from flashlm.errors import PackError, StorageError
 from flashlm.pack.manifest import CONFIG_NAME, Manifest, layer_path, resident_path
-from flashlm.pack.pack_config import read_pack_config
+from flashlm.pack.pack_config import NOTE_NAME, read_pack_config
 from flashlm.storage.outside import check_regular, read_document
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def check_small_files(pack: Path, manifest: Manifest, *, is_checked: bool = True
     read_pack_config(pack, manifest, is_checked=is_checked)
     check_special_files(pack)
     if is_checked:
-        for problem in small_file_problems(pack, manifest):
+        for problem in small_file_problems(pack, manifest, but=(CONFIG_NAME, NOTE_NAME)):
             logger.warning("%s; if that was not you, convert the model again", problem)
 
 
@@ -91,10 +92,12 @@ def special_file_problems(folder: Path) -> list[str]:
     return problems
 
 
-def small_file_problems(pack: Path, manifest: Manifest) -> list[str]:
-    """Return one line for each small file that is missing, can't be read, or is not as it was converted."""
+def small_file_problems(pack: Path, manifest: Manifest, *, but: Collection[str] = ()) -> list[str]:
+    """Return one line for each small file (`but` some) that is missing, can't be read, or is not as it was converted."""
     problems = []
     for name, checksum in sorted({CONFIG_NAME: "", **manifest.small_files}.items()):
+        if name in but:
+            continue
         path = pack / name
         try:
             found = xxhash.xxh3_64_hexdigest(read_document(path, MAX_SMALL_FILE_BYTES))

@@ -33,7 +33,7 @@ CALIBRATION_NAMES = (
     "routing.json",
 )
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 2_000  # a model of so many is built in seconds; none has half of them
 MAX_DIMENSION = 1 << 24
 MAX_MANIFEST_BYTES = 64 << 20
 CONFIG_NAME = "config.json"

@@ -35,7 +35,9 @@ _IMPLEMENTATION_KEYS = re.compile(r"^_?(attn|experts)_implementation(_internal)?
 LOCAL_IMPLEMENTATIONS = frozenset(
     {"eager", "sdpa", "flex_attention", "paged|eager", "paged|sdpa", "batched_mm", "grouped_mm", "flashlm"}
 )
-_COUNT_KEYS = re.compile(r"(^|_)(n|num)_\w*(layer|block|expert)s?$|layers?$|depths?$")
+_LAYER_KEYS = re.compile(r"(^|_)(n|num)_\w*(layer|block)s?$|layers?$|depths?$")
+_EXPERT_KEYS = re.compile(r"(^|_)(n|num)_\w*experts?$")
+MAX_EXPERTS = 1 << 16
 
 
 def num_hidden_layers(config: Any) -> int:
@@ -85,11 +87,12 @@ def check_counts(content: Any, path: Path) -> None:
     """Refuse numbers of layers (or experts) that no model has: building them would never end.
 
     Raises:
-        PackError: A count is no number between 0 and `MAX_LAYERS`.
+        PackError: More than `MAX_LAYERS` layers, or `MAX_EXPERTS` experts.
     """
     for where, key, value in _items(content):
-        if _COUNT_KEYS.search(key) and isinstance(value, int | float) and not -MAX_LAYERS <= value <= MAX_LAYERS:
-            raise PackError(f"{path} is damaged: {where} is {value}, at most {MAX_LAYERS} expected")
+        for keys, most in ((_LAYER_KEYS, MAX_LAYERS), (_EXPERT_KEYS, MAX_EXPERTS)):
+            if keys.search(key) and isinstance(value, int | float) and not -most <= value <= most:
+                raise PackError(f"{path} is damaged: {where} is {value}, at most {most} expected")
 
 
 def check_code(content: Any, path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flashlm.errors import PackError, UnsupportedModelError
+from flashlm.pack.checkpoint import TensorEntry
 from flashlm.pack.experts import find_expert_layers
 from flashlm.pack.families import find_ffn_layers
 from flashlm.pack.manifest import Manifest
@@ -46,6 +47,16 @@ def structure_problems(model: PreTrainedModel, manifest: Manifest) -> Iterator[s
         for what, value in wanted.items():
             if actual[what] != value:
                 yield f"the manifest says that {what} of streamed layer {layer} is {actual[what]!r}, {kind} has {value!r}"
+
+
+def shape_problems(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> list[str]:
+    """Return one line for each resident tensor that is not of the shape that the model wants."""
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters(remove_duplicate=False)}
+    return [
+        f"{entry.path}: {name} has shape {entry.shape}, config.json wants {wanted[name]}"
+        for name, entry in tensors.items()
+        if name in wanted and entry.shape != wanted[name]
+    ]
 
 
 def _found(model: PreTrainedModel) -> list[dict[str, Any]]:

@@ -68,9 +68,8 @@ class VerifyReport:
         shown = [*self.problems[:_MAX_SHOWN]]
         if len(self.problems) > _MAX_SHOWN:
             shown.append(f"and {len(self.problems) - _MAX_SHOWN} more")
-        raise PackError(
-            f"{self.pack} is damaged ({len(self.problems)} problems):\n  " + "\n  ".join(shown) + "\nConvert it again."
-        )
+        advice = "" if all("flashlm calibrate" in problem for problem in self.problems) else "\nConvert it again."
+        raise PackError(f"{self.pack} is damaged ({len(self.problems)} problems):\n  " + "\n  ".join(shown) + advice)
 
 
 @dataclass(frozen=True)
@@ -198,16 +197,22 @@ def _foreign(folder: Path, manifest: Manifest) -> list[str]:
 
 def _model_problems(folder: Path, manifest: Manifest, *, trust_remote_code: bool) -> list[str]:
     """Return in what the manifest differs from the model that config.json describes."""
+    from flashlm.pack.checkpoint import read_header
     from flashlm.pack.families import build_meta_model
     from flashlm.pack.source import load_pack_config
-    from flashlm.pack.structure import structure_problems
+    from flashlm.pack.structure import shape_problems, structure_problems
 
     try:
         config = load_pack_config(folder, manifest, trust_remote_code=trust_remote_code)
         model = build_meta_model(config, trust_remote_code=trust_remote_code)
     except (PackError, UnsupportedModelError) as error:
         return [str(error)]
-    return [f"{manifest_path(folder)}: {problem}" for problem in structure_problems(model, manifest)]
+    problems = list(structure_problems(model, manifest))
+    try:
+        problems += shape_problems(model, read_header(resident_path(folder)))
+    except (PackError, FileNotFoundError):
+        pass  # told already
+    return [f"{manifest_path(folder)}: {problem}" for problem in problems]
 
 
 def accept_small_files(pack: str | Path) -> list[str]:
