@@ -10,6 +10,7 @@ cut short, a disk flipped a bit, or a copy left something out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,10 +209,8 @@ def _model_problems(folder: Path, manifest: Manifest, *, trust_remote_code: bool
     except (PackError, UnsupportedModelError) as error:
         return [str(error)]
     problems = list(structure_problems(model, manifest))
-    try:
+    with suppress(PackError, FileNotFoundError):  # told already
         problems += shape_problems(model, read_header(resident_path(folder)))
-    except (PackError, FileNotFoundError):
-        pass  # told already
     return [f"{manifest_path(folder)}: {problem}" for problem in problems]
 
 
