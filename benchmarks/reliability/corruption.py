@@ -252,13 +252,13 @@ def main() -> None:
         expected = {
             (family, way): answer(packs[family], **load) for family, ways in WAYS.items() for way, load in ways.items()
         }
-        results["flips"] = summarise(flips(packs, expected, 2 if quick else 12), "one bit flipped")
+        results["flips"] = summarise(flips(packs, expected, 1 if quick else 6), "one bit flipped")
         results["swaps"] = summarise(swaps(packs, expected), "files of rows exchanged")
         special = Path(shutil.copytree(packs["llama"], Path(folder) / "special"))
         results["specials"] = summarise(specials(special, expected["llama", "pinned"]), "no files, other lengths")
         lies = signed_lies(packs["llama"], packs["qwen3_moe"], Path(folder) / "lies", in_child, guarded, verifying)
         results["signed lies"] = summarise(lies, "manifest and config.json changed, and signed again")
-        fuzzed = fuzz_documents(packs, Path(folder) / "fuzz", 100 if quick else 2000)
+        fuzzed = fuzz_documents(packs, Path(folder) / "fuzz", 100 if quick else 1000)
         results["documents"] = summarise(fuzzed, "random changes of documents, in process")
     results["seconds"] = round(time.perf_counter() - started_s, 1)
     results["summary"] = judge(results)

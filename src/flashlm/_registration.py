@@ -2,8 +2,8 @@
 
 transformers has no plug-in list: quantizers, configurations and models register by a call after it has been imported.
 Importing it takes seconds, which `flashlm --help` should not, so finders wait for the modules that hold its registries
-and register right after each has run. An installed flashlm does this in every interpreter (`_flashlm_autoload`, a module
-of its own, so that Python starts no later for it).
+and register right after each has run. An installed flashlm does this in every interpreter (autoload/waiter.py, which
+Python runs at its start and which imports this package only once transformers is imported).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _RegistryFinder(MetaPathFinder):
 
 def register_with_transformers() -> None:
     """Register now where transformers' registries are there, else as soon as they are imported."""
-    is_quiet = bool(getattr(sys.modules.get("_flashlm_autoload"), "is_waking", False))
+    is_quiet = any(getattr(finder, "flashlm_is_waking", False) for finder in sys.meta_path)
     waiting = {finder.registry for finder in sys.meta_path if isinstance(finder, _RegistryFinder)}
     for registry, registrar in _REGISTRARS.items():
         if registry in sys.modules:
