@@ -176,7 +176,8 @@ def replacements(path: Path, before: bytes) -> dict[str, Callable[[], Any]]:
     def bound_socket() -> None:
         here = Path.cwd()
         os.chdir(path.parent)  # the name of a socket is short
-        socket.socket(socket.AF_UNIX).bind(path.name)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(path.name)
         os.chdir(here)
 
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
         UnsupportedModelError: A family that flashlm can't place.
     """
     folder = Path(source).expanduser()
-    if manifest_path(folder).exists():
+    if os.path.lexists(manifest_path(folder)):  # a damaged one is for the reader to refuse
         return _pack_shape(folder, trust_remote_code)
     config = _read_config(source, trust_remote_code)
     dtype = canonical_dtype(dtype)
