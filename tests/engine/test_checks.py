@@ -71,7 +71,7 @@ def test_every_chunk_is_checked(copied: Callable[[str], Path]) -> None:
     change_manifest(pack, lambda document: document["resident"].update(chunk_bytes=size, checksums=sums))
     flashlm.load(pack)
     assert verify(pack).problems == ()
-    _flip(resident_path(pack), len(content) - size // 2)
+    _flip(resident_path(pack), len(content) - 1)
     with pytest.raises(PackError, match=rf"chunk {len(sums) - 1} \(bytes"):
         flashlm.load(pack)
 
