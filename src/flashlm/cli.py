@@ -67,6 +67,14 @@ class ExpertPolicyChoice(StrEnum):
     pinned = "pinned"
 
 
+class CheckChoice(StrEnum):
+    """What is held against a pack's checksums."""
+
+    load = "load"
+    all = "all"
+    none = "none"
+
+
 PackArgument = Annotated[Path, typer.Argument(help="Folder made by `flashlm convert`.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DramOption = Annotated[
@@ -79,6 +87,16 @@ DramOption = Annotated[
 ContextOption = Annotated[
     int | None,
     typer.Option(help="Tokens that the KV cache may hold, of all sequences and beams together.", show_default=False),
+]
+
+
+CheckOption = Annotated[
+    CheckChoice | None,
+    typer.Option(
+        help="What is held against checksums: load, what is read while loading (the default; FLASHLM_CHECK); all,"
+        " what is streamed later too; none.",
+        show_default=False,
+    ),
 ]
 
 
@@ -117,8 +135,8 @@ def convert(
 ) -> None:
     """Turn a Hugging Face model into a pack that can be streamed.
 
-    The pack is still a valid Hugging Face model folder. Killed half-way and started again, the conversion goes on where
-    it was.
+    transformers opens the pack like any other model folder, where flashlm is installed. Killed half-way and started
+    again, the conversion goes on where it was.
     """
     from flashlm.pack.convert import convert as run
     from flashlm.pack.info import describe
@@ -153,13 +171,26 @@ def info(pack: PackArgument, context: ContextOption = None, as_json: JsonOption 
 
 
 @app.command()
-def verify(pack: PackArgument, as_json: JsonOption = False) -> None:
-    """Read the whole pack and check every checksum."""
+def verify(
+    pack: PackArgument,
+    accept: Annotated[
+        bool,
+        typer.Option("--accept", help="First take config.json and the files beside it as they are: I changed them."),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that the pack carries.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Read the whole pack and check every checksum, and that the manifest fits the model."""
+    from flashlm.pack.verify import accept_small_files
     from flashlm.pack.verify import verify as run
     from flashlm.sizes import format_size
 
+    if accept:
+        console.note(f"accepted as they are: {', '.join(accept_small_files(pack)) or 'nothing had changed'}")
     with console.progress_bar() as progress:
-        report = run(pack, progress=progress)
+        report = run(pack, trust_remote_code=trust_remote_code, progress=progress)
     if as_json:
         console.print_json(
             {"pack": str(pack), "num_checked_bytes": report.num_bytes, "problems": list(report.problems)}
@@ -196,6 +227,7 @@ def generate(
             " calibrate` found best, else lru."
         ),
     ] = ExpertPolicyChoice.auto,
+    check: CheckOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy. Default: the pack's own.", show_default=False)
@@ -245,6 +277,7 @@ def generate(
             context=context,
             plan=plan,
             expert_policy=None if expert_policy is ExpertPolicyChoice.auto else expert_policy.value,
+            check=None if check is None else check.value,
             sampling=sampling,
             is_chat=chat,
             on_decided=lambda decoding: _note_decoding(decoding, note),

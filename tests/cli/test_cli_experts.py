@@ -135,15 +135,15 @@ def test_a_newer_pack_is_refused_in_one_line(command, pack, tmp_path):
     newer = tmp_path / "pack"
     manifest_path(newer).parent.mkdir(parents=True)
     shutil.copy(pack / "config.json", newer)
-    content = manifest_path(pack).read_text().replace('"format_version": 2', '"format_version": 3')
+    content = manifest_path(pack).read_text().replace('"format_version": 3', '"format_version": 4')
     manifest_path(newer).write_text(content)
     done = flashlm(command, newer, *(("--prompt", "w5") if command == "generate" else ()))
     assert done.returncode == 4
-    assert "has format version 3, this flashlm reads versions 1 and 2: update flashlm" in done.stderr
+    assert "has format version 4, this flashlm reads version 3: update flashlm" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_verify_finds_a_flipped_bit_which_generate_does_not_look_for(pack, tmp_path):
+def test_verify_finds_a_flipped_bit_and_generate_where_it_reads_it(pack, tmp_path):
     damaged = shutil.copytree(pack, tmp_path / "pack")
     manifest = read_manifest(damaged)
     path = layer_path(damaged, manifest.experts[0])
@@ -153,4 +153,8 @@ def test_verify_finds_a_flipped_bit_which_generate_does_not_look_for(pack, tmp_p
     done = flashlm("verify", damaged)
     assert done.returncode == 4
     assert "experts-00000.rows: expert 6" in done.stderr
-    assert flashlm("generate", damaged, "--prompt", "w5", "--max-new-tokens", 2).returncode == 0
+    refused = flashlm("generate", damaged, "--prompt", "w5", "--max-new-tokens", 2)
+    assert refused.returncode == 4
+    assert "experts-00000.rows: expert 6 is damaged" in refused.stderr
+    unchecked = flashlm("generate", damaged, "--prompt", "w5", "--max-new-tokens", 2, "--check", "none")
+    assert unchecked.returncode == 0, unchecked.stderr

@@ -19,7 +19,7 @@ from flashlm.memory.expert_cache import replay
 from flashlm.memory.expert_policy import POLICIES
 from flashlm.pack.manifest import read_manifest
 from flashlm.planner.profile import RowReadPoint, profile_path
-from flashlm.sparsity.routing import read_routing, routing_path
+from flashlm.sparsity.routing import read_routing, routing_path, write_routing
 from tests.engine.conftest import save_tokenizer
 from tests.engine.test_experts import experts_of, prompt
 from tests.planner.profiles import make_profile
@@ -155,7 +155,7 @@ def test_loading_takes_the_best_policy_and_holds_the_most_used(calibrated, tmp_p
             each.model_copy(update={"lru": 0.1, "lfu": 0.1, "pinned": 0.1, policy: 0.5, "best": policy})
             for each in report.routing.replays
         ]
-        routing_path(pack).write_text(report.routing.model_copy(update={"replays": tuple(replays)}).model_dump_json())
+        write_routing(pack, report.routing.model_copy(update={"replays": tuple(replays)}))
         model = flashlm.load(pack, pin=read_manifest(pack).streamed_bytes * 3 // 4)
         store = model.flash.experts
         assert store.describe()["policy"] == policy

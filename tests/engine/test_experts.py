@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,7 @@ from flashlm.engine.experts import BoundExperts
 from flashlm.errors import BudgetError, ConfigError, PackError, StorageError
 from flashlm.pack.manifest import RESIDENT_NAME, layer_path, manifest_path, read_manifest
 from tests.models import EXPERT_FAMILIES
+from tests.pack.packs import change_manifest
 
 NUM_NEW_TOKENS = 32
 SHAPES = [(1, 1), (3, 1), (1, 40), (3, 40)]
@@ -208,9 +210,8 @@ def test_a_small_cache_is_announced(tiny_pack, caplog):
 
 def test_a_pack_of_another_model_is_refused(tiny_pack, tmp_path):
     pack = shutil.copytree(tiny_pack("mixtral").pack, tmp_path / "pack")
-    path = pack / "flash" / "manifest.json"
-    path.write_text(path.read_text().replace("layers.1.mlp.experts", "layers.7.mlp.experts"))
-    with pytest.raises(PackError, match="does not have"):
+    change_manifest(pack, lambda content: content["experts"][1].update(module="model.layers.7.mlp.experts"))
+    with pytest.raises(PackError, match=r"module of streamed layer 1 is 'model\.layers\.7\.mlp\.experts'"):
         flashlm.load(pack)
 
 
@@ -222,9 +223,11 @@ def test_a_missing_router_is_refused(tiny_pack, tmp_path):
     del tensors["model.layers.1.mlp.gate.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     manifest = read_manifest(pack)
-    resident = manifest.resident.model_copy(update={"num_bytes": path.stat().st_size})
-    manifest_path(pack).write_text(manifest.model_copy(update={"resident": resident}).to_json())
-    with pytest.raises(PackError, match=r"model\.safetensors lacks model\.layers\.1\.mlp\.gate\.weight") as error:
+    checksums = (xxhash.xxh3_64_hexdigest(path.read_bytes()),)
+    changed = {"num_bytes": path.stat().st_size, "checksums": checksums}
+    resident = manifest.resident.model_copy(update=changed)
+    manifest_path(pack).write_bytes(manifest.model_copy(update={"resident": resident}).to_bytes())
+    with pytest.raises(PackError, match=r"resident\.safetensors lacks model\.layers\.1\.mlp\.gate\.weight") as error:
         flashlm.load(pack)
     assert "\n" not in str(error.value)
 

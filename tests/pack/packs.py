@@ -1,12 +1,17 @@
-"""Reading packs the slow, plain way, to compare with."""
+"""Reading packs the slow, plain way, to compare with; and changing them as somebody would who can sign them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 
-from flashlm.pack.manifest import Manifest, layer_path
+from flashlm.pack.manifest import Manifest, layer_path, manifest_path
+from flashlm.pack.sealed import seal, unseal
 
 
 def read_rows(pack: Path, manifest: Manifest, index: int) -> torch.Tensor:
@@ -26,3 +31,31 @@ def read_rows(pack: Path, manifest: Manifest, index: int) -> torch.Tensor:
 def all_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """A document with a checksum that fits, whatever it says."""
+    return seal(json.dumps({key: value for key, value in content.items() if key != "checksum"}, indent=1))
+
+
+def change_manifest(pack: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a pack's manifest, and sign it again."""
+    path = manifest_path(pack)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_bytes(sealed(content))
+
+
+def change_config(pack: Path, **settings: object) -> None:
+    """Change a pack's config.json and sign that in its manifest."""
+    path = pack / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    checksum = xxhash.xxh3_64_hexdigest(path.read_bytes())
+    change_manifest(pack, lambda content: content["small_files"].update({"config.json": checksum}))
+
+
+def replace_sealed(path: Path, old: str, new: str) -> None:
+    """Change the text of a sealed document, and seal it again."""
+    body = unseal(path.read_bytes(), path, "").decode()
+    assert old in body
+    path.write_bytes(seal(body.replace(old, new, 1)))

@@ -11,7 +11,7 @@ from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack.convert import convert
 from flashlm.pack.families import build_meta_model, find_ffn_layers
 from flashlm.pack.info import describe
-from flashlm.pack.manifest import read_manifest
+from flashlm.pack.manifest import RESIDENT_NAME, read_manifest
 from flashlm.pack.verify import verify
 from tests import tiny_models
 from tests.models import FAMILIES, save_checkpoint, tiny_config
@@ -30,7 +30,7 @@ def _check_round_trip(source: Path, pack: Path, model, dtype: torch.dtype) -> No
     manifest = read_manifest(pack)
     layers = find_ffn_layers(build_meta_model(model.config))
     state = model.state_dict()
-    resident = load_file(pack / "model.safetensors")
+    resident = load_file(pack / RESIDENT_NAME)
     streamed = set()
     for index, layer in enumerate(layers):
         assert torch.equal(read_rows(pack, manifest, index), _wanted_rows(state, layer, dtype))
@@ -98,7 +98,7 @@ def test_prefixless_gpt2_checkpoint_with_old_buffers_is_understood(tmp_path: Pat
     convert(tmp_path / "old", tmp_path / "p2")
     first, second = all_bytes(tmp_path / "p1"), all_bytes(tmp_path / "p2")
     assert first["flash/layer-00000.rows"] == second["flash/layer-00000.rows"]
-    assert first["model.safetensors"] == second["model.safetensors"]
+    assert first[RESIDENT_NAME] == second[RESIDENT_NAME]
 
 
 def test_tied_weight_stored_twice_is_kept_once(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_tied_weight_stored_twice_is_kept_once(tmp_path: Path) -> None:
     assert "lm_head.weight" in state
     save_file(state, tmp_path / "source" / "model.safetensors")
     convert(tmp_path / "source", tmp_path / "pack")
-    assert "lm_head.weight" not in load_file(tmp_path / "pack" / "model.safetensors")
+    assert "lm_head.weight" not in load_file(tmp_path / "pack" / RESIDENT_NAME)
 
 
 def test_tied_weights_that_differ_are_both_kept(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_tied_weights_that_differ_are_both_kept(tmp_path: Path) -> None:
     state["lm_head.weight"][3, 4] += 1
     save_file(state, tmp_path / "source" / "model.safetensors")
     convert(tmp_path / "source", tmp_path / "pack")
-    assert "lm_head.weight" in load_file(tmp_path / "pack" / "model.safetensors")
+    assert "lm_head.weight" in load_file(tmp_path / "pack" / RESIDENT_NAME)
 
 
 def test_pack_is_a_model_folder(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_pack_is_a_model_folder(tmp_path: Path) -> None:
     assert config["dtype"] == "bfloat16"
     assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 1}
     assert {path.name for path in (tmp_path / "pack").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "flash",
+        "config.json", "generation_config.json", "OPEN-WITH-FLASHLM.txt", "flash",
         "tokenizer.json", "chat_template.jinja", "tokenizer.model", "README.md", "LICENSE",
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "pack" / "flash").iterdir()} == {
@@ -140,7 +140,7 @@ def test_pack_is_a_model_folder(tmp_path: Path) -> None:
 def test_resident_data_is_aligned(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "source", "phi")
     convert(tmp_path / "source", tmp_path / "pack", dtype="fp32")
-    raw = (tmp_path / "pack" / "model.safetensors").read_bytes()
+    raw = (tmp_path / "pack" / RESIDENT_NAME).read_bytes()
     length = int.from_bytes(raw[:8], "little")
     assert (8 + length) % 4096 == 0
     header = json.loads(raw[8 : 8 + length])

@@ -67,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_conversions_go_on_and_end_with_the_same_bytes(whole: Path, tmp_path: Path) -> None:
     pack = tmp_path / "pack"
     points = [
-        "model.safetensors 2",  # the first file half written
+        "flash/resident.safetensors 2",  # the first file half written
         "layer-00000.rows 1",  # a layer half written
         "layer-00002.rows 2",  # a layer in place, but not yet recorded
     ]
@@ -82,7 +82,7 @@ def test_killed_conversions_go_on_and_end_with_the_same_bytes(whole: Path, tmp_p
     assert all_bytes(pack) == all_bytes(whole / "pack")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "layer-00002.rows"])
+@pytest.mark.parametrize("name", ["flash/resident.safetensors", "layer-00002.rows"])
 def test_interrupted_conversion_goes_on(name: str, whole: Path, tmp_path: Path) -> None:
     def interrupt(done: int, total: int, what: str) -> None:
         if what == name:
@@ -190,7 +190,7 @@ def test_too_small_disk_is_refused_before_anything_is_written(whole: Path, small
         convert(whole / "source", small_disk / "pack")
     assert raised.value.wanted_bytes is not None
     assert raised.value.wanted_bytes > (raised.value.got_bytes or 0)
-    assert not (small_disk / "pack" / "model.safetensors").exists()
+    assert not (small_disk / "pack" / "flash" / "resident.safetensors").exists()
 
 
 def test_disk_that_fills_up_half_way_is_reported_and_can_go_on(whole: Path, small_disk: Path) -> None:

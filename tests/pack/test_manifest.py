@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flashlm.errors import PackError
 from flashlm.pack.convert import convert
 from flashlm.pack.manifest import manifest_path, read_manifest
 from tests.models import save_checkpoint
+from tests.pack.packs import sealed
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def _change(text: str, *path: str | int, value: object) -> str:
     for step in path[:-1]:
         place = place[step]
     place[path[-1]] = value
-    return json.dumps(content)
+    return sealed(content).decode()
 
 
 def test_folder_without_manifest_is_no_pack(tmp_path: Path) -> None:
@@ -41,9 +42,9 @@ def test_folder_without_manifest_is_no_pack(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, [1], True])
+@pytest.mark.parametrize("version", [1, 2, 4, 0, "3", None, [3], True])
 def test_unknown_version_is_refused_by_name(version: object, good: str, tmp_path: Path) -> None:
-    with pytest.raises(PackError, match="format version"):
+    with pytest.raises(PackError, match=r"format version .* this flashlm reads version 3: .*convert the model again"):
         _read(tmp_path, _change(good, "format_version", value=version))
 
 
@@ -64,6 +65,12 @@ def test_path_that_leaves_the_pack_is_refused(name: str, good: str, tmp_path: Pa
         (("block_rows",), 0),
         (("row_stride_bytes",), 1024),
         (("layers",), []),
+        (("layers", 0, "module"), ""),
+        (("layers", 0, "module"), "model..mlp"),
+        (("layers", 0, "identities"), ["model.norm/"]),
+        (("num_hidden_layers",), 10**9),
+        (("num_hidden_layers",), 1),
+        (("small_files",), {"..": "0" * 16}),
         (("layers", 0, "num_rows"), 1000),
         (("layers", 0, "checksums"), ["0"]),
         (("layers", 1, "file"), "layer-00000.rows"),
@@ -84,12 +91,19 @@ def test_random_bytes_are_refused(tmp_path: Path, junk: bytes) -> None:
         _read(tmp_path, junk)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_manifest_with_a_changed_piece_is_read_or_refused(tmp_path: Path, good: str, data: st.DataObject) -> None:
-    start = data.draw(st.integers(0, len(good)))
+def test_manifest_with_any_changed_piece_is_refused(tmp_path: Path, good: str, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(good) - 1))
     junk = data.draw(st.text(max_size=8))
-    try:
-        _read(tmp_path, good[:start] + junk + good[start + len(junk) :])
-    except PackError:
-        return
+    changed = good[:start] + junk + good[start + len(junk) :]
+    assume(changed != good)
+    with pytest.raises(PackError, match=r"manifest\.json"):
+        _read(tmp_path, changed)
+
+
+def test_every_flipped_bit_of_a_manifest_is_refused(tmp_path: Path, good: str) -> None:
+    raw = good.encode()
+    for at in range(0, len(raw), 7):
+        with pytest.raises(PackError, match=r"manifest\.json"):
+            _read(tmp_path, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])

@@ -36,7 +36,7 @@ def test_whole_pack_has_no_problems(pack: Path) -> None:
     assert report.problems == ()
     assert report.num_files == 3 + len(read_manifest(pack).small_files)
     assert report.num_bytes == sum(
-        path.stat().st_size for path in pack.rglob("*") if path.suffix != ".json" and path.is_file()
+        path.stat().st_size for path in pack.rglob("*") if path.suffix in (".rows", ".safetensors")
     )
     report.raise_for_problems()
 
@@ -55,15 +55,15 @@ def test_flipped_padding_is_found_too(pack: Path) -> None:
 
 @pytest.mark.parametrize("at", [0, 20, -1])
 def test_flipped_bit_in_resident_weights_is_found(at: int, pack: Path) -> None:
-    _flip(pack / "model.safetensors", at)
-    assert "model.safetensors: chunk 0" in verify(pack).problems[0]
+    _flip(pack / "flash" / "resident.safetensors", at)
+    assert "resident.safetensors: chunk 0" in verify(pack).problems[0]
 
 
 def test_all_problems_are_found_not_only_the_first(pack: Path) -> None:
     _flip(pack / "flash" / "layer-00000.rows", 3)
     truncated = pack / "flash" / "layer-00001.rows"
     truncated.write_bytes(truncated.read_bytes()[:-4096])
-    (pack / "model.safetensors").unlink()
+    (pack / "flash" / "resident.safetensors").unlink()
     (pack / "flash" / "layer-00002.rows").write_bytes(b"")
     (pack / "config.json").unlink()
     report = verify(pack)
@@ -71,7 +71,7 @@ def test_all_problems_are_found_not_only_the_first(pack: Path) -> None:
     assert "layer-00000.rows: block 0" in text
     assert f"layer-00001.rows has {truncated.stat().st_size} bytes, {truncated.stat().st_size + 4096} expected" in text
     assert "layer-00001.rows: block 5" in text
-    assert "model.safetensors is missing" in text
+    assert "resident.safetensors is missing" in text
     assert "layer-00002.rows is not part of this pack" in text
     assert "config.json is missing" in text
     with pytest.raises(PackError, match=r"is damaged \(6 problems\)"):
@@ -79,7 +79,7 @@ def test_all_problems_are_found_not_only_the_first(pack: Path) -> None:
 
 
 def test_long_file_is_found(pack: Path) -> None:
-    with (pack / "model.safetensors").open("ab") as file:
+    with (pack / "flash" / "resident.safetensors").open("ab") as file:
         file.write(b"x")
     assert len(verify(pack).problems) == 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from flashlm.sparsity.document import (
     write_sparsity,
 )
 from flashlm.sparsity.predictor import load_predictor
+from tests.pack.packs import replace_sealed, sealed
 
 CHECKSUM = "0123456789abcdef"
 RANK, HIDDEN, ROWS = 4, 32, 48
@@ -35,7 +35,6 @@ RANK, HIDDEN, ROWS = 4, 32, 48
 def pack(tmp_path: Path) -> Path:
     """A manifest alone: the document needs nothing else of a pack."""
     layer = {
-        "module": "model.layers.{}.mlp",
         "num_rows": ROWS,
         "has_up_bias": False,
         "has_gate_bias": False,
@@ -43,8 +42,9 @@ def pack(tmp_path: Path) -> Path:
         "checksums": [CHECKSUM] * 3,
     }
     content = {
-        "format_version": 1,
+        "format_version": 3,
         "flashlm_version": "0",
+        "num_hidden_layers": 2,
         "model_type": "opt",
         "dtype": "float32",
         "hidden_size": HIDDEN,
@@ -53,12 +53,14 @@ def pack(tmp_path: Path) -> Path:
         "block_rows": 16,
         "row_stride_bytes": 512,
         "block_stride_bytes": 8192,
-        "layers": [layer | {"file": f"layer-{index:05d}.rows"} for index in range(2)],
+        "layers": [
+            layer | {"module": f"model.layers.{index}.mlp", "file": f"layer-{index:05d}.rows"} for index in range(2)
+        ],
         "resident": {"num_bytes": 10, "chunk_bytes": 10, "checksums": [CHECKSUM]},
         "source": {"name": "tiny", "files": {}},
     }
     (tmp_path / FLASH_DIR).mkdir()
-    (tmp_path / FLASH_DIR / MANIFEST_NAME).write_text(json.dumps(content))
+    (tmp_path / FLASH_DIR / MANIFEST_NAME).write_bytes(sealed(content))
     return tmp_path
 
 
@@ -119,7 +121,7 @@ def test_another_checkpoint_is_refused(
 ) -> None:
     written()
     path = pack / FLASH_DIR / MANIFEST_NAME
-    path.write_text(path.read_text().replace(CHECKSUM, "0123456789abcdee", 1))
+    replace_sealed(path, CHECKSUM, "0123456789abcdee")
     with pytest.raises(PackError, match="made for other weights than this pack holds"):
         read_sparsity(pack, read_manifest(pack))
 
@@ -127,8 +129,8 @@ def test_another_checkpoint_is_refused(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"sparsity_version": 1', '"sparsity_version": 2', "has version 2, this flashlm reads 1"),
-        ('"sparsity_version": 1', '"sparsity_version": true', "has version True"),
+        ('"sparsity_version": 2', '"sparsity_version": 3', "has version 3, this flashlm reads 2"),
+        ('"sparsity_version": 2', '"sparsity_version": true', "has version True"),
         ('"threshold": 0.4', '"threshold": 1.0', "above 0 and below 1"),
         ('"threshold": 0.4', '"threshold": -0.1', "invalid at layers.0.predictor.threshold"),
         ('"recall": 0.9', '"recall": 1.5', "invalid at layers.0.predictor.recall"),
@@ -147,7 +149,7 @@ def test_a_changed_document_is_refused(
     written()
     path = pack / FLASH_DIR / DOCUMENT_NAME
     assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new, 1))
+    replace_sealed(path, old, new)
     with pytest.raises(PackError, match=message):
         read_sparsity(pack, read_manifest(pack))
 

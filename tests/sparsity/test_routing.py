@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
@@ -20,6 +18,7 @@ from flashlm.sparsity.routing import (
     write_routing,
 )
 from flashlm.sparsity.routing_trace import RoutingTrace, compare_policies
+from tests.pack.packs import replace_sealed, sealed
 
 CHECKSUM = "0123456789abcdef"
 NUM_EXPERTS = 4
@@ -30,8 +29,9 @@ def pack(tmp_path):
     """A manifest alone: the document needs nothing else of a pack."""
     layer = {"num_experts": NUM_EXPERTS, "num_active": 2, "checksums": [CHECKSUM] * NUM_EXPERTS}
     content = {
-        "format_version": 2,
+        "format_version": 3,
         "flashlm_version": "0",
+        "num_hidden_layers": 2,
         "model_type": "olmoe",
         "dtype": "float32",
         "hidden_size": 32,
@@ -48,7 +48,7 @@ def pack(tmp_path):
         "source": {"name": "tiny", "files": {}},
     }
     (tmp_path / FLASH_DIR).mkdir()
-    (tmp_path / FLASH_DIR / MANIFEST_NAME).write_text(json.dumps(content))
+    (tmp_path / FLASH_DIR / MANIFEST_NAME).write_bytes(sealed(content))
     return tmp_path
 
 
@@ -85,7 +85,7 @@ def test_a_pack_without_a_document_has_none(pack):
 
 def test_another_checkpoint_is_refused(pack, written):
     path = pack / FLASH_DIR / MANIFEST_NAME
-    path.write_text(path.read_text().replace(CHECKSUM, "0123456789abcdee", 1))  # of an expert
+    replace_sealed(path, CHECKSUM, "0123456789abcdee")  # of an expert
     with pytest.raises(PackError, match="made for other weights than this pack holds"):
         read_routing(pack, read_manifest(pack))
 
@@ -93,8 +93,8 @@ def test_another_checkpoint_is_refused(pack, written):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"routing_version": 1', '"routing_version": 2', "has version 2, this flashlm reads 1"),
-        ('"routing_version": 1', '"routing_version": true', "has version True"),
+        ('"routing_version": 2', '"routing_version": 3', "has version 3, this flashlm reads 2"),
+        ('"routing_version": 2', '"routing_version": true', "has version True"),
         ('"zero_share": 0.5', '"zero_share": 1.5', "invalid at layers.0.zero_share"),
         ('"lru": 0.1', '"lru": 0.4', "best is lfu, but lru found more"),
         ('"best": "lfu"', '"best": "fifo"', "invalid at replays.0.best"),
@@ -108,7 +108,7 @@ def test_another_checkpoint_is_refused(pack, written):
 def test_a_changed_document_is_refused(pack, written, old, new, message):
     path = routing_path(pack)
     assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new, 1))
+    replace_sealed(path, old, new)
     with pytest.raises(PackError, match=message):
         read_routing(pack, read_manifest(pack))
 

@@ -16,6 +16,7 @@ from flashlm.sparsity.document import (
     LayerSparsity,
     Sparsity,
     fingerprint,
+    forget_sparsity,
     predictor_names,
     write_profile,
     write_sparsity,
@@ -75,6 +76,7 @@ def write_calibration(
         sparse_perplexity=math.exp(final.sparse_nll),
         max_increase=work.max_increase,
     )
+    forget_sparsity(work.pack)
     write_profile(work.pack, profiles)
     write_sparsity(
         work.pack,

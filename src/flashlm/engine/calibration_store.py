@@ -17,16 +17,18 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from flashlm.errors import StorageError
+from flashlm.errors import PackError, StorageError
 from flashlm.pack.direct_file import write_error, write_small_file
 from flashlm.pack.manifest import FLASH_DIR
 from flashlm.sizes import format_size
 from flashlm.sparsity.fitting import FittedPredictor, Trial
 from flashlm.sparsity.operating import Operating
 from flashlm.sparsity.sketch import Factors
+from flashlm.storage.outside import check_regular, read_json
 
 PARTIAL_NAME = "calibration.partial"
 SPARE_BYTES = 64 << 20  # left free beside what is captured, for the predictors
+MAX_PARTIAL_BYTES = 64 << 20
 _SETTINGS_NAME = "settings.json"
 
 
@@ -59,8 +61,8 @@ class CalibrationStore:
     def read(self, name: str) -> Any:
         """Return what `write` was given, None where there is nothing (readable)."""
         try:
-            return json.loads((self.folder / name).read_bytes())
-        except (OSError, ValueError):
+            return read_json(self.folder / name, MAX_PARTIAL_BYTES)
+        except (OSError, PackError):
             return None
 
     def write(self, name: str, content: Any) -> None:
@@ -98,8 +100,9 @@ class CalibrationStore:
         """
         path = self.folder / name
         try:
+            check_regular(path)
             array: npt.NDArray[Any] = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, PackError) as error:
             raise StorageError(
                 f"{path} can't be read ({error}): delete {self.folder} and calibrate again", path=str(path)
             ) from error
@@ -121,6 +124,7 @@ class CalibrationStore:
     def load_predictor(self, layer: int) -> FittedPredictor | None:
         """Return a finished layer, None where it is still to do."""
         try:
+            check_regular(self._predictor_path(layer))
             with safe_open(self._predictor_path(layer), framework="pt") as file:
                 about = json.loads(file.metadata()["about"])
                 factors = Factors(**{name: file.get_tensor(name).clone() for name in ("reduce", "expand", "bias")})
@@ -132,7 +136,7 @@ class CalibrationStore:
                 knee=about["knee"],
                 trials=tuple(Trial(**trial) for trial in about["trials"]),
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        except (OSError, PackError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
     def _predictor_path(self, layer: int) -> Path:

@@ -16,7 +16,8 @@ from flashlm.sizes import parse_budget_bytes, parse_size_bytes
 Mode = Literal["auto", "naive", "hybrid", "sparse", "experts"]
 ResolvedMode = Literal["naive", "hybrid", "sparse", "experts"]
 ExpertPolicyChoice = Literal["auto", "lru", "lfu", "pinned"]
-ENV_DRAM, ENV_MODE, ENV_CONTEXT = "FLASHLM_DRAM", "FLASHLM_MODE", "FLASHLM_CONTEXT"
+CheckChoice = Literal["load", "all", "none"]
+ENV_DRAM, ENV_MODE, ENV_CONTEXT, ENV_CHECK = "FLASHLM_DRAM", "FLASHLM_MODE", "FLASHLM_CONTEXT", "FLASHLM_CHECK"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Settings:
         expert_policy: What the cache of mode `experts` keeps: what was used last (`lru`), used most of late (`lfu`), or
             `lru` beside the experts that a calibration saw most (`pinned`); `auto`: what the calibration found best for the
             cache's size, `lru` without one. No choice changes a bit of the output.
+        check: What is held against the pack's checksums: `load` everything that is read while loading (resident weights,
+            pinned blocks, the first rows and experts of a cache), `all` what is streamed later too, `none` nothing.
         max_gap: Rows between two missing ones that are read through (mode `sparse`); this and what follows, None: as the
             planner says, from the device's profile; without one, defaults.
         staging_bytes: How far blocks are read ahead.
@@ -46,6 +49,7 @@ class Settings:
     context: int | None = None
     pin_bytes: int | None = None
     expert_policy: ExpertPolicyChoice = "auto"
+    check: CheckChoice = "load"
     max_gap: int | None = None
     staging_bytes: int | None = None
     piece_bytes: int | None = None
@@ -59,6 +63,8 @@ class Settings:
         if self.expert_policy not in get_args(ExpertPolicyChoice):
             known = ", ".join(get_args(ExpertPolicyChoice))
             raise ConfigError(f"expert_policy={self.expert_policy!r} is unknown: choose one of {known}")
+        if self.check not in get_args(CheckChoice):
+            raise ConfigError(f"check={self.check!r} is unknown: choose one of {', '.join(get_args(CheckChoice))}")
         if self.dram_bytes is not None and self.dram_bytes <= 0:
             raise ConfigError(f"dram must be above zero, got {self.dram_bytes}")
         if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
@@ -79,8 +85,9 @@ def make_settings(
     pin: str | int | None = None,
     plan: str | Path | None = None,
     expert_policy: str | None = None,
+    check: str | None = None,
 ) -> Settings:
-    """Return settings from arguments; what is None comes from `plan`, then from `FLASHLM_DRAM`, `_MODE` and `_CONTEXT`.
+    """Return settings from arguments; what is None comes from `plan`, then `FLASHLM_DRAM`, `_MODE`, `_CONTEXT`, `_CHECK`.
 
     Raises:
         ConfigError: A value that can't be read or is out of range.
@@ -101,6 +108,7 @@ def make_settings(
     mode = mode if mode is not None else os.environ.get(ENV_MODE) or "auto"
     context = context if context is not None else os.environ.get(ENV_CONTEXT) or None
     context = _as_number(context)
+    check = check if check is not None else os.environ.get(ENV_CHECK) or "load"
     if isinstance(context, str):
         raise ConfigError(f"context={context!r} must be a whole number of tokens, at least 1")
     dram_bytes = None if dram is None else parse_budget_bytes(dram)
@@ -111,6 +119,7 @@ def make_settings(
         context=context,
         pin_bytes=pin_bytes,
         expert_policy="auto" if expert_policy is None else expert_policy,  # type: ignore[arg-type]  # checked there
+        check=check,  # type: ignore[arg-type]  # checked there
         plan=used,
         **({} if used is None else used.reads),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from flashlm.engine.block_check import BlockCheck
 from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
 from flashlm.engine.expert_store import ExpertStore
@@ -133,14 +134,16 @@ def connect_experts(
     policy: CachePolicy,
     gemm: BlockGemm,
     counters: Counters,
+    check: BlockCheck,
 ) -> ExpertStore:
     """Fill the expert cache and connect every experts module to it.
 
     Raises:
         StorageError: An expert can't be read.
+        PackError: An expert is damaged.
     """
     layouts = [manifest.experts_layout(index) for index in range(len(manifest.experts))]
-    store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters)
+    store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters, check=check)
     store.warm()
     for index, entry in enumerate(manifest.experts):
         module = model.get_submodule(entry.module)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from flashlm.engine.block_check import BlockCheck
 from flashlm.engine.counters import Counters
 from flashlm.engine.forward_pass import counting
 from flashlm.engine.turn import Turn, overtaken
@@ -69,6 +70,7 @@ class ExpertStore:
         placement: Slots of each layer, and spare ones.
         policy: What goes when room is needed, what never goes, and what is there in the beginning.
         counters: The model's totals; what a forward pass causes is counted in the pass.
+        check: What is held against checksums; None: nothing.
 
     Attributes:
         traffic: Hits and misses of each layer since loading.
@@ -83,7 +85,9 @@ class ExpertStore:
         *,
         policy: CachePolicy,
         counters: Counters | None = None,
+        check: BlockCheck | None = None,
     ) -> None:
+        self._check = check or BlockCheck()
         assert placement.experts is not None
         self._totals = counters or Counters()
         self.traffic = [LayerTraffic() for _ in layouts]
@@ -135,6 +139,7 @@ class ExpertStore:
         Raises:
             StorageError: An expert can't be read; or fewer would be given than are needed, or the pass was overtaken by
                 another one of its thread.
+            PackError: An expert is damaged (where that is checked).
         """
         note = _Note()
         enter = partial(self._enter, note, layer, needed, by_recency, held_first)
@@ -251,6 +256,8 @@ class ExpertStore:
     def _wait(self, layer: int, running: _Pass, expert: int) -> None:
         started_s = time.perf_counter()
         self._reader.wait(running.begun[expert])
+        num_bytes = self._layouts[layer].read_bytes(expert)
+        self._check.streamed(layer, expert, self._slab, running.step.slot(expert) * self._slot_bytes, num_bytes)
         del running.begun[expert]
         running.ready.add(expert)
         self.counters.wait_s += time.perf_counter() - started_s
@@ -262,6 +269,7 @@ class ExpertStore:
 
         Raises:
             StorageError: An expert can't be read.
+            PackError: An expert is damaged.
         """
         note = _Note()
         with self._turn.take(partial(self._fill, note), partial(self._leave, note)):
@@ -271,6 +279,7 @@ class ExpertStore:
         self._settle()
         self._open = note
         batch: list[ReadRequest] = []
+        blocks: list[tuple[int, int]] = []
         for layer, experts in enumerate(self.policy.warm):
             step = self.cache.begin(layer, sorted(experts), experts)
             note.misses += [(layer, expert) for expert in step.misses]
@@ -278,15 +287,10 @@ class ExpertStore:
                 slot = step.take(expert)
                 assert slot is not None
                 batch.append(self._request(layer, expert, slot))
+                blocks.append((layer, expert))
                 step.done(expert)
                 if len(batch) * self._slot_bytes >= WARM_BYTES:
-                    self._read(batch, note)
-                    batch = []
-        self._read(batch, note)
+                    self._check.read(self._reader, batch, blocks, note.tickets)
+                    batch, blocks = [], []
+        self._check.read(self._reader, batch, blocks, note.tickets)
         self._open = None
-
-    def _read(self, batch: list[ReadRequest], note: _Note) -> None:
-        ticket = Ticket()
-        note.tickets.append(ticket)
-        self._reader.submit(batch, ticket)
-        self._reader.wait(ticket)

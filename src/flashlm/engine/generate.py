@@ -39,6 +39,7 @@ def generate(
     pin: str | int | None = None,
     plan: str | Path | None = None,
     expert_policy: str | None = None,
+    check: str | None = None,
     sampling: Sampling | None = None,
     is_chat: bool = False,
     on_decided: Callable[[Decoding], None] | None = None,
@@ -51,7 +52,7 @@ def generate(
     Args:
         pack: Folder made by `flashlm convert`.
         prompt: The text to continue.
-        dram, mode, context, pin, plan, expert_policy: As in `load`; context defaults to just what this run needs.
+        dram, mode, context, pin, plan, expert_policy, check: As in `load`; context defaults to just what this run needs.
         sampling: How tokens are chosen.
         is_chat: Wrap the prompt in the pack's chat template, as the user's turn.
         on_decided: Called before loading, with how tokens will be chosen.
@@ -66,14 +67,15 @@ def generate(
     import torch
 
     sampling = sampling or Sampling()
-    settings = make_settings(dram, mode, context, plan=plan, expert_policy=expert_policy)
+    settings = make_settings(dram, mode, context, plan=plan, expert_policy=expert_policy, check=check)
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("the prompt is not UTF-8 text")
-    tokenizer = read_tokenizer(pack)
+    is_checked = settings.check != "none"
+    tokenizer = read_tokenizer(pack, is_checked=is_checked)
     decoding = decide_decoding(pack, sampling)
     inputs = _encode(tokenizer, prompt, is_chat=is_chat)
     num_prompt_tokens = int(inputs["input_ids"].shape[1])
-    _check_positions(pack, num_prompt_tokens, sampling.max_new_tokens)
+    check_positions(read_config(pack, is_checked=is_checked), num_prompt_tokens, sampling.max_new_tokens)
     wanted = _wanted_context(num_prompt_tokens, sampling.max_new_tokens, decoding.num_beams, settings.context)
     if on_decided is not None:
         on_decided(decoding)
@@ -86,6 +88,7 @@ def generate(
         pin=pin,
         plan=plan,
         expert_policy=expert_policy,
+        check=check,
     )
     loaded_s = time.perf_counter()
     if on_loaded is not None:
@@ -153,7 +156,7 @@ def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens
     }
 
 
-def read_tokenizer(pack: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(pack: Path, *, is_checked: bool | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a pack.
 
     Raises:
@@ -161,9 +164,9 @@ def read_tokenizer(pack: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    read_config(pack)
+    read_config(pack, is_checked=is_checked)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(pack)
+        tokenizer = AutoTokenizer.from_pretrained(pack, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PackError(f"{pack} has no tokenizer that transformers can load: {reason}") from error
@@ -195,11 +198,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool) -
 def _model_inputs(encoded: Any) -> dict[str, Any]:
     """Keep what a decoder takes: some tokenizers give token types and more besides, which `generate` refuses."""
     return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
-
-
-def _check_positions(pack: Path, num_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse a run past the positions that the model has a table of, before anything is loaded."""
-    check_positions(read_config(pack), num_prompt_tokens, max_new_tokens)
 
 
 @contextmanager

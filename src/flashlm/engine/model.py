@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from flashlm.engine.block_check import BlockCheck
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
-from flashlm.engine.config import Settings
+from flashlm.engine.config import CheckChoice, Settings
 from flashlm.engine.counters import Counters
 from flashlm.engine.expert_loading import (
     check_mode,
@@ -29,10 +30,12 @@ from flashlm.engine.forward_pass import Phase
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import guard
 from flashlm.engine.linear import fold_linears, widen_linears
+from flashlm.engine.pack_check import named_building_errors
 from flashlm.engine.pass_guard import guard_passes
 from flashlm.engine.phases import CallSize, Passes, num_cached_tokens
 from flashlm.engine.plan_use import check_plan
 from flashlm.engine.resident import ResidentLoad, load_resident
+from flashlm.engine.row_check import RowCheck
 from flashlm.engine.seat import attach, find_linears
 from flashlm.engine.sparse import SparseRows
 from flashlm.engine.standin import StreamedActivation
@@ -44,10 +47,11 @@ from flashlm.memory.budget import Placement, place, place_sparse
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.ffn_probe import find_learned
-from flashlm.pack.files import check_files, check_resident_file
+from flashlm.pack.files import check_files
 from flashlm.pack.layout import LayerLayout
-from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path, read_manifest
+from flashlm.pack.manifest import Manifest, layer_path, read_manifest, resident_path
 from flashlm.pack.reorder import read_order
+from flashlm.pack.structure import check_structure
 from flashlm.planner.expert_estimate import EXPERT_READS
 from flashlm.planner.machine import stored_rates
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config, torch_dtype
@@ -82,6 +86,7 @@ class FlashModel:
         resident_load: What reading the resident part took (after loading).
         max_gap: Rows between two missing ones that are read through (mode `sparse`).
         sparse: The neuron cache and its reads (mode `sparse`, after loading).
+        check: What is held against checksums: "load", "all" or "none".
         expert_policy: How the expert cache is run (mode `experts`).
         experts: The expert cache and its reads (mode `experts`, after loading).
         passes: Begins a pass for every call of the model.
@@ -97,6 +102,7 @@ class FlashModel:
     telemetry: Telemetry | None = None
     resident_load: ResidentLoad | None = None
     max_gap: int = 0
+    check: CheckChoice = "load"
     sparse: SparseRows | None = None
     expert_policy: CachePolicy | None = None
     experts: ExpertStore | None = None
@@ -123,6 +129,7 @@ class FlashModel:
             )
         check_plan(settings.plan, pack, manifest)
         check_mode(manifest, settings)
+        check_structure(model, manifest)
         context = settings.context or DEFAULT_CONTEXT
         if manifest.experts:
             return cls._prepare_experts(model, pack, manifest, settings, context)
@@ -163,6 +170,7 @@ class FlashModel:
             reader=Reader(queue_depth=reads.queue_depth, piece_bytes=reads.piece_bytes),
             calibration=calibration if mode == "sparse" else None,
             max_gap=max_gap,
+            check=settings.check,
         )
         logger.info("%s", flash.describe())
         return flash
@@ -188,6 +196,7 @@ class FlashModel:
             placement=placement,
             reader=reader,
             expert_policy=policy,
+            check=settings.check,
         )
         logger.info("%s", flash.describe())
         return flash
@@ -199,13 +208,23 @@ class FlashModel:
             StorageError: A file can't be read, or is not of the size that the manifest states.
         """
         manifest = self.manifest
-        self.resident_load = load_resident(model, self.pack / RESIDENT_NAME, manifest.resident, self.reader)
+        self.resident_load = load_resident(
+            model, resident_path(self.pack), manifest.resident, self.reader, is_checked=self.check != "none"
+        )
         files = [self._open_layer(layer_path(self.pack, entry), layout) for entry, layout in manifest.files]
         counters, self.telemetry = self.passes.totals, self.passes.telemetry
         gemm = BlockGemm(manifest.dtype)
         if self.expert_policy is not None:
             self.experts = connect_experts(
-                model, manifest, self.reader, files, self.placement, self.expert_policy, gemm, counters
+                model,
+                manifest,
+                self.reader,
+                files,
+                self.placement,
+                self.expert_policy,
+                gemm,
+                counters,
+                self._block_check(),
             )
         else:
             self._bind_layers(model, files, gemm, counters)
@@ -224,7 +243,13 @@ class FlashModel:
         manifest = self.manifest
         layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
         self._stream = BlockStream(
-            self.reader, files, layouts, self.placement, read_ahead=self.mode != "naive", counters=counters
+            self.reader,
+            files,
+            layouts,
+            self.placement,
+            read_ahead=self.mode != "naive",
+            counters=counters,
+            check=self._block_check(),
         )
         predictors = self._bind_sparse(layouts, files, counters)
         for index, entry in enumerate(manifest.layers):
@@ -239,6 +264,11 @@ class FlashModel:
                 attach(layer, entry, owner, layer.linears, order)
             if self.calibration is not None:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
+
+    def _block_check(self) -> BlockCheck:
+        entries = [(layer_path(self.pack, entry), entry.checksums) for entry, _ in self.manifest.files]
+        what = "expert" if self.manifest.experts else "block"
+        return BlockCheck(entries, what, at_load=self.check != "none", always=self.check == "all")
 
     def _open_layer(self, path: Path, layout: LayerLayout) -> File:
         """Open a layer's file; through the page cache where its rows are no multiple of the device's block and are read."""
@@ -257,6 +287,8 @@ class FlashModel:
             self.reader, files, layouts, self.placement.cache, window=window, max_gap=self.max_gap, counters=counters
         )
         self.sparse.warm()
+        if self.check != "none":
+            self.sparse.use_check(RowCheck(self.reader, files, layouts, self._block_check()), keeps=self.check == "all")
         return self.calibration.load_predictors()
 
     def close(self) -> None:
@@ -395,6 +427,7 @@ def load(
     pin: str | int | None = None,
     plan: str | Path | None = None,
     expert_policy: str | None = None,
+    check: str | None = None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
     """Load a pack as a transformers model whose feed-forward layers stream from flash.
@@ -410,6 +443,8 @@ def load(
         plan: File that `flashlm plan --save` wrote; what is None comes from it.
         expert_policy: What the cache of a pack of experts keeps: "lru", "lfu", "pinned" (needs a calibration), or "auto",
             what a calibration found best for the cache's size; without one lru. The output is the same with each.
+        check: What is held against the pack's checksums: "load" (the default) what is read while loading, "all" what is
+            streamed later too, "none" nothing.
         **from_pretrained: Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -417,7 +452,8 @@ def load(
 
     Raises:
         ConfigError: A setting is out of range, or the plan is another model's.
-        PackError: The folder is not a finished pack.
+        PackError: The folder is not a finished pack, or what was checked is damaged.
+        UnsupportedModelError: This transformers can't build the pack's model.
         BudgetError: The model does not fit `dram`; nothing was read.
         StorageError: A file can't be read, or is damaged in length.
     """
@@ -425,10 +461,13 @@ def load(
 
     from flashlm.engine.quantizer import FlashConfig
 
-    asked = FlashConfig(dram=dram, mode=mode, context=context, pin=pin, plan=plan, expert_policy=expert_policy)
-    check_resident_file(Path(pack), read_manifest(Path(pack)))
-    trust = {key: from_pretrained[key] for key in ("trust_remote_code",) if key in from_pretrained}
-    config = read_config(Path(pack), **trust)
+    asked = FlashConfig(
+        dram=dram, mode=mode, context=context, pin=pin, plan=plan, expert_policy=expert_policy, check=check
+    )
+    trust = bool(from_pretrained.setdefault("trust_remote_code", False))  # else transformers may ask at the terminal
+    is_checked = asked.settings().check != "none"
+    config = read_config(Path(pack), is_checked=is_checked, trust_remote_code=trust)
     config.quantization_config = asked.to_dict() | asked.get_loading_attributes()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pack, config=config, **from_pretrained)
+    with named_building_errors(Path(pack), has_arguments=len(from_pretrained) > 1):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pack, config=config, **from_pretrained)
     return model

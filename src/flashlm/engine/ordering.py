@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from flashlm.errors import PackError
+from flashlm.pack.calibration_files import file_checksum
 from flashlm.pack.manifest import read_manifest
 from flashlm.pack.reorder import remove_strays, reorder
 from flashlm.sparsity.document import (
     fingerprint,
+    forget_sparsity,
     predictor_names,
     profile_path,
     read_sparsity,
@@ -52,16 +54,19 @@ def order_pack(
         for name in (expand, bias):
             if name in tensors:
                 tensors[name] = tensors[name][torch.from_numpy(order)]
+    has_profile = sparsity.profile_checksum is not None
+    if has_profile and file_checksum(profile_path(pack)) != sparsity.profile_checksum:
+        raise PackError(f"{profile_path(pack)} is damaged: run `flashlm calibrate {pack}` again")
+    forget_sparsity(pack)
     ordered = reorder(pack, manifest, orders, progress)
-    _order_profile(pack, orders)
+    if has_profile:
+        _order_profile(pack, orders)
     write_sparsity(pack, sparsity.model_copy(update={"fingerprint": fingerprint(ordered)}), tensors)
     remove_strays(pack, ordered)
 
 
 def _order_profile(pack: Path, orders: Sequence[Order]) -> None:
     path = profile_path(pack)
-    if not path.exists():
-        return
     tensors = load_file(path)
     for layer, order in enumerate(orders):
         rate, sampled = f"layers.{layer}.firing_rate", f"layers.{layer}.sampled_rows"

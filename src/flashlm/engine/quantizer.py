@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from flashlm.engine.config import Settings, make_settings
+from flashlm.engine.pack_check import check_pack
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack import activations
-from flashlm.pack.manifest import FORMAT_VERSION
+from flashlm.pack.manifest import FORMAT_VERSION, RESIDENT_NAME
+from flashlm.pack.pack_config import QUANT_METHOD
 from flashlm.transformers_seam import (
     AUTO_QUANTIZER_MAPPING,
     HfQuantizer,
@@ -23,8 +25,6 @@ from flashlm.transformers_seam import (
     register_quantizer,
 )
 from flashlm.transformers_seam import check as check_transformers
-
-QUANT_METHOD = "flashlm"
 
 
 class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -37,6 +37,7 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None here comes from it.
         expert_policy: What the expert cache of a pack of experts keeps: "auto", "lru", "lfu" or "pinned".
+        check: What is held against checksums: "load" (what is read while loading), "all" or "none".
         format_version: Version of the pack's format, as its config.json states it.
 
     Raises:
@@ -51,13 +52,15 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         pin: str | int | None = None,
         plan: str | Path | None = None,
         expert_policy: str | None = None,
+        check: str | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
         if unknown:
             raise ConfigError(
-                f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode, context, pin, plan and expert_policy"
+                f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode, context, pin, plan,"
+                " expert_policy and check"
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
@@ -67,15 +70,16 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         self.pin = pin
         self.plan = plan
         self.expert_policy = expert_policy
+        self.check = check
         self.settings()
 
     def settings(self) -> Settings:
         """Return the validated settings, environment variables included."""
-        return make_settings(self.dram, self.mode, self.context, self.pin, self.plan, self.expert_policy)
+        return make_settings(self.dram, self.mode, self.context, self.pin, self.plan, self.expert_policy, self.check)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what `from_pretrained(quantization_config=...)` may change about a pack."""
-        names = ("dram", "mode", "context", "pin", "plan", "expert_policy")
+        names = ("dram", "mode", "context", "pin", "plan", "expert_policy", "check")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +120,19 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
         self._flash.bind(model)
         return model
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Look at the pack before the model is built, and say in which file its resident weights are.
+
+        transformers asks every quantizer for this; it is the last word before it looks for weights.
+
+        Raises:
+            PackError: The pack is damaged, or `config` is of another model.
+            ConfigError: An attention implementation that would be fetched was asked for.
+        """
+        check_pack(config, self.quantization_config.settings().check, self.quantization_config.format_version)
+        config.transformers_weights = RESIDENT_NAME
+        return config
+
     def update_dtype(self, dtype: Any) -> Any:
         """Remember what was asked: a pack has the dtype that it was converted to, and another is refused."""
         self._dtype = dtype
@@ -137,8 +154,8 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
 
 def _pack_folder(checkpoint_files: list[str] | None) -> Path:
     if not checkpoint_files:
-        raise PackError("transformers found no model.safetensors in this pack: run `flashlm verify` on it")
-    return Path(checkpoint_files[0]).absolute().parent
+        raise PackError("transformers found no weights in this pack: run `flashlm verify` on it")
+    return Path(checkpoint_files[0]).absolute().parent.parent
 
 
 def register() -> None:

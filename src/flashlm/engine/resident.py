@@ -1,4 +1,4 @@
-"""Resident weights: `model.safetensors` read once, sequentially, into anonymous memory.
+"""Resident weights: `flash/resident.safetensors` read once, sequentially, into anonymous memory.
 
 transformers maps the file and hands out views of the mapping, whose pages the kernel may drop under pressure and read back
 one by one. So after it has built the model (without touching those pages) every weight is pointed at our own copy of the
@@ -12,13 +12,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
+from flashlm.engine.block_check import landed
 from flashlm.errors import PackError
-from flashlm.pack.checkpoint import TensorEntry, read_header
+from flashlm.pack.checkpoint import MAX_HEADER_BYTES, TensorEntry, read_header
+from flashlm.pack.checksums import check_bytes
 from flashlm.pack.layout import BLOCK_ALIGN_BYTES, round_up
 from flashlm.pack.manifest import ResidentEntry
+from flashlm.storage.outside import open_regular
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest
 
 _READ_BYTES = 16 << 20
@@ -32,20 +37,29 @@ class ResidentLoad:
     elapsed_s: float
 
 
-def load_resident(model: nn.Module, path: Path, entry: ResidentEntry, reader: Reader) -> ResidentLoad:
+def load_resident(
+    model: nn.Module, path: Path, entry: ResidentEntry, reader: Reader, *, is_checked: bool = True
+) -> ResidentLoad:
     """Point every weight of `model` that lies in `path` at a copy of that file in anonymous memory.
 
     Weights that transformers has changed on loading (another name or dtype) are copied one by one.
 
+    Args:
+        model: The model.
+        path: The resident file.
+        entry: What the manifest says of it.
+        reader: Reads.
+        is_checked: Hold every byte against the manifest's checksums while the next ones are read.
+
     Raises:
-        PackError: The file's header is damaged, or a weight of the model is not in the file.
+        PackError: The file is damaged, or a weight of the model is not in it.
         StorageError: The file is not of the size that the manifest states, or can't be read.
     """
     started_s = time.perf_counter()
     tensors = read_header(path)
     _check_complete(model, path, tensors)
     with reader.open(path, expected_bytes=entry.num_bytes) as file:
-        memory = _read_whole(reader, file, entry.num_bytes)
+        memory = _read_whole(reader, file, entry, is_checked=is_checked)
     elapsed_s = time.perf_counter() - started_s
     with torch.no_grad():
         for name, weight in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -71,21 +85,69 @@ def _check_complete(model: nn.Module, path: Path, tensors: dict[str, TensorEntry
         raise PackError(f"{path} lacks {missing[0]}{more}: convert the model again with this version of transformers")
 
 
-def _read_whole(reader: Reader, file: File, num_bytes: int) -> torch.Tensor:
+def _read_whole(reader: Reader, file: File, entry: ResidentEntry, *, is_checked: bool) -> torch.Tensor:
     """Return the file's bytes as uint8 (num_bytes,); the last, unaligned piece is read apart."""
+    num_bytes = entry.num_bytes
     buffer = AlignedBuffer(round_up(num_bytes, BLOCK_ALIGN_BYTES), huge_pages=False)  # docs/experiments.md: first touch
     aligned_bytes = num_bytes // BLOCK_ALIGN_BYTES * BLOCK_ALIGN_BYTES
-    reader.read(
-        [
-            ReadRequest(file, offset, min(_READ_BYTES, aligned_bytes - offset), buffer, offset)
-            for offset in range(0, aligned_bytes, _READ_BYTES)
-        ]
-    )
-    memory = torch.from_numpy(buffer.numpy())
+    requests = [
+        ReadRequest(file, offset, min(_READ_BYTES, aligned_bytes - offset), buffer, offset)
+        for offset in range(0, aligned_bytes, _READ_BYTES)
+    ]
+    content = buffer.numpy()
+    check = _ChunkCheck(file.path, entry, content) if is_checked else None
+    if check is None:
+        reader.read(requests)
+    else:
+        for request in landed(reader, requests):
+            check.advance(request.offset + request.num_bytes)
     if aligned_bytes < num_bytes:
         tail = reader.read_range(file, aligned_bytes, num_bytes - aligned_bytes)
-        memory[aligned_bytes:num_bytes] = torch.frombuffer(bytearray(tail), dtype=torch.uint8)
-    return memory[:num_bytes]
+        content[aligned_bytes:num_bytes] = np.frombuffer(tail, dtype=np.uint8)
+    if check is not None:
+        check.advance(num_bytes)
+    return torch.from_numpy(content)[:num_bytes]
+
+
+class _ChunkCheck:
+    """Holds the file's chunks against their checksums as the bytes come in, from the first on."""
+
+    def __init__(self, path: Path, entry: ResidentEntry, content: npt.NDArray[np.uint8]) -> None:
+        self._path = path
+        self._entry = entry
+        self._content = content
+        self._num_checked = 0
+
+    def advance(self, num_bytes: int) -> None:
+        """Check every chunk that lies within the first `num_bytes` of the file.
+
+        Raises:
+            PackError: One is damaged.
+        """
+        entry = self._entry
+        while self._num_checked < len(entry.checksums):
+            begin = self._num_checked * entry.chunk_bytes
+            end = min(begin + entry.chunk_bytes, entry.num_bytes)
+            if end > num_bytes:
+                return
+            what = f"chunk {self._num_checked} (bytes {begin} to {end - 1})"
+            check_bytes(self._content[begin:end], entry.checksums[self._num_checked], self._path, what)
+            self._num_checked += 1
+
+
+def check_header(path: Path, entry: ResidentEntry) -> None:
+    """Check the chunks that hold the file's header, before transformers parses it; reads a few MiB.
+
+    Raises:
+        PackError: They are damaged.
+    """
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        num_chunks = min(-(-(8 + min(length, MAX_HEADER_BYTES)) // entry.chunk_bytes), len(entry.checksums))
+        file.seek(0)
+        content = np.frombuffer(file.read(num_chunks * entry.chunk_bytes), dtype=np.uint8)
+    _ChunkCheck(path, entry, content).advance(len(content))
+    read_header(path)
 
 
 def _view(memory: torch.Tensor, stored: TensorEntry) -> torch.Tensor:

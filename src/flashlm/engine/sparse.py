@@ -19,6 +19,7 @@ import torch
 
 from flashlm.engine.counters import Counters
 from flashlm.engine.forward_pass import counting
+from flashlm.engine.row_check import RowCheck
 from flashlm.engine.turn import Turn, overtaken
 from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache
 from flashlm.pack.layout import LayerLayout
@@ -39,6 +40,7 @@ class RowFetch:
     """The rows of one pass, on their way.
 
     Attributes:
+        layer: Whose they are.
         rows: int32 (num_rows,), ascending.
         lookup: Their slots; those that were held come first in `lookup.order`.
         address: Where slot 0 of the layer is.
@@ -46,6 +48,7 @@ class RowFetch:
         note: What the store goes by where the pass is broken off.
     """
 
+    layer: int
     rows: torch.Tensor
     lookup: Lookup
     address: int
@@ -102,12 +105,31 @@ class SparseRows:
             )
             for layout in layouts
         ]
+        self._check: RowCheck | None = None
+        self._filled: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # layer, rows, slots: what loading has read
         self._fill_pinned(capacities)
 
     @property
     def counters(self) -> Counters:
         """Where to count: the pass that runs in this thread, or the totals outside of one."""
         return counting(self._totals)
+
+    def use_check(self, check: RowCheck, *, keeps: bool) -> None:
+        """Hold the rows that are there already against the checksums; `keeps`: and every row that is read from now on.
+
+        Raises:
+            PackError: A row is damaged.
+            StorageError: A block can't be read.
+        """
+        for layer in range(len(self._layouts)):
+            filled = [(rows, slots) for each, rows, slots in self._filled if each == layer]
+            if filled:
+                rows, slots = (torch.cat(parts) for parts in zip(*filled, strict=True))
+                check.held(layer, rows, slots, self._slab, self._offsets[layer])
+        self._filled.clear()
+        if keeps:
+            check.learn()
+            self._check = check
 
     def _fill_pinned(self, capacities: Sequence[LayerCapacity]) -> None:
         for layer, capacity in enumerate(capacities):
@@ -116,6 +138,7 @@ class SparseRows:
                 ticket = Ticket()
                 self._submit(layer, rows, rows, ticket)
                 self._reader.wait(ticket)
+                self._filled.append((layer, rows, rows))
 
     def _submit(self, layer: int, rows: torch.Tensor, slots: torch.Tensor, ticket: Ticket) -> None:
         self._reader.submit_rows(
@@ -177,7 +200,7 @@ class SparseRows:
             self._submit(layer, note.rows, lookup.slots[missing], note.ticket)
             counters.submit_s += time.perf_counter() - managed_s
         ticket = note.ticket if len(missing) else None
-        return RowFetch(rows, lookup, self._slab.address + self._offsets[layer], ticket, note)
+        return RowFetch(layer, rows, lookup, self._slab.address + self._offsets[layer], ticket, note)
 
     def _leave(self, fetch: RowFetch, has_failed: bool) -> None:
         try:
@@ -199,6 +222,7 @@ class SparseRows:
 
         Raises:
             StorageError: A read failed, or the pass was overtaken by another one of its thread.
+            PackError: A row is damaged (where that is checked).
         """
         if self._open is not fetch.note:
             raise overtaken()
@@ -206,6 +230,10 @@ class SparseRows:
             return
         started_s = time.perf_counter()
         self._reader.wait(fetch.ticket)
+        if self._check is not None:
+            missing = fetch.lookup.order[fetch.lookup.num_held :]
+            place = fetch.address - self._slab.address
+            self._check.streamed(fetch.layer, fetch.rows[missing], fetch.lookup.slots[missing], self._slab, place)
         self.counters.wait_s += time.perf_counter() - started_s
         self.counters.bytes_read += fetch.ticket.num_bytes
         self.counters.num_reads += fetch.ticket.num_reads
@@ -218,6 +246,7 @@ class SparseRows:
             if len(rows):
                 with self.fetch(layer, rows) as fetch:
                     self.wait(fetch)
+                    self._filled.append((layer, rows, fetch.lookup.slots))
 
 
 def slab_bytes(layouts: Sequence[LayerLayout], capacities: Sequence[LayerCapacity]) -> int:

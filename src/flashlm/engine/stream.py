@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 
+from flashlm.engine.block_check import BlockCheck
 from flashlm.engine.counters import Counters
 from flashlm.engine.forward_pass import counting
 from flashlm.engine.turn import Turn, overtaken
@@ -50,6 +51,7 @@ class _Step:
     """One streamed block in the cyclic order."""
 
     layer: int
+    block: int
     file: File
     offset: int
     num_bytes: int
@@ -74,9 +76,11 @@ class BlockStream:
         placement: What is pinned, and the staging.
         read_ahead: False begins a layer's reads only when it is reached.
         counters: The model's totals; what a forward pass causes is counted in the pass.
+        check: What is held against checksums; None: nothing.
 
     Raises:
         StorageError: A pinned block can't be read.
+        PackError: A pinned block is damaged.
     """
 
     def __init__(
@@ -88,8 +92,10 @@ class BlockStream:
         *,
         read_ahead: bool = True,
         counters: Counters | None = None,
+        check: BlockCheck | None = None,
     ) -> None:
         self._totals = counters or Counters()
+        self._check = check or BlockCheck()
         self._reader = reader
         self._read_ahead = read_ahead
         self._turn = Turn()
@@ -113,6 +119,7 @@ class BlockStream:
         self._num_begun = 0
         self._num_consumed = 0
         self._open: _Pass | None = None  # the pass that has not come to its end
+        self._check_first(files, layouts, placement)
 
     @property
     def counters(self) -> Counters:
@@ -135,8 +142,18 @@ class BlockStream:
                 requests.append(ReadRequest(file, layout.offset_of(block), num_bytes, pool, position))
                 addresses[-1].append(pool.address + position)
                 position += num_bytes
-        self._reader.read(requests)
+        blocks = [(layer, block) for layer, sizes in enumerate(self._pinned_bytes) for block in range(len(sizes))]
+        self._check.read(self._reader, requests, blocks)
         return pool, addresses
+
+    def _check_first(self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement) -> None:
+        """Check one block of each layer of which none is pinned: a file of another layer or pack is noticed at once."""
+        if self._ring is None:
+            return
+        for layer, (file, layout, num_pinned) in enumerate(zip(files, layouts, placement.num_pinned, strict=True)):
+            if num_pinned == 0:
+                request = ReadRequest(file, layout.offset_of(0), layout.read_bytes(0), self._ring, 0)
+                self._check.sample(self._reader, request, layer, 0)
 
     def layer(self, layer: int) -> AbstractContextManager[Iterator[BlockRun]]:
         """Give the blocks of `layer`, in file order; each run is valid until the next one is taken.
@@ -146,6 +163,7 @@ class BlockStream:
         Raises:
             StorageError: A block can't be read; or there are fewer than the layer has, or the pass was overtaken by
                 another one of its thread.
+            PackError: A streamed block is damaged (where that is checked).
         """
         current = _Pass(layer)
         return self._turn.take(self._enter, partial(self._leave, current), current)
@@ -195,6 +213,7 @@ class BlockStream:
     def _land(self, layer: int) -> int:
         """Wait for the next block of `layer`; return how many there are by then, in neighbouring slots."""
         counters = self.counters
+        assert self._ring is not None
         joins = self._slot_bytes == self._strides[layer]
         most = min(self._run_blocks[layer], self._num_slots // 4) if joins else 1
         count = 0
@@ -210,6 +229,8 @@ class BlockStream:
                 if count >= most or not follows or step.layer != layer or not self._reader.is_done(ticket):
                     break
                 self._reader.wait(ticket)
+            place = number % self._num_slots * self._slot_bytes
+            self._check.streamed(step.layer, step.block, self._ring, place, step.num_bytes)
             counters.bytes_read += step.num_bytes
             counters.num_reads += 1
             count += 1
@@ -285,5 +306,5 @@ def _schedule(
     for layer, (file, layout) in enumerate(zip(files, layouts, strict=True)):
         streamed = range(placement.num_pinned[layer], layout.num_blocks)
         first.append(len(steps) if streamed else None)
-        steps += [_Step(layer, file, layout.offset_of(block), layout.read_bytes(block)) for block in streamed]
+        steps += [_Step(layer, block, file, layout.offset_of(block), layout.read_bytes(block)) for block in streamed]
     return steps, first

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 
 from flashlm.errors import PackError
+from flashlm.storage.outside import check_regular, open_regular, read_json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-MAX_INDEX_BYTES = 256 << 20
+MAX_INDEX_BYTES = 64 << 20
 MAX_RANK = 8
 
 TORCH_DTYPES = {
@@ -75,9 +77,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         PackError: No safetensors, a missing shard, a damaged header or index, or an element type that can't be read.
     """
-    if (folder / SINGLE_NAME).is_file():
+    if os.path.lexists(folder / SINGLE_NAME):  # something else than a file is refused when it is opened
         return _checkpoint(folder, {SINGLE_NAME: None})
-    if (folder / INDEX_NAME).is_file():
+    if os.path.lexists(folder / INDEX_NAME):
         return _checkpoint(folder, _read_index(folder / INDEX_NAME))
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
         raise PackError(
@@ -101,7 +103,7 @@ def _checkpoint(folder: Path, wanted: dict[str, set[str] | None]) -> Checkpoint:
 
 
 def _read_index(path: Path) -> dict[str, set[str] | None]:
-    content = _load_json(path, MAX_INDEX_BYTES)
+    content = read_json(path, MAX_INDEX_BYTES)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise PackError(f"{path} has no weight_map")
@@ -113,17 +115,6 @@ def _read_index(path: Path) -> dict[str, set[str] | None]:
         assert found is not None
         found.add(name)
     return names
-
-
-def _load_json(path: Path, max_bytes: int) -> Any:
-    try:
-        if path.stat().st_size > max_bytes:
-            raise PackError(f"{path} is larger than {max_bytes} bytes")
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise PackError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise PackError(f"{path} is not JSON: {error}") from error
 
 
 def shards_of(index: Path) -> list[str]:
@@ -142,8 +133,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         PackError: The file is missing or shorter than its header says, or the header is damaged.
     """
     try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
+        file_bytes = check_regular(path)
+        with open_regular(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or length > min(MAX_HEADER_BYTES, file_bytes - 8):
                 raise PackError(f"{path} is not safetensors: a header of {length} bytes in a file of {file_bytes}")

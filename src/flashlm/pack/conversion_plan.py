@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -21,8 +20,9 @@ from flashlm.pack.experts_source import ExpertSource, read_experts
 from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
 from flashlm.pack.layer_file import LayerPart, LayerPools, RowChunk, read_layer
 from flashlm.pack.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
-from flashlm.pack.manifest import EXPERTS_FORMAT_VERSION, FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
+from flashlm.pack.manifest import FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
 from flashlm.pack.names import NameMap, map_names, tied_pairs
+from flashlm.pack.pack_config import num_hidden_layers
 from flashlm.pack.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
 from flashlm.pack.small_files import SmallFiles, choose_from_folder
 from flashlm.pack.source import fingerprint, load_config
@@ -55,13 +55,14 @@ class ConversionPlan:
         source_name: The source as it was given.
         checkpoint: The source's weight files.
         model_type: The transformers model type.
+        num_hidden_layers: Its decoder layers.
         dtype: Element type of the pack.
         block_rows: Rows per block.
         layers: The feed-forward layers, in forward order; none where there are experts.
         experts: The layers of experts, in forward order.
         streamed: The files of all of these.
         num_column_parts: The most parts of a layer that lie column by column.
-        resident: What goes into `model.safetensors`.
+        resident: What goes into `flash/resident.safetensors`.
         left_out: Names of checkpoint tensors that the model does not have and transformers ignores.
         small: Small files to copy, and what is left out.
         fingerprint: Identifies the conversion.
@@ -71,6 +72,7 @@ class ConversionPlan:
     source_name: str
     checkpoint: Checkpoint
     model_type: str
+    num_hidden_layers: int
     dtype: str
     block_rows: int
     layers: tuple[FfnLayer, ...]
@@ -81,11 +83,6 @@ class ConversionPlan:
     left_out: tuple[str, ...]
     small: SmallFiles
     fingerprint: str
-
-    @property
-    def format_version(self) -> Literal[1, 2]:
-        """Version of the pack's format."""
-        return EXPERTS_FORMAT_VERSION if self.experts else FORMAT_VERSION
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -142,12 +139,13 @@ def plan_conversion(
     rows = experts[0].num_rows if experts else _block_rows(layers, dtype, block_rows)
     parts = tuple(_layer_parts(model, layer, names) for layer in layers)
     small = choose_from_folder(folder, checkpoint.files, with_code=trust_remote_code)
-    settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__}
+    settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__, "format": FORMAT_VERSION}
     return ConversionPlan(
         pack=target,
         source_name=source_name,
         checkpoint=checkpoint,
         model_type=config.model_type,
+        num_hidden_layers=num_hidden_layers(config),
         dtype=dtype,
         block_rows=rows,
         layers=layers,

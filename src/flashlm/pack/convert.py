@@ -22,6 +22,7 @@ from flashlm.pack.conversion_plan import ConversionPlan, experts_file_name, laye
 from flashlm.pack.direct_file import DirectReader, sync_folder, write_error, write_small_file
 from flashlm.pack.layer_file import LayerPools, write_layer
 from flashlm.pack.manifest import (
+    CONFIG_NAME,
     FLASH_DIR,
     RESIDENT_NAME,
     ExpertsEntry,
@@ -31,7 +32,9 @@ from flashlm.pack.manifest import (
     SourceEntry,
     manifest_path,
     read_manifest,
+    resident_path,
 )
+from flashlm.pack.pack_config import NOTE, NOTE_NAME
 from flashlm.pack.pipeline import BufferPool, ReadAhead, WriteBehind
 from flashlm.pack.progress_record import (
     ProgressRecord,
@@ -166,7 +169,7 @@ def _is_there(plan: ConversionPlan, name: str) -> bool:
 def _path(plan: ConversionPlan, name: str) -> Path | None:
     if name not in plan.file_bytes:
         return None
-    return plan.pack / name if name == RESIDENT_NAME else plan.pack / FLASH_DIR / name
+    return resident_path(plan.pack) if name == RESIDENT_NAME else plan.pack / FLASH_DIR / name
 
 
 _Steps = Generator[tuple[int, tuple[str, ...]]]
@@ -182,7 +185,7 @@ def _files(
             DirectReader() as reader,
             ReadAhead(read_resident(reader, plan.resident, reading), depth=2, pools=(reading,)) as pieces,
         ):
-            path = plan.pack / RESIDENT_NAME
+            path = resident_path(plan.pack)
             yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer, casts)
     todo = [file for file in plan.streamed if file.name not in record.finished]
     pools = LayerPools(num_column_parts=plan.num_column_parts)
@@ -196,15 +199,18 @@ def _files(
 
 def _finish(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
     """Write the small files, and last of all the manifest."""
-    contents = {"config.json": pack_config(plan.checkpoint.folder, plan.dtype, plan.format_version).encode()}
+    contents = {
+        CONFIG_NAME: pack_config(plan.checkpoint.folder, plan.dtype).encode(),
+        NOTE_NAME: NOTE.encode(),
+    }
     checksums = {}
     for name in sorted({*plan.small.kept, *contents}):
-        content = contents.get(name) or (plan.checkpoint.folder / name).read_bytes()
+        content = contents[name] if name in contents else (plan.checkpoint.folder / name).read_bytes()
         _make_folders(plan.pack, name)
         write_small_file(plan.pack / name, content)
         checksums[name] = xxhash.xxh3_64_hexdigest(content)
     manifest = _manifest(plan, record).model_copy(update={"small_files": checksums})
-    write_small_file(manifest_path(plan.pack), manifest.to_json().encode())
+    write_small_file(manifest_path(plan.pack), manifest.to_bytes())
     remove_record(plan.pack)
     return manifest
 
@@ -255,9 +261,9 @@ def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
         for index, layer in enumerate(plan.experts)
     )
     return Manifest(
-        format_version=plan.format_version,
         flashlm_version=__version__,
         model_type=plan.model_type,
+        num_hidden_layers=plan.num_hidden_layers,
         dtype=plan.dtype,  # type: ignore[arg-type]  # canonical_dtype returned it
         hidden_size=layout.hidden_size,
         has_gate=layout.has_gate,

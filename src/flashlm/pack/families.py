@@ -148,9 +148,10 @@ def build_meta_model(config: PreTrainedConfig, *, trust_remote_code: bool = Fals
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # each model's class has ways of its own to stumble over its config
         raise UnsupportedModelError(
-            f"transformers can't build a causal language model of type {config.model_type!r}: {error}"
+            f"transformers can't build a causal language model of type {config.model_type!r}:"
+            f" {type(error).__name__}: {error}"
         ) from error
     return model.eval()
 

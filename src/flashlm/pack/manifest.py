@@ -1,28 +1,29 @@
 """The manifest of a pack, `flash/manifest.json`: what is streamed, how it is laid out, and where it came from.
 
 A manifest is outside data: it is validated strictly, every size in it is checked against the layout before anything is
-allocated, and file names that would leave the pack are refused. `docs/format.md` describes the format byte for byte.
+allocated, and file names that would leave the pack are refused. It ends with a checksum of its own text (`sealed`).
+`docs/format.md` describes the format byte for byte.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flashlm.errors import PackError
 from flashlm.pack.layout import LayerLayout
+from flashlm.pack.sealed import seal, unseal
+from flashlm.storage.outside import parse_json, read_document
 
-FORMAT_VERSION: Literal[1] = 1
-EXPERTS_FORMAT_VERSION: Literal[2] = (
-    2  # of packs with experts, so that older readers say what is missing: a newer flashlm
-)
+FORMAT_VERSION: Literal[3] = 3
 CUSTOM_GATE = "custom"  # the activation of experts that do more than act(gate) * up
 FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
-RESIDENT_NAME = "model.safetensors"
+# Not `model.safetensors`: without flashlm transformers must find no weights, instead of half of them.
+RESIDENT_NAME = f"{FLASH_DIR}/resident.safetensors"
 # What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.document` and `.routing` describe it.
 CALIBRATION_NAMES = (
     "sparsity.json",
@@ -32,13 +33,16 @@ CALIBRATION_NAMES = (
     "routing.json",
 )
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 2_000  # a model of so many is built in seconds; none has half of them
 MAX_DIMENSION = 1 << 24
-MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 64 << 20
+CONFIG_NAME = "config.json"
+_AGAIN = "convert the model again"
 
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
 SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+(/[^/\\\x00]+)*$", max_length=255)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", max_length=1024)]
 LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}(\.[0-9a-f]{8})?\.rows$")]
 ExpertsFileName = Annotated[str, Field(pattern=r"^experts-\d{5}\.rows$")]
 
@@ -55,15 +59,15 @@ class LayerEntry(_Strict):
         identities: Dotted paths of modules whose work the streamed FFN takes over; they become `nn.Identity`.
         file: Name of the layer's file in `flash/`.
         num_rows: Neurons (d_ffn).
-        has_up_bias, has_gate_bias, has_down_bias: Whether `model.safetensors` holds `<module>.up_bias` (d_ffn,),
+        has_up_bias, has_gate_bias, has_down_bias: Whether the resident file holds `<module>.up_bias` (d_ffn,),
             `<module>.gate_bias` (d_ffn,), `<module>.down_bias` (d_model,).
         checksums: xxh3-64 of each block as read (padding included), 16 hexadecimal digits.
         order_checksum: xxh3-64 of the layer's `.order` file, which says which checkpoint neuron each row is; None where
             rows lie in the checkpoint's order, and there is no such file.
     """
 
-    module: str
-    identities: tuple[str, ...] = ()
+    module: ModuleName
+    identities: tuple[ModuleName, ...] = ()
     file: LayerFileName
     num_rows: Dimension
     has_up_bias: bool
@@ -77,14 +81,14 @@ class ExpertsEntry(_Strict):
     """The routed experts of one layer; a block of its file is an expert.
 
     Attributes:
-        module: Dotted path of the experts module, whose weights are in the file instead of in `model.safetensors`.
+        module: Dotted path of the experts module, whose weights are in the file instead of in the resident one.
         file: Name of its file in `flash/`.
         num_experts: Experts.
         num_active: Experts that a token uses.
         checksums: xxh3-64 of each expert as read (padding included), 16 hexadecimal digits.
     """
 
-    module: str
+    module: ModuleName
     file: ExpertsFileName
     num_experts: Dimension
     num_active: Dimension
@@ -92,7 +96,7 @@ class ExpertsEntry(_Strict):
 
 
 class ResidentEntry(_Strict):
-    """`model.safetensors`: everything that stays in DRAM, checksummed in pieces of `chunk_bytes` (last one shorter)."""
+    """`flash/resident.safetensors`: everything that stays in DRAM; a checksum for each `chunk_bytes` (last: fewer)."""
 
     num_bytes: Annotated[int, Field(gt=0)]
     chunk_bytes: Annotated[int, Field(gt=0)]
@@ -120,9 +124,10 @@ class Manifest(_Strict):
     """Everything that a reader of the pack needs to know.
 
     Attributes:
-        format_version: Version of the format; an unknown one is refused by name. 2 where there are experts.
+        format_version: Version of the format; another one is refused by name.
         flashlm_version: The flashlm that wrote the pack.
         model_type: The transformers model type.
+        num_hidden_layers: Decoder layers of the model by its config, those included of which nothing is streamed.
         dtype: Element type of rows and resident floating-point weights.
         hidden_size: d_model of the streamed FFNs, or what experts take and give.
         has_gate: Whether rows hold a gate part.
@@ -136,9 +141,10 @@ class Manifest(_Strict):
         source: Where the weights came from.
     """
 
-    format_version: Literal[1, 2] = 1
+    format_version: Literal[3] = FORMAT_VERSION
     flashlm_version: str
     model_type: str
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     dtype: Literal["bfloat16", "float16", "float32"]
     hidden_size: Dimension
     has_gate: bool
@@ -156,10 +162,10 @@ class Manifest(_Strict):
     def _sizes_agree(self) -> Manifest:
         if bool(self.layers) == bool(self.experts):
             raise ValueError("streamed layers or layers of experts expected, and not both")
-        if self.format_version != (EXPERTS_FORMAT_VERSION if self.experts else FORMAT_VERSION):
-            raise ValueError(f"format version {self.format_version} does not go with what is streamed")
         if any({"", ".", ".."} & set(name.split("/")) for name in self.small_files):
             raise ValueError("a small file is no file in the pack")
+        if len(self.files) > self.num_hidden_layers:
+            raise ValueError(f"{len(self.files)} streamed layers in a model of {self.num_hidden_layers}")
         if any(layer.num_active > layer.num_experts for layer in self.experts):
             raise ValueError("more active experts than experts")
         for layer, layout in self.files:
@@ -207,9 +213,20 @@ class Manifest(_Strict):
         """Bytes of all layer files."""
         return sum(layout.file_bytes for _, layout in self.files)
 
-    def to_json(self) -> str:
-        """Return the text of `flash/manifest.json`; fields that format version 1 does not know only where they are used."""
-        return self.model_dump_json(indent=1, exclude=None if self.experts else {"experts"}) + "\n"
+    @property
+    def weights_fingerprint(self) -> str:
+        """What identifies the weights, their order included: a digest of all checksums. Calibrations belong to one."""
+        digest = xxhash.xxh3_64()
+        for entry, _ in self.files:
+            for checksum in entry.checksums:
+                digest.update(checksum.encode())
+        for checksum in self.resident.checksums:
+            digest.update(checksum.encode())
+        return digest.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """Return the content of `flash/manifest.json`."""
+        return seal(self.model_dump_json(indent=1))
 
 
 def manifest_path(pack: Path) -> Path:
@@ -227,6 +244,11 @@ def order_path(pack: Path, entry: LayerEntry) -> Path:
     return layer_path(pack, entry).with_suffix(".order")
 
 
+def resident_path(pack: Path) -> Path:
+    """Return where `pack` keeps the weights that stay in DRAM."""
+    return pack / RESIDENT_NAME
+
+
 def _what_instead(pack: Path) -> str:
     """Return what to do about a folder without a manifest: convert it where it is a model, else convert into it."""
     config = pack / "config.json"
@@ -239,31 +261,30 @@ def read_manifest(pack: Path) -> Manifest:
     """Read and check the manifest of `pack`.
 
     Raises:
-        PackError: No manifest (not a pack, or an unfinished conversion), an unknown version, or invalid content.
+        PackError: No manifest (not a pack, or an unfinished conversion), another version, a changed text, or invalid
+            content.
     """
     path = manifest_path(pack)
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise PackError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
-        text = path.read_bytes()
+        text = read_document(path, MAX_MANIFEST_BYTES, advice=_AGAIN)
     except FileNotFoundError:
         raise PackError(f"{pack} is not a finished pack: {_what_instead(pack)}") from None
-    except OSError as error:
-        raise PackError(f"{path} can't be read: {error.strerror}") from error
+    content = parse_json(text, path, advice=_AGAIN)
+    _check_version(path, content.get("format_version") if isinstance(content, dict) else None)
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PackError(f"{path} is not JSON ({error}): convert the model again") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if type(version) is not int or version not in (FORMAT_VERSION, EXPERTS_FORMAT_VERSION):  # True == 1
-        raise PackError(
-            f"{path} has format version {version!r}, this flashlm reads versions {FORMAT_VERSION} and"
-            f" {EXPERTS_FORMAT_VERSION}:"
-            " update flashlm, or convert the model again"
-        )
-    try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate_json(unseal(text, path, "Convert the model again"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise PackError(f"{path} is invalid at {where}: {first['msg']} ({error.error_count()} problems)") from error
+
+
+def _check_version(path: Path, version: object) -> None:
+    if type(version) is int and version == FORMAT_VERSION:  # True == 1
+        return
+    reason = f"{path} has format version {version!r}, this flashlm reads version {FORMAT_VERSION}"
+    if type(version) is int and version > FORMAT_VERSION:
+        raise PackError(f"{reason}: update flashlm, or convert the model again")
+    raise PackError(
+        f"{reason}: convert the model again (it is an old pack, whose weights other programs took for whole)"
+    )

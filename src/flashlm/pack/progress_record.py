@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flashlm.errors import ConfigError, PackError, StorageError
 from flashlm.pack.direct_file import sync_folder, write_error, write_small_file
-from flashlm.pack.manifest import FLASH_DIR, manifest_path, read_manifest
+from flashlm.pack.manifest import FLASH_DIR, MAX_MANIFEST_BYTES, manifest_path, read_manifest
+from flashlm.storage.outside import read_document
 
 PROGRESS_NAME = "progress.json"
 
@@ -145,6 +146,6 @@ def _remove_leftovers(pack: Path) -> None:
 
 def _read(path: Path) -> ProgressRecord:
     try:
-        return ProgressRecord.model_validate_json(path.read_bytes())
+        return ProgressRecord.model_validate_json(read_document(path, MAX_MANIFEST_BYTES))
     except ValidationError as error:
         raise PackError(f"{path} is damaged: delete {path.parent.parent} and convert again") from error

@@ -1,8 +1,8 @@
 """Lay the rows of a finished pack down in another order, layer by layer; stopped at any moment, the pack stays whole.
 
 A layer's rows are written to a new file, beside it their order; then the manifest is replaced, which makes the change; then
-the old file goes. The order says which checkpoint neuron a row is, so that biases, which stay in `model.safetensors` in the
-checkpoint's order, can be matched on loading.
+the old file goes. The order says which checkpoint neuron a row is, so that biases, which stay in the
+resident file in the checkpoint's order, can be matched on loading.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy.typing as npt
 import xxhash
 
 from flashlm.errors import PackError, StorageError
+from flashlm.pack.checksums import check_bytes
 from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes, write_small_file
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import FLASH_DIR, LayerEntry, Manifest, layer_path, manifest_path, order_path
 from flashlm.sizes import format_size
+from flashlm.storage.outside import read_document
 
 Order = npt.NDArray[np.int64]
 Progress = Callable[[int, int, str], None]
@@ -62,9 +64,9 @@ def read_order(pack: Path, entry: LayerEntry) -> Order | None:
         return None
     path = order_path(pack, entry)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PackError(f"{path} can't be read: {error.strerror}. Convert the model again") from error
+        content = read_document(path, 4 * entry.num_rows, advice="convert the model again")
+    except FileNotFoundError:
+        raise PackError(f"{path} is missing. Convert the model again") from None
     if len(content) != 4 * entry.num_rows or xxhash.xxh3_64_hexdigest(content) != entry.order_checksum:
         raise PackError(f"{path} is damaged: convert the model again")
     return np.frombuffer(content, dtype="<i4").astype(np.int64)
@@ -94,20 +96,26 @@ def _reorder_layer(pack: Path, manifest: Manifest, index: int, order: Order) -> 
     target = entry.model_copy(update={"file": f"layer-{index:05d}.{mark[:8]}.rows", "order_checksum": mark})
     if target.file == entry.file:
         return manifest
-    checksums = _write_rows(layer_path(pack, entry), layer_path(pack, target), layout, order)
+    checksums = _write_rows(layer_path(pack, entry), layer_path(pack, target), layout, order, entry.checksums)
     write_small_file(order_path(pack, target), neurons)
     layers = list(manifest.layers)
     layers[index] = target.model_copy(update={"checksums": checksums})
     changed = manifest.model_copy(update={"layers": tuple(layers)})
-    write_small_file(manifest_path(pack), changed.to_json().encode())
+    write_small_file(manifest_path(pack), changed.to_bytes())
     layer_path(pack, entry).unlink(missing_ok=True)
     if entry.order_checksum is not None:
         order_path(pack, entry).unlink(missing_ok=True)
     return changed
 
 
-def _write_rows(source: Path, target: Path, layout: LayerLayout, order: Order) -> tuple[str, ...]:
-    """Write `target` with row i of `source` at the position of i in `order`; return the checksum of each block."""
+def _write_rows(
+    source: Path, target: Path, layout: LayerLayout, order: Order, known: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Write `target` with row i of `source` at the position of i in `order`; return the checksum of each block.
+
+    Raises:
+        PackError: A block of `source` is not as `known` says: written again it would pass for whole.
+    """
     stride = layout.row_stride_bytes
     rows = np.empty((layout.num_rows, stride), dtype=np.uint8)
     with DirectReader() as reader:
@@ -115,6 +123,7 @@ def _write_rows(source: Path, target: Path, layout: LayerLayout, order: Order) -
         for block in range(layout.num_blocks):
             span = layout.rows_of(block)
             raw = reader.read(source, layout.offset_of(block), layout.read_bytes(block), buffer)
+            check_bytes(raw.numpy(), known[block], source, f"block {block}")
             rows[span.start : span.stop] = raw.numpy()[: len(span) * stride].reshape(len(span), stride)
     checksums = []
     block_buffer = AlignedBuffer(layout.block_stride_bytes)

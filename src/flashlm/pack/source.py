@@ -13,9 +13,20 @@ from transformers import AutoConfig, PreTrainedConfig
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack import activations
 from flashlm.pack.checkpoint import Checkpoint
+from flashlm.pack.files import check_special_files
 from flashlm.pack.hub import download
+from flashlm.pack.manifest import CONFIG_NAME, FORMAT_VERSION, Manifest
+from flashlm.pack.pack_config import (
+    MAX_CONFIG_BYTES,
+    QUANT_METHOD,
+    check_counts,
+    local_config,
+    num_hidden_layers,
+    read_pack_config,
+    without_code,
+)
+from flashlm.storage.outside import read_json
 
-QUANT_METHOD = "flashlm"
 DTYPE_NAMES = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -24,7 +35,6 @@ DTYPE_NAMES = {
     "float16": "float16",
     "float32": "float32",
 }
-_CONFIG_NAME = "config.json"
 
 
 def canonical_dtype(dtype: str) -> str:
@@ -68,14 +78,57 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         method = quantized.get("quant_method")
         what = "already a flashlm pack" if method == QUANT_METHOD else f"already quantized ({method})"
         raise PackError(f"{folder} is {what}: convert the model it was made from")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModelError(
-            f"model type {raw.get('model_type')!r} in {folder} is not supported: {error}"
-        ) from error
+    check_counts(raw, folder / CONFIG_NAME)
+    check_special_files(folder)
+    config = local_config(_parse_config(folder, raw, trust_remote_code=trust_remote_code))
     activations.check_parameters(config)
     return config
+
+
+def load_pack_config(
+    pack: Path, manifest: Manifest, *, is_checked: bool = True, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Return the transformers config of a pack, after everything that transformers will open was looked at.
+
+    Args:
+        pack: The folder.
+        manifest: Its manifest.
+        is_checked: False does without config.json's checksum.
+        trust_remote_code: Run code that the pack carries.
+
+    Raises:
+        PackError: config.json is damaged, changed or of another model; or a file is none.
+        UnsupportedModelError: A model type that this transformers does not know.
+    """
+    raw = read_pack_config(pack, manifest, is_checked=is_checked)
+    check_special_files(pack)
+    activations.register()
+    config = _parse_config(pack, raw, trust_remote_code=trust_remote_code)
+    check_config(config, manifest, pack)
+    return config
+
+
+def check_config(config: PreTrainedConfig, manifest: Manifest, pack: Path) -> None:
+    """Refuse a config of another number of layers than the pack, before they are built.
+
+    Raises:
+        PackError: It is one.
+    """
+    if (count := num_hidden_layers(config)) != manifest.num_hidden_layers:
+        raise PackError(
+            f"the config has {count} layers, {pack} was made from a model of {manifest.num_hidden_layers}:"
+            " give the pack's own config, or convert the model again"
+        )
+
+
+def _parse_config(folder: Path, raw: dict[str, Any], *, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each model's class has checks of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnsupportedModelError(
+            f"{folder / CONFIG_NAME} can't be used, model type {raw.get('model_type')!r}: {reason}"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -84,23 +137,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         PackError: Missing or damaged.
     """
-    path = folder / _CONFIG_NAME
+    path = folder / CONFIG_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
-        raise PackError(f"{folder} is not a model folder: {_CONFIG_NAME} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PackError(f"{path} can't be read: {error}") from error
+        raise PackError(f"{folder} is not a model folder: {CONFIG_NAME} is missing") from None
     if not isinstance(content, dict):
         raise PackError(f"{path} is damaged: an object expected")
     return content
 
 
-def pack_config(folder: Path, dtype: str, format_version: int) -> str:
+def pack_config(folder: Path, dtype: str) -> str:
     """Return the text of the pack's `config.json`: the source's, with the pack's dtype and our quantization entry."""
-    content = _with_dtype(read_config(folder), dtype)
+    content = without_code(_with_dtype(read_config(folder), dtype))
     content["dtype"] = dtype
-    content["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": format_version}
+    content["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -117,7 +168,7 @@ def _with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def fingerprint(checkpoint: Checkpoint, copied: tuple[str, ...], settings: dict[str, object]) -> str:
     """Return what identifies a conversion: names, sizes and times of all source files, and its settings."""
-    names = [*(path.name for path in checkpoint.files), _CONFIG_NAME, *copied]
+    names = [*(path.name for path in checkpoint.files), CONFIG_NAME, *copied]
     found = {name: (checkpoint.folder / name).stat() for name in names}
     stats = {name: [each.st_size, each.st_mtime_ns] for name, each in found.items()}
     text = json.dumps({"files": stats, "settings": settings}, sort_keys=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
+from flashlm.storage.outside import parse_json, read_document
 
 PLAN_VERSION: Literal[4] = 4
 MAX_PLAN_BYTES = 1 << 20
+_MAKE = "make a plan with `flashlm plan PACK --dram SIZE --save FILE`"
 
 Mode = Literal["naive", "hybrid", "sparse", "experts"]
 
@@ -92,14 +93,10 @@ def load_plan(path: Path) -> Plan:
         ConfigError: There is none, or it is damaged or of another version.
     """
     try:
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise ConfigError(f"{path} is not a plan: make one with `flashlm plan PACK --dram SIZE --save FILE`")
-        text = path.read_bytes()
-        content = json.loads(text)
+        text = read_document(path, MAX_PLAN_BYTES, error=ConfigError, advice=_MAKE)
     except OSError as error:
-        raise ConfigError(f"the plan {path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the plan {path} is not JSON ({error}): make it again with `flashlm plan`") from error
+        raise ConfigError(f"the plan {path} can't be read: {error.strerror}: {_MAKE}") from error
+    content = parse_json(text, path, error=ConfigError, advice=_MAKE)
     version = content.get("plan_version") if isinstance(content, dict) else None
     if type(version) is not int or version != PLAN_VERSION:
         raise ConfigError(f"the plan {path} has version {version!r}, this flashlm reads {PLAN_VERSION}: make it again")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashlm.errors import PackError
 from flashlm.kernels import WIDEN_PIECE_BYTES, choose_strategy
 from flashlm.memory.budget import Needs
 from flashlm.memory.limits import process_bytes
 from flashlm.memory.pass_memory import PassFacts, working_bytes
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 from flashlm.pack.manifest import read_manifest
+from flashlm.pack.source import load_pack_config
 
 DEFAULT_CONTEXT = 2048
 # Measured on the families' tests and a 6.7 B model under a cgroup cap: libraries that are imported late (generation,
@@ -33,20 +34,21 @@ _LOGIT_SCALINGS = (
 )
 
 
-def read_config(pack: Path, **trust: Any) -> Any:
+def read_config(pack: Path, *, is_checked: bool | None = None, **trust: Any) -> Any:
     """Return the transformers config of a pack.
 
-    Raises:
-        PackError: Not a finished pack, or its config.json is missing or damaged.
-    """
-    from transformers import AutoConfig
+    Args:
+        pack: The folder.
+        is_checked: Whether config.json is held against its checksum; None: unless `FLASHLM_CHECK` is "none".
+        **trust: `trust_remote_code`, if at all.
 
-    read_manifest(pack)
-    try:
-        return AutoConfig.from_pretrained(pack, **trust)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise PackError(f"{pack / 'config.json'} can't be used: {reason} Convert the model again.") from error
+    Raises:
+        PackError: Not a finished pack, or its config.json is missing, damaged or (`is_checked`) changed.
+        UnsupportedModelError: A config that this transformers can't use.
+    """
+    if is_checked is None:
+        is_checked = os.environ.get("FLASHLM_CHECK") != "none"
+    return load_pack_config(pack, read_manifest(pack), is_checked=is_checked, **trust)
 
 
 def kv_cache_bytes_per_token(config: Any, dtype_bytes: int) -> int:

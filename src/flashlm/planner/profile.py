@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
+from flashlm.storage.outside import parse_json, read_document
 
 PROFILE_VERSION: Literal[4] = 4
 MAX_PROFILE_BYTES = 4 << 20
@@ -215,17 +215,10 @@ def load_profile(path: Path) -> DeviceProfile | None:
     """
     again = "run `flashlm probe` again"
     try:
-        if path.stat().st_size > MAX_PROFILE_BYTES:
-            raise ConfigError(f"{path} is not a device profile: {again}")
-        text = path.read_bytes()
+        text = read_document(path, MAX_PROFILE_BYTES, error=ConfigError, advice=again)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}: {again}") from error
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}): {again}") from error
+    content = parse_json(text, path, error=ConfigError, advice=again)
     version = content.get("profile_version") if isinstance(content, dict) else None
     if type(version) is not int or version != PROFILE_VERSION:
         raise ConfigError(f"{path} has version {version!r}, this flashlm reads {PROFILE_VERSION}: {again}")

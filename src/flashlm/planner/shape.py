@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from flashlm.errors import ConfigError, PackError, UnsupportedModelError
+from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack import activations
 from flashlm.pack.experts import ExpertLayer, find_expert_layers
 from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
-from flashlm.pack.source import canonical_dtype
+from flashlm.pack.source import canonical_dtype, load_config, load_pack_config
 from flashlm.planner.expert_needs import expert_uses
 from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, resident_bytes, uses_of_layers
 from flashlm.planner.outline import outline
@@ -120,7 +120,7 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
         UnsupportedModelError: A family that flashlm can't place.
     """
     folder = Path(source).expanduser()
-    if manifest_path(folder).exists():
+    if os.path.lexists(manifest_path(folder)):  # a damaged one is for the reader to refuse
         return _pack_shape(folder, trust_remote_code)
     config = _read_config(source, trust_remote_code)
     dtype = canonical_dtype(dtype)
@@ -160,8 +160,7 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
 
 def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape | ExpertShape:
     manifest = read_manifest(pack)
-    activations.register()
-    config = AutoConfig.from_pretrained(pack, trust_remote_code=trust_remote_code)
+    config: Any = load_pack_config(pack, manifest, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
@@ -276,18 +275,7 @@ def _read_config(source: str | Path, trust_remote_code: bool) -> Any:
     activations.register()
     if not is_local:
         path = _fetch_config(str(source), trust_remote_code)
-    try:
-        json.loads((path / CONFIG_NAME).read_bytes())
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except FileNotFoundError:
-        raise PackError(f"{path} is not a model folder: {CONFIG_NAME} is missing") from None
-    except json.JSONDecodeError as error:
-        raise PackError(f"{path / CONFIG_NAME} is not JSON: {error}") from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnsupportedModelError(f"{path / CONFIG_NAME} can't be used: {reason}") from error
-    activations.check_parameters(config)
-    return config
+    return load_config(path, trust_remote_code=trust_remote_code)
 
 
 def _fetch_config(source: str, trust_remote_code: bool) -> Path:

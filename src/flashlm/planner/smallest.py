@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from flashlm.errors import ConfigError
 from flashlm.memory.budget import floor_bytes
 from flashlm.memory.expert_budget import expert_floor_bytes
+from flashlm.pack.families import build_meta_model
 from flashlm.pack.manifest import read_manifest
 from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config
@@ -28,15 +27,12 @@ def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
         PackError: Not a finished pack.
         ConfigError: The context is out of range.
     """
-    from transformers import AutoModelForCausalLM
-
     if context is not None and context < 1:
         raise ConfigError(f"context={context} must be a whole number of tokens, at least 1")
     manifest = read_manifest(Path(pack))
     config = read_config(Path(pack))
     del config.quantization_config
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config)
+    build_meta_model(config)
     if manifest.experts:
         uses = expert_uses(manifest)
         expert_needs = measure_expert_needs(config, uses, manifest.resident.num_bytes, context or DEFAULT_CONTEXT)

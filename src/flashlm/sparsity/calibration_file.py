@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from flashlm.errors import PackError
+from flashlm.pack.sealed import unseal
+from flashlm.storage.outside import parse_json, read_document
 
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -29,22 +30,15 @@ def read_calibration_file(
         PackError: It can't be read, is damaged, or of another version.
     """
     try:
-        if path.stat().st_size > max_bytes:
-            raise PackError(f"{path} is larger than {max_bytes} bytes: run `flashlm calibrate` again")
-        text = path.read_bytes()
+        text = read_document(path, max_bytes, advice="run `flashlm calibrate` again")
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise PackError(f"{path} can't be read: {error.strerror}") from error
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PackError(f"{path} is not JSON ({error}): run `flashlm calibrate` again") from error
+    content = parse_json(text, path, advice="run `flashlm calibrate` again")
     found = content.get(version_key) if isinstance(content, dict) else None
     if type(found) is not int or found != version:
         raise PackError(f"{path} has version {found!r}, this flashlm reads {version}: calibrate again")
     try:
-        return document.model_validate_json(text)
+        return document.model_validate_json(unseal(text, path, "Run `flashlm calibrate` again"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the document"

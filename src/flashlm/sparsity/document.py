@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from flashlm.errors import PackError
-from flashlm.pack.direct_file import write_small_file
+from flashlm.pack.calibration_files import file_checksum
+from flashlm.pack.direct_file import sync_folder, write_error, write_small_file
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, Manifest
+from flashlm.pack.sealed import seal
 from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
 
-SPARSITY_VERSION = 1
+SPARSITY_VERSION: Literal[2] = 2
 DOCUMENT_NAME = "sparsity.json"
 TENSORS_NAME = "sparsity.safetensors"
 PROFILE_NAME = "profile.safetensors"
@@ -118,9 +120,10 @@ class Sparsity(_Strict):
         window: k of the neuron cache's policy `window(k)`; None is LRU.
         evaluation: None where no error budget was evaluated.
         tensors_checksum: xxh3-64 of `sparsity.safetensors`.
+        profile_checksum: xxh3-64 of `profile.safetensors`; None where there is none.
     """
 
-    sparsity_version: Literal[1] = 1
+    sparsity_version: Literal[2] = SPARSITY_VERSION
     fingerprint: str
     text: str
     num_tokens: Annotated[int, Field(gt=0)]
@@ -128,6 +131,7 @@ class Sparsity(_Strict):
     window: Annotated[int, Field(gt=0, le=MAX_WINDOW)] | None = None
     evaluation: Evaluation | None = None
     tensors_checksum: str
+    profile_checksum: str | None = None
 
     @property
     def has_predictors(self) -> bool:
@@ -168,13 +172,7 @@ class Sparsity(_Strict):
 
 def fingerprint(manifest: Manifest) -> str:
     """Return what identifies the weights of a pack, their order included: a digest of all its checksums."""
-    digest = xxhash.xxh3_64()
-    for layer, _ in manifest.files:
-        for checksum in layer.checksums:
-            digest.update(checksum.encode())
-    for checksum in manifest.resident.checksums:
-        digest.update(checksum.encode())
-    return digest.hexdigest()
+    return manifest.weights_fingerprint
 
 
 def document_path(pack: Path) -> Path:
@@ -217,16 +215,36 @@ def read_sparsity(pack: Path, manifest: Manifest) -> Sparsity | None:
 def write_sparsity(pack: Path, sparsity: Sparsity, tensors: dict[str, torch.Tensor]) -> Sparsity:
     """Write predictors, then the document that names their checksum; return the document.
 
-    A reader between the two finds a checksum that does not match, and refuses.
+    The old document goes first: what an interruption leaves is no calibration, and not half of one.
 
     Raises:
         StorageError: They can't be written.
     """
+    forget_sparsity(pack)
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    stamped = sparsity.model_copy(update={"tensors_checksum": xxhash.xxh3_64_hexdigest(content)})
+    profile = profile_path(pack)
+    stamped = sparsity.model_copy(
+        update={
+            "tensors_checksum": xxhash.xxh3_64_hexdigest(content),
+            "profile_checksum": file_checksum(profile) if profile.exists() else None,
+        }
+    )
     write_small_file(tensors_path(pack), content)
-    write_small_file(document_path(pack), (stamped.model_dump_json(indent=1) + "\n").encode())
+    write_small_file(document_path(pack), seal(stamped.model_dump_json(indent=1)))
     return stamped
+
+
+def forget_sparsity(pack: Path) -> None:
+    """Remove the document of a calibration, before what it describes is changed.
+
+    Raises:
+        StorageError: It can't be removed.
+    """
+    try:
+        document_path(pack).unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(document_path(pack), error) from error
+    sync_folder(pack / FLASH_DIR)
 
 
 def write_profile(pack: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -249,11 +267,7 @@ def read_tensors(pack: Path, sparsity: Sparsity) -> dict[str, torch.Tensor]:
     """
     path = tensors_path(pack)
     try:
-        digest = xxhash.xxh3_64()
-        with path.open("rb") as file:
-            while piece := file.read(16 << 20):
-                digest.update(piece)
-        if digest.hexdigest() != sparsity.tensors_checksum:
+        if file_checksum(path) != sparsity.tensors_checksum:
             raise PackError(f"{path} is damaged or of another calibration: run `flashlm calibrate` again")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

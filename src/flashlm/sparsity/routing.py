@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flashlm.memory.expert_policy import POLICIES, ExpertPolicy
 from flashlm.pack.direct_file import write_small_file
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, MAX_LAYERS, Manifest
+from flashlm.pack.sealed import seal
 from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
 from flashlm.sparsity.document import fingerprint
 
-ROUTING_VERSION: Literal[1] = 1
+ROUTING_VERSION: Literal[2] = 2
 ROUTING_NAME = "routing.json"
 MAX_ROUTING_BYTES = 16 << 20
 MAX_SHARES = 64
@@ -93,7 +94,7 @@ class Routing(_Strict):
         replays: One entry per cache size, ascending; none where a token uses nearly all experts.
     """
 
-    routing_version: Literal[1] = ROUTING_VERSION
+    routing_version: Literal[2] = ROUTING_VERSION
     fingerprint: str
     text: str
     num_tokens: Annotated[int, Field(gt=0)]
@@ -158,4 +159,4 @@ def write_routing(pack: Path, routing: Routing) -> None:
     Raises:
         StorageError: It can't be written.
     """
-    write_small_file(routing_path(pack), (routing.model_dump_json(indent=1) + "\n").encode())
+    write_small_file(routing_path(pack), seal(routing.model_dump_json(indent=1)))

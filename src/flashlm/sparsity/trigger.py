@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from flashlm import kernels
 from flashlm.errors import PackError
-from flashlm.pack.manifest import RESIDENT_NAME, Manifest, layer_path
+from flashlm.pack.checksums import check_bytes
+from flashlm.pack.manifest import Manifest, layer_path, resident_path
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest
 
 
@@ -23,7 +24,7 @@ def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tens
 
     Raises:
         StorageError: The layer file can't be read.
-        PackError: `model.safetensors` lacks the bias.
+        PackError: The resident file lacks the bias, or a block is damaged.
     """
     layout, entry = manifest.layout(layer), manifest.layers[layer]
     weight = torch.empty(layout.num_rows, layout.hidden_size, dtype=torch.float32)
@@ -32,6 +33,8 @@ def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tens
         buffer = AlignedBuffer(max(layout.read_bytes(block) for block in range(layout.num_blocks)))
         for block in range(layout.num_blocks):
             reader.read([ReadRequest(file, layout.offset_of(block), layout.read_bytes(block), buffer, 0)])
+            content = buffer.numpy()[: layout.read_bytes(block)]
+            check_bytes(content, entry.checksums[block], layer_path(pack, entry), f"block {block}")
             span = layout.rows_of(block)
             dtype = getattr(torch, layout.dtype)
             rows = kernels.RowBlock(
@@ -43,7 +46,7 @@ def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tens
         return weight, torch.zeros(layout.num_rows, dtype=torch.float32)
     name = f"{entry.module}.{'gate' if layout.has_gate else 'up'}_bias"
     try:
-        with safe_open(pack / RESIDENT_NAME, framework="pt") as resident:
+        with safe_open(resident_path(pack), framework="pt") as resident:
             return weight, resident.get_tensor(name).float()
     except (OSError, SafetensorError) as error:
-        raise PackError(f"{pack / RESIDENT_NAME} has no {name} ({error}): convert the model again") from error
+        raise PackError(f"{resident_path(pack)} has no {name} ({error}): convert the model again") from error

@@ -1,0 +1,216 @@
+"""Bit rot: what is read while loading is checked, streamed blocks, rows and experts where that is asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import flashlm
+from flashlm.errors import ConfigError, PackError
+from flashlm.pack.manifest import FLASH_DIR, layer_path, read_manifest, resident_path
+from flashlm.pack.verify import verify
+from flashlm.sparsity.document import document_path, profile_path, tensors_path, write_profile
+from tests.engine.calibrations import write_calibration
+from tests.engine.conftest import TinyPack
+from tests.pack.packs import change_manifest, replace_sealed
+
+PROMPT = {"input_ids": torch.tensor([[4, 5, 6, 7]])}
+
+
+@pytest.fixture
+def copied(tiny_pack: Callable[..., TinyPack], tmp_path: Path) -> Callable[[str], Path]:
+    def copy(family: str) -> Path:
+        return Path(shutil.copytree(tiny_pack(family, "float32").pack, tmp_path / family))
+
+    return copy
+
+
+def _flip(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def _run(pack: Path, **load: Any) -> torch.Tensor:
+    model = flashlm.load(pack, dram="3GiB", context=160, **load)
+    with torch.no_grad():
+        logits: torch.Tensor = model(**PROMPT).logits
+    return logits
+
+
+@pytest.mark.parametrize("place", [0, 9, 300, 0.5, 0.9, -1])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_flipped_bit_in_resident_weights_never_loads(
+    family: str, place: float, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = copied(family)
+    path = resident_path(pack)
+    _flip(path, int(place * path.stat().st_size) if isinstance(place, float) else int(place))
+    for load in (flashlm.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(PackError, match=r"resident\.safetensors: chunk 0 .*is damaged.*convert the model again"):
+            load(pack)
+    if place in (0.5, 0.9, -1):
+        monkeypatch.setenv("FLASHLM_CHECK", "none")
+        AutoModelForCausalLM.from_pretrained(pack)
+
+
+def test_every_chunk_is_checked(copied: Callable[[str], Path]) -> None:
+    """Chunks that are no multiple of what is read at once, and a ragged end."""
+    import xxhash
+
+    pack = copied("llama")
+    content = resident_path(pack).read_bytes()
+    size = 5000
+    sums = [xxhash.xxh3_64_hexdigest(content[start : start + size]) for start in range(0, len(content), size)]
+    change_manifest(pack, lambda document: document["resident"].update(chunk_bytes=size, checksums=sums))
+    flashlm.load(pack)
+    assert verify(pack).problems == ()
+    _flip(resident_path(pack), len(content) - 1)
+    with pytest.raises(PackError, match=rf"chunk {len(sums) - 1} \(bytes"):
+        flashlm.load(pack)
+
+
+@pytest.mark.parametrize(("family", "what"), [("llama", "block"), ("qwen3_moe", "expert")])
+def test_pinned_blocks_are_checked_and_streamed_ones_where_asked(
+    family: str, what: str, copied: Callable[[str], Path]
+) -> None:
+    pack = copied(family)
+    manifest = read_manifest(pack)
+    expected = _run(pack, pin=0)
+    layer, layout = manifest.files[1]
+    last = layout.num_blocks - 1
+    _flip(layer_path(pack, layer), layout.offset_of(last) + 4)
+    message = rf"{layer.file}: {what} {last} is damaged: checksum [0-9a-f]{{16}}, [0-9a-f]{{16}} expected"
+    with pytest.raises(PackError, match=message):
+        _run(pack)
+    for _ in range(2):  # the model stays what it is: refused again, not answered
+        with pytest.raises(PackError, match=message):
+            _run_all_blocks(pack, check="all", pin=0)
+    assert torch.equal(_run_all_blocks(pack, check="none", pin=0)[0].isfinite(), expected.isfinite())
+    shutil.copy(_good(pack, copied, family) / FLASH_DIR / layer.file, layer_path(pack, layer))
+    assert torch.equal(_run(pack, pin=0, check="all"), expected)
+
+
+def _run_all_blocks(pack: Path, **load: Any) -> list[torch.Tensor]:
+    """Several prompts, so that every expert is used."""
+    model = flashlm.load(pack, dram="3GiB", context=160, **load)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return [model(torch.randint(3, 96, (1, count), generator=generator)).logits for count in (4, 40, 60)]
+
+
+def _good(pack: Path, copied: Callable[[str], Path], family: str) -> Path:
+    pack.rename(pack.with_name("damaged"))
+    good = copied(family)
+    good.rename(good.with_name("good"))
+    pack.with_name("damaged").rename(pack)
+    return good.with_name("good")
+
+
+def test_exchanged_layer_files_are_noticed_though_nothing_is_pinned(copied: Callable[[str], Path]) -> None:
+    pack = copied("llama")
+    first, second = sorted((pack / FLASH_DIR).glob("*.rows"))
+    spare = pack / "spare"
+    first.rename(spare)
+    second.rename(first)
+    spare.rename(second)
+    for mode in ("hybrid", "naive"):
+        with pytest.raises(PackError, match=r"layer-00000\.rows: block 0 is damaged"):
+            _run(pack, pin=0, mode=mode)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_rows_of_mode_sparse_are_checked(
+    family: str, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = copied(family)
+    write_calibration(pack, predicts_all=True)
+    expected = _run(pack, mode="sparse")
+    assert torch.equal(_run(pack, mode="sparse", check="all"), expected)
+    model = flashlm.load(pack, dram="3GiB", context=160, mode="sparse", check="all")
+    layout = read_manifest(pack).layout(1)
+    path = layer_path(pack, read_manifest(pack).layers[1])
+    model.flash.sparse.cache.forget(1, torch.tensor([20, 21], dtype=torch.int32))
+    _flip(path, layout.offset_of(1) + 4 * layout.row_stride_bytes + 2)  # row 20, after loading
+    with torch.no_grad(), pytest.raises(PackError, match="row 20 is damaged"):
+        model(**PROMPT)
+    with torch.no_grad(), pytest.raises(PackError, match="row 20 is damaged"):
+        model(**PROMPT)  # not kept, not used
+    _flip(path, layout.offset_of(1) + 4 * layout.row_stride_bytes + 2)
+    with torch.no_grad():
+        assert torch.equal(model(**PROMPT).logits, expected)
+    _flip(path, layout.offset_of(1) + 2)
+    for check in ("load", "all"):
+        with pytest.raises(PackError, match="block 1 is damaged"):
+            _run(pack, mode="sparse", check=check)
+    _run(pack, mode="sparse", check="none")
+
+
+def test_verify_covers_the_files_of_a_calibration(copied: Callable[[str], Path]) -> None:
+    pack = copied("opt")
+    write_profile(pack, {"layers.0.firing_rate": torch.rand(88)})
+    write_calibration(pack)
+    assert verify(pack).problems == ()
+    for path in (document_path(pack), tensors_path(pack), profile_path(pack)):
+        before = path.read_bytes()
+        for at in range(0, len(before), max(len(before) // 16, 1)):
+            _flip(path, at)
+            assert [problem for problem in verify(pack).problems if path.name in problem], (path.name, at)
+            path.write_bytes(before)
+    replace_sealed(document_path(pack), '"fingerprint": "', '"fingerprint": "0')
+    assert "other weights" in verify(pack).problems[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(activation="relu"),
+        lambda content: content.update(activation="nothing"),
+        lambda content: content["layers"][0].update(module=content["layers"][1]["module"]),
+        lambda content: content["layers"].reverse(),
+        lambda content: content["layers"][0].update(identities=["model.layers.0.input_layernorm"]),
+        lambda content: content["layers"][0].update(identities=["model.layers.0.self_attn"]),
+        lambda content: content["layers"][0].update(module="model.layers.0.self_attn"),
+        lambda content: content["layers"][0].update(has_up_bias=True),
+        lambda content: content["layers"].pop(),
+        lambda content: content.update(dtype="int4"),
+        lambda content: content.update(model_type="mistral"),
+        lambda content: content.update(num_hidden_layers=3),
+        lambda content: content["small_files"].pop("config.json"),
+    ],
+)
+def test_a_signed_manifest_is_held_against_the_model(
+    change: Callable[[dict[str, Any]], Any], copied: Callable[[str], Path]
+) -> None:
+    pack = copied("llama")
+    change_manifest(pack, change)
+    with pytest.raises(PackError):
+        flashlm.load(pack)
+    with pytest.raises(PackError):
+        verify(pack).raise_for_problems()
+
+
+def test_biases_and_identities_are_held_too(copied: Callable[[str], Path]) -> None:
+    pack = copied("opt")
+    for field in ("has_up_bias", "has_down_bias"):
+        change_manifest(pack, lambda content, field=field: content["layers"][1].update({field: False}))
+        with pytest.raises(PackError, match=f"{field} of streamed layer 1 is False, OPTForCausalLM has True"):
+            flashlm.load(pack)
+        change_manifest(pack, lambda content, field=field: content["layers"][1].update({field: True}))
+    change_manifest(pack, lambda content: content["layers"][0].update(identities=[]))
+    with pytest.raises(PackError, match="identities of streamed layer 0"):
+        flashlm.load(pack)
+
+
+def test_an_unknown_check_is_refused(tiny_pack: Callable[..., TinyPack], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="check='some' is unknown: choose one of load, all, none"):
+        flashlm.load(tiny_pack("llama").pack, check="some")
+    monkeypatch.setenv("FLASHLM_CHECK", "much")
+    with pytest.raises(ConfigError, match="check='much'"):
+        flashlm.load(tiny_pack("llama").pack)
