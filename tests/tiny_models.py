@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
     "n_routed_experts": 8,
     "moe_num_experts": 8,
     "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
     "moe_topk": 2,
     "moe_k": 2,
     "top_k_experts": 2,
@@ -172,7 +173,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 8},
     # a cache of linear attention alone can't be asked for its length
     "bamba": {"attn_layer_indices": [1, 3]},
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "n_group": 2, "topk_group": 1},
+    "bailing_hybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_expert_group": 2,
+        "topk_group": 1,
+    },
     "kimi_linear": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
         "linear_head_dim": 12,
