@@ -48,6 +48,7 @@ from flashlm.planner.shape import shape_of_model, sparse_shape
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH, File, Reader
+from flashlm.transformers_seam import given_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -291,7 +292,7 @@ class FlashModel:
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         num_sequences, num_tokens = _input_shape(args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         past = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
         wanted = num_sequences * (int(past) + num_tokens)
         if wanted > self.context:
