@@ -221,3 +221,18 @@ def pipeline_defaults(pipeline: object) -> GenerationConfig | None:
 def previous_cache_length(model: PreTrainedModel) -> int:
     """Return the tokens of the largest static cache that `generate` has made for `model`; 0 before the first."""
     return max(getattr(model, "_previous_max_cache_length", 0), 0)
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """Return the KV cache among the keyword arguments of a forward call, None without one.
+
+    It is `cache` since transformers 5.24, and was `past_key_values`, which older callers still pass.
+    """
+    cache = arguments.get("cache")
+    return arguments.get("past_key_values") if cache is None else cache
+
+
+def made_cache(output: object) -> Any:
+    """Return the KV cache of a forward call's output, None without one; under either name, as in `given_cache`."""
+    cache = getattr(output, "past_key_values", None)
+    return getattr(output, "cache", None) if cache is None else cache

@@ -131,7 +131,7 @@ def prepare_generation(
     Raises:
         BudgetError: Before the first token.
     """
-    wish, cache = guard.wishes.present, model_kwargs.get("past_key_values")
+    wish, cache = guard.wishes.present, given_cache(model_kwargs)
     shape = _shape(guard, model, config, model_kwargs, batch_size, max_cache_length, wish)
     wanted = shape.num_new
     allowed = min(wanted, guard.context // shape.num_sequences - shape.num_past - shape.num_prompt + 1)
@@ -170,7 +170,7 @@ def _shape(
     max_cache_length: int,
     wish: Wish,
 ) -> GenerationShape:
-    cache = model_kwargs.get("past_key_values")
+    cache = given_cache(model_kwargs)
     past = past_tokens(cache)
     has_whole_input = wish.num_input > past  # else only what is new was passed, beside the cache that holds the rest
     num_prompt = max(wish.num_input - past, 1) if has_whole_input else max(wish.num_input, 1)
@@ -247,7 +247,7 @@ def _kv_token_bytes(assistant: Any) -> int:
 
 def _in_pieces(guard: PassGuard, shape: GenerationShape, config: Any, model_kwargs: dict[str, Any]) -> GenerationShape:
     """Return `shape` with the prompt in pieces, where attention writes its scores out and the whole does not fit."""
-    cache = model_kwargs.get("past_key_values")
+    cache = given_cache(model_kwargs)
     has_states = any(getattr(cache, "is_linear", None) or ())  # a prompt in pieces would need their states carried on
     if (
         not guard.facts.writes_scores

@@ -61,6 +61,7 @@ from flashlm.planner.shape import shape_of_model, sparse_shape
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH, File, Reader
+from flashlm.transformers_seam import given_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -338,7 +339,7 @@ class FlashModel:
         kernels want.
         """
         num_sequences, num_tokens = _input_shape(args, kwargs)
-        cached = num_sequences * (num_cached_tokens(kwargs.get("past_key_values")) + num_tokens)
+        cached = num_sequences * (num_cached_tokens(given_cache(kwargs)) + num_tokens)
         kv_bytes = cached * self.placement.needs.kv_cache_bytes // self.context
         is_small = num_sequences * num_tokens <= MAX_TOKENS and kv_bytes <= MAX_LONE_KV_BYTES
         return CallSize(num_sequences=num_sequences, num_tokens=num_tokens, is_small=is_small)

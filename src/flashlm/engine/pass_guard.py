@@ -43,6 +43,7 @@ from flashlm.memory.pass_memory import (
 from flashlm.planner.expert_needs import expert_pass_facts, expert_uses
 from flashlm.planner.needs import SLACK_BYTES, pass_facts, writes_scores
 from flashlm.sizes import format_size
+from flashlm.transformers_seam import attention_implementation, given_cache, made_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +76,7 @@ class PassGuard:
         self.wishes = Wishes()
         self._facts = facts
         self._text = config.get_text_config(decoder=True)
-        self._attention = self._text._attn_implementation
+        self._attention = attention_implementation(self._text)
         self._config = config
         self._threads = threading.local()
         self._condition = threading.Condition()
@@ -176,7 +177,7 @@ class PassGuard:
             call: A forward's arguments by name.
             makes_logits: Whether it ends with the output layer.
         """
-        shape, cache = self.shape_of(call, makes_logits=makes_logits), call.get("past_key_values")
+        shape, cache = self.shape_of(call, makes_logits=makes_logits), given_cache(call)
         if shape is None:
             return None
         self.check_context(shape.num_sequences, past_tokens(cache) + shape.num_tokens)
@@ -190,7 +191,7 @@ class PassGuard:
         if tokens is None or tokens.dim() < 2:
             return None
         num_sequences, num_tokens = int(tokens.shape[0]), int(tokens.shape[1])
-        cache = call.get("past_key_values")
+        cache = given_cache(call)
         room = cache_room(cache, past_tokens(cache) + num_tokens)
         has_cache = cache is not None or self._flag(call, "use_cache")
         return PassShape(
@@ -247,7 +248,7 @@ class PassGuard:
         Raises:
             BudgetError: Not one position fits, or the loss can't be made in pieces.
         """
-        cache = call.get("past_key_values")
+        cache = given_cache(call)
         try:
             self.check(shape, cache, _describe(shape))
             return None
@@ -293,9 +294,9 @@ def _guarded_decoder(plain: Any) -> type:
             return guard.chunked.decode(lambda: plain.forward(self, *args, **kwargs))
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         guard.check_call(call, makes_logits=False)
-        begin_pass(call.get("past_key_values"))  # not before: a refused pass has written nothing
+        begin_pass(given_cache(call))  # not before: a refused pass has written nothing
         output = plain.forward(self, *args, **kwargs)
-        end_pass(call.get("past_key_values"))
+        end_pass(given_cache(call))
         return output
 
     return _subclass(plain, {"forward": forward})
@@ -311,16 +312,16 @@ def _guarded_model(plain: Any) -> type:
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         shape = guard.check_call(call, makes_logits=True)
         pieces = guard.loss_positions(shape, call, self) if shape is not None and shape.has_loss else None
-        begin_pass(call.get("past_key_values"))  # not before: a refused pass has written nothing
+        begin_pass(given_cache(call))  # not before: a refused pass has written nothing
         with guard.inside():
             run = functools.partial(plain.forward, self)
             if pieces is None:
                 output = run(*args, **kwargs)
             else:
                 output = guard.chunked.run(run, call, pieces[0], available_bytes=pieces[1])
-        end_pass(call.get("past_key_values"))
-        made = getattr(output, "past_key_values", None)
-        if shape is not None and made is not None and made is not call.get("past_key_values"):
+        end_pass(given_cache(call))
+        made = made_cache(output)
+        if shape is not None and made is not None and made is not given_cache(call):
             guard.note(made, pass_items(guard.facts, shape))
         return output
 

@@ -33,6 +33,7 @@ from flashlm.engine.counters import Counters
 from flashlm.engine.forward_pass import PHASES, Pass, Phase, running_pass
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import ConfigError
+from flashlm.transformers_seam import given_cache
 
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -167,7 +168,7 @@ class Passes:
         inputs = prepared.get("input_ids")
         inputs = prepared.get("inputs_embeds") if inputs is None else inputs
         if isinstance(inputs, torch.Tensor) and inputs.ndim > 1:
-            phase = _phase_of(kwargs, prepared.get("past_key_values"), inputs.shape[1])
+            phase = _phase_of(kwargs, given_cache(prepared), inputs.shape[1])
             self._prepared.noted = (weakref.ref(inputs), phase)
         return prepared
 
