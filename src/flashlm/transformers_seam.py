@@ -85,6 +85,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     ),
     "transformers.GenerationMixin": ("_supports_default_dynamic_cache",),
     "transformers.integrations.moe": ("_default_apply_gate",),
+    "transformers.models.auto.modeling_auto": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
     "transformers.pipelines.Pipeline": ("_default_generation_config",),
     _QUANTIZERS: ("LOADING_ATTRIBUTES_CONFIG_TYPES",),
     "transformers.quantizers.base.HfQuantizer": (
@@ -92,6 +93,7 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
         "_process_model_before_weight_loading",
         "is_serializable",
         "is_trainable",
+        "update_attn_implementation",
         "update_device_map",
         "update_dtype",
         "update_weight_conversions",
@@ -236,3 +238,9 @@ def made_cache(output: object) -> Any:
     """Return the KV cache of a forward call's output, None without one; under either name, as in `given_cache`."""
     cache = getattr(output, "past_key_values", None)
     return getattr(output, "cache", None) if cache is None else cache
+
+
+def name_causal_class(model_type: str, model_class: type) -> None:
+    """Enter a class of ours where transformers' Trainer looks for causal language models, whose labels it shifts."""
+    known: dict[str, str] = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known[model_type] = model_class.__name__

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from flashlm.engine.withheld import withhold
 from flashlm.errors import BudgetError
+from flashlm.transformers_seam import ForCausalLMLoss
 
 Forward = Callable[..., Any]
 

@@ -32,6 +32,7 @@ from flashlm.memory.pass_memory import (
     most_that_fits,
 )
 from flashlm.planner.needs import kv_cache_bytes_per_token
+from flashlm.transformers_seam import given_cache, pipeline_defaults, previous_cache_length
 
 if TYPE_CHECKING:
     from flashlm.engine.pass_guard import PassGuard
@@ -106,7 +107,7 @@ def _is_default_of_program(length: Any) -> bool:
             return False
         module = frame.f_globals.get("__name__", "")
         if module.startswith("transformers.pipelines"):
-            defaults = getattr(frame.f_locals.get("self"), "_default_generation_config", None)
+            defaults = pipeline_defaults(frame.f_locals.get("self"))
             if defaults is not None:
                 return bool(length == defaults.max_new_tokens)
         if module.startswith("transformers.cli"):
@@ -221,7 +222,7 @@ def _fixed(model: Any, config: Any, cache: Any, max_cache_length: int) -> tuple[
     lengths = (
         max_cache_length,
         getattr(config, "max_cache_len", None) or 0,
-        getattr(model, "_previous_max_cache_length", 0),
+        previous_cache_length(model),
     )
     return max(lengths), max(lengths)
 
@@ -351,7 +352,7 @@ def _batching(plain: Any) -> Any:
 
     @functools.wraps(plain.init_continuous_batching)
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+        from flashlm.transformers_seam import ContinuousBatchingConfig
 
         bound = signature.bind(self, *args, **kwargs)
         config = bound.arguments.get("continuous_batching_config")

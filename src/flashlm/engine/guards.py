@@ -18,6 +18,7 @@ from torch import nn
 
 from flashlm.engine.standin import StreamedWeight, refuse
 from flashlm.errors import ConfigError, FlashError
+from flashlm.transformers_seam import are_adapters_loaded, note_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +163,7 @@ class LoadedPack(_Guarded):
         Raises:
             ConfigError: There is no adapter.
         """
-        if not getattr(self, "_hf_peft_config_loaded", False):
+        if not are_adapters_loaded(self):
             raise ConfigError(
                 f"a loaded pack is not saved: its weights are on flash. Copy {self.flash.pack} to {save_directory}"
             )
@@ -174,7 +175,7 @@ class LoadedPack(_Guarded):
         Raises:
             ConfigError: There is no adapter.
         """
-        if not getattr(self, "_hf_peft_config_loaded", False):
+        if not are_adapters_loaded(self):
             raise ConfigError(f"a loaded pack is not pushed: upload its folder, {self.flash.pack}")
         return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
 
@@ -217,11 +218,11 @@ class LoadedPack(_Guarded):
 @contextmanager
 def _adapters_kept(model: Any) -> Iterator[None]:
     """Put transformers' note of whether there are adapters back where adding one is refused."""
-    was_loaded = model._hf_peft_config_loaded
+    was_loaded = are_adapters_loaded(model)
     try:
         yield
     except FlashError:
-        model._hf_peft_config_loaded = was_loaded
+        note_adapters(model, are_loaded=was_loaded)
         raise
 
 

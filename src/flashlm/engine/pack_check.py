@@ -94,6 +94,6 @@ def refuse_fetched_code(config: Any) -> None:
 def _is_local(name: str) -> bool:
     if name in LOCAL_IMPLEMENTATIONS:
         return True
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from flashlm.transformers_seam import ALL_ATTENTION_FUNCTIONS
 
     return "/" not in name and "flash_attention" not in name and name in ALL_ATTENTION_FUNCTIONS.valid_keys()

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from flashlm.engine.adapters import AdapterPass, Branch, read_branches
 from flashlm.engine.standin import StreamedActivation, StreamedConv1D, StreamedLinear, StreamedWeight
 from flashlm.errors import ConfigError
 from flashlm.pack.families import in_layer_parts, linear_parts
+from flashlm.transformers_seam import Conv1D
 
 if TYPE_CHECKING:
     from flashlm.engine.ffn import FlashFFN

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from flashlm.errors import ConfigError
+from flashlm.transformers_seam import Conv1D
 
 # What a tensor tells without its values. Older or newer versions of torch may lack some of it.
 _READABLE = (

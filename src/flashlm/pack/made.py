@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Concatenate, WeightConverter, dot_natural_key
 
 from flashlm.errors import PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.pack.direct_file import AlignedBuffer, DirectReader, room_bytes
+from flashlm.transformers_seam import Concatenate, WeightConverter, dot_natural_key
 
 MAX_BYTES = 1 << 30
 

@@ -16,6 +16,7 @@ from flashlm.memory.pass_memory import PassFacts, working_bytes
 from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 from flashlm.pack.manifest import read_manifest
 from flashlm.pack.source import load_pack_config
+from flashlm.transformers_seam import attention_implementation
 
 DEFAULT_CONTEXT = 2048
 # Measured on the families' tests and a 6.7 B model under a cgroup cap: libraries that are imported late (generation,
@@ -105,7 +106,7 @@ def _values(text: Any, name: str) -> list[int]:
 def writes_scores(config: Any) -> bool:
     """Return whether attention holds all heads' scores: eager does, and sdpa where keys and values differ in width."""
     text = config.get_text_config(decoder=True)
-    implementation = str(getattr(text, "_attn_implementation", None) or "sdpa").removeprefix("paged|")
+    implementation = str(attention_implementation(text) or "sdpa").removeprefix("paged|")
     if implementation != "sdpa":
         return implementation.startswith("eager")
     nope_dim, rope_dim = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from flashlm.errors import ConfigError
@@ -26,7 +25,7 @@ from flashlm.pru.products import Linear
 from flashlm.pru.pyramid import PyramidalTransform
 from flashlm.pru.recurrence import run_dense
 from flashlm.pru.shapes import Init, Split, Subsampling
-from flashlm.transformers_seam import is_initialised, keep_from_initialising
+from flashlm.transformers_seam import is_initialised, keep_from_initialising, name_causal_class
 
 EMBEDDING_RANGE = 0.1
 
@@ -265,4 +264,4 @@ def _layer(config: PRUConfig, input_size: int, hidden_size: int) -> nn.Module:
 
 AutoModelForCausalLM.register(PRUConfig, PRUForCausalLM)
 # By this table Trainer knows that labels are to be shifted when it smooths them itself.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["pru"] = PRUForCausalLM.__name__
+name_causal_class("pru", PRUForCausalLM)
