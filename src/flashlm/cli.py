@@ -268,7 +268,7 @@ def generate(
         _check_plot_experts(pack, plot_experts)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     note = (lambda message: None) if quiet else console.note
-    with console.passing_bar("layers") as on_prompt:
+    with console.passing_bar() as on_loading, console.passing_bar("layers") as on_prompt:
         result: Generation = run(
             pack,
             _read_prompt(text, prompt, prompt_file),
@@ -282,6 +282,7 @@ def generate(
             is_chat=chat,
             on_decided=lambda decoding: _note_decoding(decoding, note),
             on_loaded=lambda flash: note(flash.describe()),
+            on_loading=on_loading,
             on_prompt=on_prompt,
             on_text=None if as_json else _write_text,
         )

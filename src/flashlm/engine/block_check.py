@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from flashlm.engine.load_progress import advance
 from flashlm.pack.checksums import check_bytes
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest, Ticket
 
@@ -125,13 +126,19 @@ def landed(
             reader.submit(group, ticket)
             begun.append((group, ticket))
             if len(begun) > GROUPS_AHEAD:
-                reader.wait(begun[0][1])
-                yield from begun.popleft()[0]
+                yield from _next_landed(reader, begun)
         while begun:
-            reader.wait(begun[0][1])
-            yield from begun.popleft()[0]
+            yield from _next_landed(reader, begun)
     finally:
         reader.settle(tickets[first:])  # an error or an interrupt: somebody may free the buffers
+
+
+def _next_landed(reader: Reader, begun: deque[tuple[list[ReadRequest], Ticket]]) -> list[ReadRequest]:
+    group, ticket = begun[0]
+    reader.wait(ticket)
+    begun.popleft()
+    advance(sum(request.num_bytes for request in group))
+    return group
 
 
 def _grouped(requests: Sequence[ReadRequest]) -> Iterator[list[ReadRequest]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashlm.engine.config import make_settings
 from flashlm.engine.decoding import Decoding, Sampling, decide_decoding
+from flashlm.engine.load_progress import Progress, watch_loading
 from flashlm.engine.model import FlashModel, load
 from flashlm.engine.positions import check_positions
 from flashlm.errors import ConfigError, PackError
@@ -43,8 +44,9 @@ def generate(
     sampling: Sampling | None = None,
     is_chat: bool = False,
     on_decided: Callable[[Decoding], None] | None = None,
+    on_loading: Progress | None = None,
     on_loaded: Callable[[FlashModel], None] | None = None,
-    on_prompt: Callable[[int, int, str], None] | None = None,
+    on_prompt: Progress | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:
     """Load `pack`, continue `prompt`, and report the cost.
@@ -56,6 +58,7 @@ def generate(
         sampling: How tokens are chosen.
         is_chat: Wrap the prompt in the pack's chat template, as the user's turn.
         on_decided: Called before loading, with how tokens will be chosen.
+        on_loading: Called with (bytes read, bytes in all, "reading weights") while weights are read.
         on_loaded: Called once the model is ready.
         on_prompt: Called with (layers done, layers, "prompt") as the prompt goes through the model.
         on_text: Called with every piece of new text as it comes; with beams once, at the end.
@@ -80,16 +83,17 @@ def generate(
     if on_decided is not None:
         on_decided(decoding)
     started_s = time.perf_counter()
-    model = load(
-        pack,
-        dram=dram,
-        mode=mode,
-        context=settings.context or wanted,
-        pin=pin,
-        plan=plan,
-        expert_policy=expert_policy,
-        check=check,
-    )
+    with watch_loading(on_loading):
+        model = load(
+            pack,
+            dram=dram,
+            mode=mode,
+            context=settings.context or wanted,
+            pin=pin,
+            plan=plan,
+            expert_policy=expert_policy,
+            check=check,
+        )
     loaded_s = time.perf_counter()
     if on_loaded is not None:
         on_loaded(model.flash)
@@ -201,7 +205,7 @@ def _model_inputs(encoded: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _watch_prompt(model: PreTrainedModel, on_prompt: Callable[[int, int, str], None] | None) -> Iterator[None]:
+def _watch_prompt(model: PreTrainedModel, on_prompt: Progress | None) -> Iterator[None]:
     """Report each streamed layer that the first pass has gone through: all that can be told of a long prompt."""
     if on_prompt is None:
         yield

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from flashlm.engine import load_progress
 from flashlm.engine.block_check import BlockCheck
 from flashlm.engine.calibrated import EXACT, Calibration, find_calibration, resolve_mode
 from flashlm.engine.config import CheckChoice, Settings
@@ -208,7 +209,9 @@ class FlashModel:
         Raises:
             StorageError: A file can't be read, or is not of the size that the manifest states.
         """
-        manifest = self.manifest
+        manifest, placement = self.manifest, self.placement
+        load_progress.expect(manifest.resident.num_bytes + placement.pinned_bytes)
+        load_progress.expect(0 if placement.experts is None else placement.cache_bytes)
         self.resident_load = load_resident(
             model, resident_path(self.pack), manifest.resident, self.reader, is_checked=self.check != "none"
         )
@@ -229,6 +232,7 @@ class FlashModel:
             )
         else:
             self._bind_layers(model, files, gemm, counters)
+        load_progress.finish()
         model.requires_grad_(False)
         if gemm.strategy == "widen":
             widen_linears(model)

@@ -96,10 +96,8 @@ def _read_whole(reader: Reader, file: File, entry: ResidentEntry, *, is_checked:
     ]
     content = buffer.numpy()
     check = _ChunkCheck(file.path, entry, content) if is_checked else None
-    if check is None:
-        reader.read(requests)
-    else:
-        for request in landed(reader, requests):
+    for request in landed(reader, requests):
+        if check is not None:
             check.advance(request.offset + request.num_bytes)
     if aligned_bytes < num_bytes:
         tail = reader.read_range(file, aligned_bytes, num_bytes - aligned_bytes)
