@@ -217,9 +217,12 @@ def startup_without_the_pth(count: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three programs, nothing written")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", nargs="*", help="programs with one of these words; the others stay as they were")
+    arguments = parser.parse_args()
+    quick, only = arguments.quick, arguments.only
     programs = dict(list(PROGRAMS.items())[:3]) if quick else PROGRAMS
-    rows: dict[str, Any] = {}
+    programs = {name: code for name, code in programs.items() if not only or any(word in name for word in only)}
+    rows: dict[str, Any] = json.loads(RESULT.read_text())["programs"] if only else {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         pack = make_pack(work, "llama")
@@ -236,6 +239,9 @@ def main() -> None:
             ("transformers serve", ("fastapi", "uvicorn"), serve),
             ("lm_eval --model hf", ("lm_eval",), lm_eval),
         ):
+            if only and not any(word in name for word in only):
+                continue
+            rows.pop(name, None)
             if quick or not all(map(importlib.util.find_spec, modules)):
                 rows[name] = {"outcome": "not installed"}
                 continue
@@ -249,7 +255,7 @@ def main() -> None:
                 )
     for name, row in rows.items():
         print(f"{name:52} {row['outcome']:15} {row.get('error', '')[:110]}", flush=True)
-    count = 5 if quick else 200
+    count = 5 if quick else 60
     found = {"switch": startup(count), "file": startup_without_the_pth(count)}
     print(json.dumps(found, indent=1))
     if not quick:

@@ -18,7 +18,7 @@ from flashlm.pack.checksums import check_bytes
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest, Ticket
 
 GROUP_BYTES = 32 << 20  # of reads that are waited for together
-GROUPS_AHEAD = 3  # enough pieces in flight for any queue
+GROUPS_AHEAD = 8  # a queue stays full while this thread computes, or waits for a core
 
 
 class BlockCheck:

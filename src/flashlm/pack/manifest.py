@@ -166,6 +166,8 @@ class Manifest(_Strict):
             raise ValueError("a small file is no file in the pack")
         if len(self.files) > self.num_hidden_layers:
             raise ValueError(f"{len(self.files)} streamed layers in a model of {self.num_hidden_layers}")
+        if self.num_hidden_layers > 8 * len(self.files) + 64:  # no family streams so few; building them would take long
+            raise ValueError(f"{self.num_hidden_layers} layers in a model of which {len(self.files)} are streamed")
         if any(layer.num_active > layer.num_experts for layer in self.experts):
             raise ValueError("more active experts than experts")
         for layer, layout in self.files:
