@@ -26,7 +26,7 @@ from flashlm.engine.cache_room import LiveCaches, cache_room, past_tokens
 from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
 from flashlm.engine.generation_guard import Wishes, generation_members
 from flashlm.errors import BudgetError
-from flashlm.memory.limits import process_bytes, room_bytes
+from flashlm.memory.limits import process_bytes, release_free_memory, room_bytes
 from flashlm.memory.pass_memory import (
     CACHE,
     LOGITS,
@@ -139,6 +139,9 @@ class PassGuard:
         """
         items = self.items(shape, cache)
         unplanned_bytes = self._unplanned_bytes()
+        if unplanned_bytes:  # much of it may be what the allocator keeps
+            release_free_memory()
+            unplanned_bytes = self._unplanned_bytes()
         check_pass(items, self.available_bytes(unplanned_bytes), what)
         if unplanned_bytes:  # and so nothing is read of the control groups in normal use
             self._check_room(shape, items, what, unplanned_bytes)
