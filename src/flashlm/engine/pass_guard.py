@@ -237,6 +237,8 @@ class PassGuard:
             while self._in_flight and sum(self._in_flight.values()) + needed_bytes > self.available_bytes():
                 self._condition.wait(ROOM_WAIT_S)
             self._in_flight[threading.get_ident()] = sum(size for name, size in items.items() if name not in held)
+            if len(self._in_flight) > 1 or self._unplanned_bytes():  # a thread's own heap keeps what is freed
+                release_free_memory()
 
     @property
     def is_inside(self) -> bool:
@@ -315,6 +317,7 @@ def _guarded_model(plain: Any) -> type:
                 output = run(*args, **kwargs)
             else:
                 output = guard.chunked.run(run, call, pieces[0], available_bytes=pieces[1])
+                release_free_memory()  # of the pieces: the heap of a thread that passes once would keep them
         made = getattr(output, "past_key_values", None)
         if shape is not None and made is not None and made is not call.get("past_key_values"):
             guard.note(made, pass_items(guard.facts, shape))
