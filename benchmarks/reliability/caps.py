@@ -37,6 +37,7 @@ REPOSITORY = Path(__file__).parents[2]
 RESULT = REPOSITORY / "benchmarks" / "results" / "reliability-caps.json"
 CHILD = Path(__file__).parent / "caps_child.py"
 TIMEOUT_S = 300
+GROUP_SIZE = 8  # scenarios of one process: what one leaves behind meets the next, and start-up is paid once
 # Each once per family, in one process: what a first user does.
 FAMILY_SCENARIOS = ("generate", "batch-8", "loss-512", "all-logits-512", "static-cache-512")
 # fp16 multiplies resident weights by widening them on every processor: what differs is logits, losses and batches.
@@ -55,7 +56,7 @@ QUICK = ("generate", "all-logits-512", "loss-512", "scores-and-logits-batch-8", 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One scenario and what became of it; sizes in bytes."""
+    """One scenario and what became of it; sizes in bytes. Peak and (mean) time are of a process, which may run several."""
 
     pack: str
     scenario: str
@@ -118,20 +119,43 @@ def all_rows(work: Path, method: str, *, is_quick: bool) -> Iterator[Row]:
     for dtype, names in {"bf16": everything, **({} if is_quick else {"fp16": FP16_SCENARIOS})}.items():
         pack = make(work, "qwen2", dtype)
         least = floors(pack, sorted({caps_child.SCENARIOS[name].context for name in names}))
-        for name in names:
-            yield from run_scenarios(pack, [name], "floor", least[caps_child.SCENARIOS[name].context], method)
+        for context, group in groups(names):
+            yield from run_all(pack, group, "floor", least[context], method)
         if not is_quick:
             streamed = read_manifest(pack).streamed_bytes
             context = max(caps_child.SCENARIOS[name].context for name in BUDGET_SCENARIOS)
             floor = floors(pack, [context])[context]
             for budget, dram in (("floor + 5 %", floor * 105 // 100), ("half of the rows", floor + streamed // 2)):
-                yield from run_scenarios(pack, BUDGET_SCENARIOS, budget, dram, method)
+                yield from run_all(pack, BUDGET_SCENARIOS, budget, dram, method)
     if is_quick:
         return
     for family in caps_child.FAMILIES:
         pack = make(work, family, "bf16")
         context = max(caps_child.SCENARIOS[name].context for name in FAMILY_SCENARIOS)
-        yield from run_scenarios(pack, FAMILY_SCENARIOS, "floor", floors(pack, [context])[context], method)
+        yield from run_all(pack, FAMILY_SCENARIOS, "floor", floors(pack, [context])[context], method)
+
+
+def groups(names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield scenarios that can share a process: of one context, without load arguments of their own, a few at a time."""
+    of_context: dict[int, list[str]] = {}
+    for name in names:
+        todo = caps_child.SCENARIOS[name]
+        if todo.load:
+            yield todo.context, [name]
+        else:
+            of_context.setdefault(todo.context, []).append(name)
+    for context, group in of_context.items():
+        for start in range(0, len(group), GROUP_SIZE):
+            yield context, group[start : start + GROUP_SIZE]
+
+
+def run_all(pack: Path, names: Sequence[str], budget: str, dram_bytes: int, method: str) -> Iterator[Row]:
+    """Run scenarios one after the other in one process, and what a killed process left in another."""
+    rest = list(names)
+    while rest:
+        done = list(run_scenarios(pack, rest, budget, dram_bytes, method))
+        yield from done
+        rest = rest[len(done) :]
 
 
 def make(work: Path, family: str, dtype: str) -> Path:
@@ -157,6 +181,12 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     return {"num_tries": len(rows), **counts, "num_faults": sum(row.is_fault for row in rows)}
 
 
+def write(rows: Sequence[Row], method: str, wall_s: float, *, is_complete: bool) -> None:
+    facts = {"date": today(), "machine": describe_machine(), **describe_commit(REPOSITORY), "capped_by": method}
+    document = facts | {"wall_s": round(wall_s), "is_complete": is_complete, **summary(rows)}
+    RESULT.write_text(json.dumps(document | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="six scenarios on one pack; writes nothing")
@@ -164,21 +194,17 @@ def main() -> None:
     options = parser.parse_args()
     method = cap_method()
     started_s = time.monotonic()
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for row in all_rows(options.work or Path(folder), method, is_quick=options.quick):
             rows.append(row)
             print_row(row)
+            if not options.quick:  # a run that is cut short leaves what it has
+                write(rows, method, time.monotonic() - started_s, is_complete=False)
     totals = summary(rows)
     print(", ".join(f"{value} {name}" for name, value in totals.items()))
     if not options.quick:
-        facts = {"date": today(), "machine": describe_machine(), **describe_commit(REPOSITORY), "capped_by": method}
-        document = facts | {
-            "wall_s": round(time.monotonic() - started_s),
-            **totals,
-            "rows": [asdict(row) for row in rows],
-        }
-        RESULT.write_text(json.dumps(document, indent=1) + "\n")
+        write(rows, method, time.monotonic() - started_s, is_complete=True)
         print(f"written to {RESULT.relative_to(REPOSITORY)}")
     sys.exit(1 if totals["num_faults"] else 0)
 

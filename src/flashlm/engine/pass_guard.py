@@ -27,7 +27,7 @@ from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
 from flashlm.engine.generation_guard import Wishes, generation_members
 from flashlm.engine.kv_pass import begin_pass, end_pass
 from flashlm.errors import BudgetError
-from flashlm.memory.limits import process_bytes, room_bytes
+from flashlm.memory.limits import process_bytes, release_free_memory, room_bytes
 from flashlm.memory.pass_memory import (
     CACHE,
     LOGITS,
@@ -141,6 +141,9 @@ class PassGuard:
         """
         items = self.items(shape, cache)
         unplanned_bytes = self._unplanned_bytes()
+        if unplanned_bytes:  # much of it may be what the allocator keeps
+            release_free_memory()
+            unplanned_bytes = self._unplanned_bytes()
         check_pass(items, self.available_bytes(unplanned_bytes), what)
         if unplanned_bytes:  # and so nothing is read of the control groups in normal use
             self._check_room(shape, items, what, unplanned_bytes)
@@ -236,6 +239,8 @@ class PassGuard:
             while self._in_flight and sum(self._in_flight.values()) + needed_bytes > self.available_bytes():
                 self._condition.wait(ROOM_WAIT_S)
             self._in_flight[threading.get_ident()] = sum(size for name, size in items.items() if name not in held)
+            if len(self._in_flight) > 1 or self._unplanned_bytes():  # a thread's own heap keeps what is freed
+                release_free_memory()
 
     @property
     def is_inside(self) -> bool:
@@ -312,13 +317,14 @@ def _guarded_model(plain: Any) -> type:
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         shape = guard.check_call(call, makes_logits=True)
         pieces = guard.loss_positions(shape, call, self) if shape is not None and shape.has_loss else None
-        begin_pass(given_cache(call))  # not before: a refused pass has written nothing
         with guard.inside():
+            begin_pass(given_cache(call))  # not before: a refused pass has written nothing
             run = functools.partial(plain.forward, self)
             if pieces is None:
                 output = run(*args, **kwargs)
             else:
                 output = guard.chunked.run(run, call, pieces[0], available_bytes=pieces[1])
+                release_free_memory()  # of the pieces: the heap of a thread that passes once would keep them
         end_pass(given_cache(call))
         made = made_cache(output)
         if shape is not None and made is not None and made is not given_cache(call):
