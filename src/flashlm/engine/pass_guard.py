@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 ROOM_MARGIN_BYTES = 16 << 20  # what the allocator may round up or keep in a pass
 ROOM_WAIT_S = 1.0  # between looks, where another thread's pass is waited for
-MAX_LOSS_PIECE_BYTES = 64 << 20  # larger pieces read the output layer less often, which no longer shows
+MAX_LOSS_PIECE_BYTES = 24 << 20  # the heaps of threads hold 64 MiB each, and larger buffers leave holes in them
 
 
 class PassGuard:
