@@ -213,8 +213,8 @@ TEXT_ONLY = ("gemma4", "gemma3n", "dots3_note")
 
 
 def causal_types() -> list[str]:
-    """Every model type of the installed transformers that `AutoModelForCausalLM` builds."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Every model type of the installed transformers that `AutoModelForCausalLM` builds; `pru` is ours."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - {"pru"})
 
 
 def small_config(model_type: str, **changes: Any) -> Any:

@@ -127,7 +127,7 @@ def test_pack_is_a_model_folder(tmp_path: Path) -> None:
     convert(source, tmp_path / "pack")
     config = json.loads((tmp_path / "pack" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
-    assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 1}
+    assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 3}
     assert {path.name for path in (tmp_path / "pack").iterdir()} == {
         "config.json", "generation_config.json", "OPEN-WITH-FLASHLM.txt", "flash",
         "tokenizer.json", "chat_template.jinja", "tokenizer.model", "README.md", "LICENSE",

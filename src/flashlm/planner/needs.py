@@ -55,9 +55,9 @@ def read_config(pack: Path, *, is_checked: bool | None = None, **trust: Any) -> 
 def kv_cache_bytes_per_token(config: Any, dtype_bytes: int) -> int:
     """Return the bytes that one token of one sequence adds to the KV cache of a transformers `config`."""
     text = config.get_text_config(decoder=True)
-    is_mixed = getattr(text, "is_heterogeneous", False)  # heads that differ from layer to layer (Gemma 4)
-    layers = list(text.per_layer_config) if is_mixed else [text] * int(text.num_hidden_layers)
-    return sum(map(_kv_elements, layers)) * dtype_bytes
+    layers = _layers(text)
+    times = int(text.num_hidden_layers) if len(layers) == 1 else 1
+    return times * sum(map(_kv_elements, layers)) * dtype_bytes
 
 
 def _kv_elements(layer: Any) -> int:
@@ -99,8 +99,12 @@ def pass_facts(config: Any, layouts: Sequence[LayerLayout]) -> PassFacts:
 
 def _values(text: Any, name: str) -> list[int]:
     """Return a number that may differ from layer to layer, once for each kind of layer."""
-    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
-    return [int(getattr(layer, name)) for layer in layers]
+    return [int(getattr(layer, name)) for layer in _layers(text)]
+
+
+def _layers(text: Any) -> list[Any]:
+    """Return a config of each layer where layers differ (Gemma 4), else the one of all."""
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
 
 
 def writes_scores(config: Any) -> bool:
@@ -109,10 +113,14 @@ def writes_scores(config: Any) -> bool:
     implementation = str(attention_implementation(text) or "sdpa").removeprefix("paged|")
     if implementation != "sdpa":
         return implementation.startswith("eager")
-    nope_dim, rope_dim = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
+    return any(map(_has_wider_keys, _layers(text)))
+
+
+def _has_wider_keys(layer: Any) -> bool:
+    nope_dim, rope_dim = getattr(layer, "qk_nope_head_dim", None), getattr(layer, "qk_rope_head_dim", None)
     if not (nope_dim and rope_dim):
         return False
-    return int(nope_dim) + int(rope_dim) != int(getattr(text, "v_head_dim", None) or 0)
+    return int(nope_dim) + int(rope_dim) != int(getattr(layer, "v_head_dim", None) or 0)
 
 
 def measure_needs(
