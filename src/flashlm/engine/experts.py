@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from flashlm import kernels
@@ -254,7 +255,7 @@ def _add_by_products(
             bound.gemm.project(prepared, part, biases.inner[number][span] if biases.inner else None)
             for number, part in enumerate(inner)
         ]
-        bound.gemm.accumulate(_activate(module, bound, parts), down, output)
+        bound.gemm.accumulate(_activate(module, bound, parts, num_rows), down, output)
 
 
 def _run_together(
@@ -271,7 +272,7 @@ def _run_together(
     for number, part in enumerate(parts):
         kernels.project_blocks(token, blocks, number, part, [each.inner[number] for each in biases if each.inner])
     output = torch.zeros(len(group), layout.hidden_size, dtype=torch.float32)
-    kernels.accumulate_blocks(_activate_together(module, bound, parts), blocks, output)
+    kernels.accumulate_blocks(_activate_together(module, bound, parts).contiguous(), blocks, output)
     return _finish(module, output, [each.outer for each in biases if each.outer is not None])
 
 
@@ -279,13 +280,13 @@ def _activate_together(module: Any, bound: BoundExperts, parts: list[torch.Tenso
     """Return `_activate` of several tokens' or experts' parts, each (one or the other, rows), with the bits of one alone.
 
     torch computes what its vector loops leave over in another way, so that an element's bits depend on where it lies:
-    they go through together only where nothing is left over.
+    rows are filled up to whole vectors, of which nothing is left over.
     """
-    if parts[0].shape[1] % WHOLE_VECTORS:
-        rows = range(len(parts[0]))
-        return torch.cat([_activate(module, bound, [part[row : row + 1] for part in parts]) for row in rows])
+    num_rows = parts[0].shape[1]
+    missing = -num_rows % WHOLE_VECTORS
+    whole = [F.pad(part, (0, missing)) for part in parts] if missing else parts
     with kernels.one_torch_thread():
-        return _activate(module, bound, parts)
+        return _activate(module, bound, whole, num_rows)
 
 
 def _finish(module: nn.Module, output: torch.Tensor, biases: list[torch.Tensor]) -> torch.Tensor:
@@ -322,8 +323,18 @@ def _biases(module: Any, expert: int) -> _Biases:
     return _Biases([gate.contiguous(), up.contiguous()], outer)
 
 
-def _activate(module: Any, bound: BoundExperts, parts: list[torch.Tensor]) -> torch.Tensor:
-    """Return the hidden activations, fp32 (num_tokens, rows), of gate and up, or of up alone, by the module's own way."""
+def _activate(module: Any, bound: BoundExperts, parts: list[torch.Tensor], num_rows: int) -> torch.Tensor:
+    """Return the hidden activations of gate and up, or of up alone, by the module's own way.
+
+    Args:
+        module: The experts module.
+        bound: What it runs on.
+        parts: fp32 (num_tokens, num_rows or more), of which only the first `num_rows` count.
+        num_rows: Rows.
+
+    Returns:
+        fp32 (num_tokens, num_rows), any token stride.
+    """
     activated: torch.Tensor
     if module.has_gate:
         gate, up = parts
@@ -331,6 +342,7 @@ def _activate(module: Any, bound: BoundExperts, parts: list[torch.Tensor]) -> to
         activated = apply_gate(module, joined).contiguous()
     else:
         activated = module.act_fn(parts[0])
+    activated = activated[:, :num_rows]
     if bound.observer is not None:
         bound.observer.activated(bound.layer, activated)
     return activated

@@ -316,16 +316,17 @@ class FlashFFN(StreamedModule):
         parts = tiles(len(tokens))
         hidden = torch.empty(len(tokens), len(span), dtype=torch.float32)
         for part in parts:
-            kernels.project(tokens[part], rows, layout.num_parts - 2, hidden[part], _part(bound.up_bias, span))
+            some = _cut(tokens, part)
+            kernels.project(some, rows, layout.num_parts - 2, _cut(hidden, part), _part(bound.up_bias, span))
         gate = None
         if layout.has_gate:
             gate = torch.empty(len(tokens), len(span), dtype=torch.float32)
             for part in parts:
-                kernels.project(tokens[part], rows, 0, gate[part], _part(bound.gate_bias, span))
+                kernels.project(_cut(tokens, part), rows, 0, _cut(gate, part), _part(bound.gate_bias, span))
         with kernels.one_torch_thread():  # torch's threads cut a tensor in other places for every size
             hidden = self._activate(hidden, gate, span, tokens, allowed, share.adapters)
         for part in parts:
-            kernels.accumulate(hidden[part], rows, share.output[part])
+            kernels.accumulate(_cut(hidden, part), rows, _cut(share.output, part))
 
     def _add_by_products(
         self,
@@ -461,6 +462,11 @@ def _single_blocks(run: BlockRun, layout: LayerLayout) -> Iterator[BlockRun]:
     """Yield the blocks of a run one by one."""
     for index, block in enumerate(run.blocks):
         yield BlockRun(range(block, block + 1), run.address + index * layout.block_stride_bytes)
+
+
+def _cut(tensor: torch.Tensor, part: slice) -> torch.Tensor:
+    """Return `tensor[part]`; all of it as it is, for small blocks are many and a view costs as much as a call of ours."""
+    return tensor if part.start == 0 and part.stop == len(tensor) else tensor[part]
 
 
 def union(predicted: torch.Tensor) -> torch.Tensor:

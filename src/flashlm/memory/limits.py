@@ -14,6 +14,7 @@ import psutil
 
 MARGIN_BYTES = 512 << 20
 MARGIN_SHARE = 0.05
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -91,7 +92,11 @@ def _stat_bytes(folder: Path, name: str) -> int:
 
 def process_bytes() -> int:
     """Return this process's resident memory in bytes."""
-    return int(psutil.Process().memory_info().rss)
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - asked before every pass; psutil takes three times as long
+            return int(file.read().split()[1]) * PAGE_BYTES
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
 
 
 def peak_process_bytes() -> int:
