@@ -167,7 +167,7 @@ def test_continuous_batching_changes_no_sequence(mode: str, sparse: Callable[...
     wanted = [model.generate(torch.tensor([each]), **GREEDY)[0, len(each) :].tolist() for each in prompts]
     _phases(model)
     asked = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=48)
+    small = ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=48, max_requests_per_batch=20)
     done = model.generate_batch(prompts, generation_config=asked, continuous_batching_config=small, progress_bar=False)
     assert [done[key].generated_tokens for key in sorted(done, key=lambda key: int(key.split("_")[1]))] == wanted
     phases = _phases(model)

@@ -133,7 +133,7 @@ def test_pack_is_a_model_folder(tmp_path: Path) -> None:
         "tokenizer.json", "chat_template.jinja", "tokenizer.model", "README.md", "LICENSE",
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "pack" / "flash").iterdir()} == {
-        "manifest.json", "layer-00000.rows", "layer-00001.rows",
+        "manifest.json", "resident.safetensors", "layer-00000.rows", "layer-00001.rows",
     }  # fmt: skip
 
 

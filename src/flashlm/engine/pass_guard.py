@@ -173,6 +173,7 @@ class PassGuard:
         if cache is not None:
             self.caches.note(cache, items[CACHE] + items[STATIC_CACHE])
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # asks the operating system: nothing to trace
     def check_call(self, call: dict[str, Any], *, makes_logits: bool) -> PassShape | None:
         """Refuse a call that does not fit, but for logits with labels; return its shape, None where it has no tokens.
 
@@ -247,6 +248,7 @@ class PassGuard:
         """Whether this thread is in a pass that was checked."""
         return getattr(self._threads, "is_inside", False)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def loss_positions(self, shape: PassShape, call: dict[str, Any], model: Any) -> tuple[int, int] | None:
         """Return how many positions' losses fit at once, and the bytes that they may take; None: all of them fit.
 
