@@ -171,7 +171,7 @@ def compare(old: Side, new: Side, work: str, rounds: int) -> dict[str, float]:
     first_s = [side.ask(work=work, repeats=1)[0] for side in (old, new)]
     repeats = max(1, min(200, int(0.06 / min(first_s))))
     times: dict[Side, list[list[float]]] = {old: [], new: []}
-    for number in range(rounds):
+    for number in range(max(3, min(rounds, int(4 / min(first_s))))):  # a busy machine makes prompts long
         for side in (old, new) if number % 2 else (new, old):
             times[side].append(side.ask(work=work, repeats=repeats))
     found: dict[str, float] = {}
