@@ -67,7 +67,7 @@ def streamed(case: str, folder: Path) -> dict[str, Any]:
         write_calibration(pack)
         loading.place_sparse = sized(loading.place_sparse, share)
     bound = {} if mode == "sparse" else {"pin": int(kept_bytes)}
-    model: Any = flashlm.load(pack, dram="12GiB", mode=mode, context=512, **bound).eval()
+    model: Any = flashlm.load(pack, dram="12GiB", mode=mode, context=1024, **bound).eval()
     works: dict[str, Any] = {}
     for batch in (1, 16, 17, 64) if rows == 40 else (1, 16):
         ids, cache = torch.arange(batch * 8).view(batch, 8) * 7 % 4096, DynamicCache(config=model.config)
