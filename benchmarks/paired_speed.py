@@ -65,7 +65,6 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only cases with this in their name")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
-    parser.add_argument(action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     old, new = (
         Side(python, arguments.folder / name) for python, name in zip(arguments.pythons, ("old", "new"), strict=True)
