@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache, pipeline
 
 import flashlm
-from flashlm.engine.pass_guard import PassGuard
+from flashlm.engine.pass_guard import ROOM_LASTS_S, PassGuard
 from flashlm.engine.withheld import WithheldLogits
 from flashlm.errors import BudgetError
 from flashlm.memory.pass_memory import pass_items
@@ -356,3 +358,28 @@ def test_continuous_batching_stays_within_context(short_model: PreTrainedModel) 
     config = manager.continuous_batching_config
     assert config.num_blocks * config.page_size <= 64
     assert config.max_batch_tokens <= 64
+
+
+_looks: list[str] = []
+
+
+def _note_looks(event: str, args: tuple[Any, ...]) -> None:
+    if event == "open" and args[0] == "/proc/meminfo":
+        _looks.append(event)
+
+
+@pytest.mark.parametrize(("dram", "is_ample"), [("6GiB", True), ("1GiB", False)])
+def test_the_kernel_is_asked_for_room_before_every_pass_only_where_it_may_be_short(
+    dram: str, is_ample: bool, tiny_pack: Callable[..., TinyPack]
+) -> None:
+    model = flashlm.load(tiny_pack("llama").pack, dram=dram, context=64)
+    own = bytearray(b"x") * (300 << 20)  # more than loading leaves for what nobody planned
+    ids = _ids(1, 1)
+    sys.addaudithook(_note_looks)  # stays for good: it only notes
+    _looks.clear()
+    started_s = time.monotonic()
+    for _ in range(30):
+        model(ids)
+    most = 2 + (time.monotonic() - started_s) / ROOM_LASTS_S
+    assert (1 <= len(_looks) <= most) if is_ample else len(_looks) >= 30
+    del own  # held until here

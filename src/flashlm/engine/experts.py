@@ -27,7 +27,7 @@ from flashlm.engine.forward_pass import Where, split_tokens, tiles
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
-from flashlm.pack.layout import LayerLayout
+from flashlm.pack.layout import LayerLayout, round_up
 from flashlm.planner.expert_needs import rows_per_product
 from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
 
@@ -136,11 +136,12 @@ def _run_token(
     return output
 
 
-def _is_long(many: Where, num_tokens: int) -> torch.Tensor:
-    """Return which of the tokens, bool (num_tokens,), belong to sequences that may take matrix products."""
+def _is_long(many: Where, num_tokens: int) -> torch.Tensor | None:
+    """Return which of the tokens, bool (num_tokens,), belong to sequences that may take matrix products; None: none."""
+    if many is None:
+        return None
     is_long = torch.zeros(num_tokens, dtype=torch.bool)
-    if many is not None:
-        is_long[many] = True
+    is_long[many] = True
     return is_long
 
 
@@ -150,7 +151,7 @@ def _run_tokens(
     tokens: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
-    is_long: torch.Tensor,
+    is_long: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the sums of several tokens, fp32 (num_tokens, hidden_size): one expert after the other."""
     routing = _route(index, weights, len(tokens), bound.layout.num_blocks)
@@ -161,7 +162,9 @@ def _run_tokens(
         for group in groups:
             for expert, address in group:
                 mine = routing.tokens[expert]
-                share = _run_expert(module, bound, expert, address, tokens[mine], is_long[mine])
+                share = _run_expert(
+                    module, bound, expert, address, tokens[mine], None if is_long is None else is_long[mine]
+                )
                 if is_small:
                     shares[expert] = share
                 else:  # comes in ascending order
@@ -197,13 +200,13 @@ def _run_expert(
     expert: int,
     address: int,
     tokens: torch.Tensor,
-    is_long: torch.Tensor,
+    is_long: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return one expert's output for some tokens: fp32 (num_tokens, hidden_size) in and out."""
     biases = _biases(module, expert)
     output = torch.zeros(tokens.shape, dtype=torch.float32)
-    num_long = int(is_long.sum())
-    if num_long <= MAX_KERNEL_TOKENS:
+    num_long = 0 if is_long is None or len(tokens) <= MAX_KERNEL_TOKENS else int(is_long.sum())
+    if is_long is None or num_long <= MAX_KERNEL_TOKENS:
         _add_by_rows(module, bound, address, biases, tokens, output)
     elif num_long == len(tokens):
         _add_by_products(module, bound, address, biases, tokens, output)
@@ -225,13 +228,15 @@ def _add_by_rows(
 ) -> None:
     """Add an expert's products, without outer bias and norm, by row kernels: a token's bits whatever its company."""
     layout = bound.layout
-    rows = _rows(layout, address, layout.block_rows)
+    num_rows = layout.block_rows
+    rows, width = _rows(layout, address, num_rows), round_up(num_rows, WHOLE_VECTORS)
     for tile in tiles(len(tokens)):
-        some = tokens[tile]
-        parts = [torch.empty(len(some), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
+        some = tokens if len(tokens) <= MAX_KERNEL_TOKENS else tokens[tile]
+        parts = [torch.zeros(len(some), width, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
         for number, part in enumerate(parts):
-            kernels.project(some, rows, number, part, biases.inner[number] if biases.inner else None)
-        kernels.accumulate(_activate_together(module, bound, parts), rows, output[tile])
+            out = part if width == num_rows else part[:, :num_rows]
+            kernels.project(some, rows, number, out, biases.inner[number] if biases.inner else None)
+        kernels.accumulate(_activate_together(module, bound, parts, num_rows), rows, output[tile])
 
 
 def _add_by_products(
@@ -272,21 +277,20 @@ def _run_together(
     for number, part in enumerate(parts):
         kernels.project_blocks(token, blocks, number, part, [each.inner[number] for each in biases if each.inner])
     output = torch.zeros(len(group), layout.hidden_size, dtype=torch.float32)
-    kernels.accumulate_blocks(_activate_together(module, bound, parts).contiguous(), blocks, output)
+    missing = -layout.block_rows % WHOLE_VECTORS
+    parts = [F.pad(part, (0, missing)) for part in parts] if missing else parts
+    kernels.accumulate_blocks(_activate_together(module, bound, parts, layout.block_rows).contiguous(), blocks, output)
     return _finish(module, output, [each.outer for each in biases if each.outer is not None])
 
 
-def _activate_together(module: Any, bound: BoundExperts, parts: list[torch.Tensor]) -> torch.Tensor:
+def _activate_together(module: Any, bound: BoundExperts, parts: list[torch.Tensor], num_rows: int) -> torch.Tensor:
     """Return `_activate` of several tokens' or experts' parts, each (one or the other, rows), with the bits of one alone.
 
     torch computes what its vector loops leave over in another way, so that an element's bits depend on where it lies:
-    rows are filled up to whole vectors, of which nothing is left over.
+    the parts come filled up to `WHOLE_VECTORS`, of which nothing is left over.
     """
-    num_rows = parts[0].shape[1]
-    missing = -num_rows % WHOLE_VECTORS
-    whole = [F.pad(part, (0, missing)) for part in parts] if missing else parts
     with kernels.one_torch_thread():
-        return _activate(module, bound, whole, num_rows)
+        return _activate(module, bound, parts, num_rows)
 
 
 def _finish(module: nn.Module, output: torch.Tensor, biases: list[torch.Tensor]) -> torch.Tensor:
@@ -342,7 +346,8 @@ def _activate(module: Any, bound: BoundExperts, parts: list[torch.Tensor], num_r
         activated = apply_gate(module, joined).contiguous()
     else:
         activated = module.act_fn(parts[0])
-    activated = activated[:, :num_rows]
+    if activated.shape[1] > num_rows:
+        activated = activated[:, :num_rows]
     if bound.observer is not None:
         bound.observer.activated(bound.layer, activated)
     return activated

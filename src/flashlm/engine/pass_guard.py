@@ -15,6 +15,7 @@ import functools
 import gc
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from flashlm.engine.model import FlashModel
 
 ROOM_MARGIN_BYTES = 16 << 20  # what the allocator may round up or keep in a pass
+ROOM_LASTS_S = 0.2  # for which what the kernel had left is taken to be there still, less what this process has taken
+AMPLE_BYTES = 512 << 20  # so much beyond a pass's needs: others on the machine may take some meanwhile
 ROOM_WAIT_S = 1.0  # between looks, where another thread's pass is waited for
 MAX_LOSS_PIECE_BYTES = 24 << 20  # the heaps of threads hold 64 MiB each, and larger buffers leave holes in them
 
@@ -85,6 +88,7 @@ class PassGuard:
         self._fixed_bytes = needs.process_bytes + needs.resident_bytes + needs.predictor_bytes
         self._fixed_bytes += placement.pinned_bytes + placement.staging_bytes + placement.cache_bytes
         self._dram_bytes = placement.dram_bytes
+        self._room_seen = (float("-inf"), 0, 0)  # when, what the process held, and what the kernel had left
 
     @property
     def facts(self) -> PassFacts:
@@ -103,8 +107,10 @@ class PassGuard:
 
     def _unplanned_bytes(self) -> int:
         """Return what the process holds beside what was planned: a caller's own data, outputs kept of earlier passes."""
-        planned_bytes = self._fixed_bytes + self.caches.others_bytes(None) + SLACK_BYTES
-        return max(process_bytes() - planned_bytes, 0)
+        return max(process_bytes() - self._planned_bytes(), 0)
+
+    def _planned_bytes(self) -> int:
+        return self._fixed_bytes + self.caches.others_bytes(None) + SLACK_BYTES
 
     def check_context(self, num_sequences: int, num_tokens: int, hint: str = "") -> None:
         """Refuse sequences whose tokens are more than the KV cache was planned for, over all of them.
@@ -141,20 +147,36 @@ class PassGuard:
         """
         items = self.items(shape, cache)
         unplanned_bytes = self._unplanned_bytes()
-        if unplanned_bytes:  # much of it may be what the allocator keeps
+        is_ample = not unplanned_bytes or self._has_ample_room(items, unplanned_bytes)
+        if not is_ample:  # much of it may be what the allocator keeps
             release_free_memory()
             unplanned_bytes = self._unplanned_bytes()
         check_pass(items, self.available_bytes(unplanned_bytes), what)
-        if unplanned_bytes:  # and so nothing is read of the control groups in normal use
+        is_tight = not is_ample and unplanned_bytes > 0
+        if is_tight:  # and so nothing is read of the control groups in normal use
             self._check_room(shape, items, what, unplanned_bytes)
         self.note(cache, items)
-        self._threads.items = items
+        self._threads.items, self._threads.is_tight = items, is_tight
+
+    def _has_ample_room(self, items: dict[str, int], unplanned_bytes: int) -> bool:
+        """Return whether a pass fits so easily, by what was seen a moment ago, that no closer look is needed.
+
+        A closer look takes milliseconds, as long as a token of a small model does.
+        """
+        needed_bytes = sum(items.values()) + PASS_SLACK_BYTES
+        held_bytes = self._planned_bytes() + unplanned_bytes
+        seen_s, seen_held_bytes, seen_room_bytes = self._room_seen
+        if time.monotonic() - seen_s > ROOM_LASTS_S or needed_bytes > self.available_bytes(unplanned_bytes):
+            return False
+        left_bytes = min(self._dram_bytes - held_bytes, seen_room_bytes - max(held_bytes - seen_held_bytes, 0))
+        return needed_bytes + AMPLE_BYTES <= left_bytes
 
     def _check_room(self, shape: PassShape, items: dict[str, int], what: str, unplanned_bytes: int) -> None:
         """Refuse a pass within the plan too, where a process that has outgrown it would be killed by the kernel."""
         held = (OTHER_CACHES, CACHE, STATIC_CACHE) if shape.width > shape.num_tokens else (OTHER_CACHES,)
         needed_bytes = sum(size for name, size in items.items() if name not in held) + ROOM_MARGIN_BYTES
         available_bytes = room_bytes()
+        self._room_seen = time.monotonic(), self._planned_bytes() + unplanned_bytes, available_bytes
         if needed_bytes <= available_bytes:
             return
         gc.collect()
@@ -240,7 +262,8 @@ class PassGuard:
             while self._in_flight and sum(self._in_flight.values()) + needed_bytes > self.available_bytes():
                 self._condition.wait(ROOM_WAIT_S)
             self._in_flight[threading.get_ident()] = sum(size for name, size in items.items() if name not in held)
-            if len(self._in_flight) > 1 or self._unplanned_bytes():  # a thread's own heap keeps what is freed
+            if len(self._in_flight) > 1 or self._threads.__dict__.get("is_tight", True):
+                # a thread's own heap keeps what is freed
                 release_free_memory()
 
     @property
