@@ -26,10 +26,13 @@ STRESS_SECONDS ?= 4
 # Where addresses are drawn from more bits than gcc 12's thread sanitizer knows, it ends at once.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
+# Test files side by side; most of a test is one thread of Python.
+TEST_WORKERS ?= 2
+
 # $(call run_tests,python,report,least number that must pass,what): fails when no test ran, too, whatever pytest said.
 define run_tests
 	@mkdir -p build && rm -f build/$(2).xml
-	$(5) env -u PYTEST_ADDOPTS -u PYTEST_PLUGINS -u PYTHONOPTIMIZE $(1) -m pytest --junitxml=build/$(2).xml $(4)
+	$(5) env -u PYTEST_ADDOPTS -u PYTEST_PLUGINS -u PYTHONOPTIMIZE $(1) -m pytest -n $(TEST_WORKERS) --dist loadfile --junitxml=build/$(2).xml $(4)
 	$(BIN)/python tests/check_ran.py build/$(2).xml $(3)
 endef
 
