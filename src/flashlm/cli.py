@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_TEXT_OPTIONS = ("--prompt", "--prompt-file")  # whose value may be any word
 _STATS_TABLE = "-"  # what --stats means without a file
 
 
@@ -205,7 +206,7 @@ def generate(
     pack: PackArgument,
     text: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="Text to continue. Without one, what is piped in.", show_default=False),
+        typer.Argument(metavar="PROMPT", help="Text to continue. Without one, what is piped in.", show_default=False),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The same, as an option.", show_default=False)] = None,
     prompt_file: Annotated[
@@ -268,7 +269,10 @@ def generate(
         _check_plot_experts(pack, plot_experts)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     note = (lambda message: None) if quiet else console.note
-    with console.passing_bar() as on_loading, console.passing_bar("layers") as on_prompt:
+    with (
+        console.passing_bar(is_shown=not quiet) as on_loading,
+        console.passing_bar("layers", is_shown=not quiet) as on_prompt,
+    ):
         result: Generation = run(
             pack,
             _read_prompt(text, prompt, prompt_file),
@@ -410,12 +414,16 @@ def _expand_stats(arguments: list[str]) -> list[str]:
 
 
 def _hoist_debug(arguments: list[str]) -> list[str]:
-    """Let `--debug` stand on both sides of the verb. A text that is called --debug is given as `--prompt=--debug`."""
+    """Let `--debug` stand on both sides of the verb; after an option that takes a text it is that text."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    options = arguments[:end]
-    if "--debug" not in options:
+    is_flag = [
+        each == "--debug" and (index == 0 or arguments[index - 1] not in _TEXT_OPTIONS)
+        for index, each in enumerate(arguments[:end])
+    ]
+    if not any(is_flag):
         return arguments
-    return ["--debug", *(each for each in options if each != "--debug"), *arguments[end:]]
+    kept = [each for each, is_debug in zip(arguments[:end], is_flag, strict=True) if not is_debug]
+    return ["--debug", *kept, *arguments[end:]]
 
 
 def main(arguments: list[str] | None = None, is_interrupted: Callable[[], bool] = lambda: False) -> None:

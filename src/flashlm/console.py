@@ -56,9 +56,9 @@ def progress_bar(unit: str = "bytes") -> Iterator[Progress]:
 
 
 @contextmanager
-def passing_bar(unit: str = "bytes") -> Iterator[Progress]:
+def passing_bar(unit: str = "bytes", *, is_shown: bool = True) -> Iterator[Progress]:
     """As `progress_bar`, but the bar comes with the first call and goes without a trace once all is done."""
-    if not sys.stderr.isatty():
+    if not (is_shown and sys.stderr.isatty()):
         yield lambda done, total, what: None
         return
     running: list[Any] = []

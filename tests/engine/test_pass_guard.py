@@ -383,3 +383,11 @@ def test_the_kernel_is_asked_for_room_before_every_pass_only_where_it_may_be_sho
     most = 2 + (time.monotonic() - started_s) / ROOM_LASTS_S
     assert (1 <= len(_looks) <= most) if is_ample else len(_looks) >= 30
     del own  # held until here
+
+
+@pytest.mark.parametrize(("kept", "counted"), [(0, 10), (3, 3), (-1, 9), (-4, 6), (-20, 0), (25, 10)])
+def test_kept_positions_are_counted_as_models_slice_them(kept: int, counted: int) -> None:
+    from flashlm.engine.pass_guard import _num_kept
+
+    assert _num_kept({"logits_to_keep": kept}, 10) == counted
+    assert len(range(10)[slice(-kept, None) if kept else slice(None)]) == counted

@@ -70,7 +70,9 @@ class LiveCaches:
 
     def others_bytes(self, cache: Any) -> int:
         """Return what all others take together."""
-        return sum(size for other, size in list(self._num_bytes.items()) if other is not cache)
+        # A copy is made in one step: other threads add caches meanwhile.
+        noted = self._num_bytes.data.copy().items()  # type: ignore[attr-defined]  # not in its stub
+        return sum(size for held, size in noted if (other := held()) is not None and other is not cache)
 
     def forget_dead(self) -> None:
         """Collect caches that are only held by cycles."""

@@ -9,7 +9,8 @@ labels that are not ignored, or sum over `num_items_in_batch`. A family that add
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class _Running:
     """The pieces of one pass so far."""
 
     positions: torch.Tensor
+    tokens: torch.Tensor  # what the decoder is called with
     has_output: bool = False
     output: Any = None  # the decoder's
     vocab_size: int = 0
@@ -56,19 +58,30 @@ class ChunkedLoss:
     def _running(self) -> _Running | None:
         return getattr(self._threads, "running", None)
 
-    def decode(self, decode: Forward) -> Any:
+    def decode(self, decode: Forward, given: Iterable[Any]) -> Any:
         """Return what the decoder gives, in a later piece what it gave before.
 
         Args:
             decode: Runs the decoder.
+            given: Its arguments. Only with the pass's own tokens is it the pass's own call: a hook may call it too.
         """
         running = self._running
-        if running is not None and running.has_output:
-            return running.output
-        output = decode()
-        if running is not None:
+        if running is None or not any(each is running.tokens for each in given):
+            return decode()
+        if not running.has_output:
+            with self.suspended():
+                output = decode()
             running.output, running.has_output = output, True
-        return output
+        return running.output
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """While a model runs inside the pass (a hook calls it), nothing is played back to it."""
+        running, self._threads.running = self._running, None
+        try:
+            yield
+        finally:
+            self._threads.running = running
 
     def loss_function(self, plain: Forward) -> Forward:
         """Return transformers' loss function `plain`, or while a pass runs in pieces the one that adds them up."""
@@ -91,7 +104,7 @@ class ChunkedLoss:
             BudgetError: The family's loss can't be made in pieces.
         """
         num_sequences, num_tokens = _tokens(call).shape[:2]
-        running = self._threads.running = _Running(positions=torch.empty(0, dtype=torch.long))
+        running = self._threads.running = _Running(positions=torch.empty(0, dtype=torch.long), tokens=_tokens(call))
         extras: list[float] = []
         try:
             for start in range(0, num_tokens, num_positions):

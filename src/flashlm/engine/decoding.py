@@ -25,6 +25,7 @@ _UNUSED = {
     "output_attentions": False,
     "output_hidden_states": False,
 }
+_UNSERVED = ("assistant_early_exit", "is_assistant", "token_healing")
 _NAME = "generation_config.json"
 
 
@@ -155,8 +156,17 @@ def _read(pack: Path) -> Any:
 def _check_mode(config: Any) -> None:
     if getattr(config, "use_mtp", None):
         raise ConfigError(f"{_NAME} says use_mtp: a pack has no multi-token-prediction layers. Remove it there")
-    if not isinstance(config.num_beams or 1, int) or (config.num_beams or 1) < 1:
+    if config.num_beams is not None and (type(config.num_beams) is not int or config.num_beams < 1):
         raise PackError(f"{_NAME} says num_beams={config.num_beams!r}: a whole number, at least 1, expected")
+    if not isinstance(config.do_sample, bool | None):
+        raise PackError(f"{_NAME} says do_sample={config.do_sample!r}: true or false expected")
+    for name in _UNSERVED:
+        if getattr(config, name, None):
+            raise ConfigError(f"{_NAME} says {name}, which flashlm generate does not do: change that file")
+    for name in ("temperature", "repetition_penalty"):
+        value = getattr(config, name, None)
+        if value is not None and (name != "temperature" or config.do_sample) and not value > 0:
+            raise ConfigError(f"{_NAME} says {name}={value!r}: above 0 expected; --temperature 0 is greedy")
     mode = config.get_generation_mode()
     if mode.value not in _SERVED:
         raise ConfigError(

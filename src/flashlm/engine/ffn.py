@@ -222,6 +222,7 @@ class FlashFFN(StreamedModule):
             )
         return self._bound
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads and native kernels: nothing to trace
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the layer's output.
 

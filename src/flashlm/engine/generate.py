@@ -183,17 +183,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool) -
     if is_chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError("this pack's tokenizer has no chat template: leave --chat out")
-        from jinja2 import TemplateError
-
         message = [{"role": "user", "content": prompt}]
         try:
             encoded = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may fail in any way
             raise ConfigError(f"this pack's chat template does not take the prompt: {error}") from error
-        return _model_inputs(encoded)
-    inputs = _model_inputs(tokenizer(prompt, return_tensors="pt"))
+        inputs = _model_inputs(encoded)
+    else:
+        inputs = _model_inputs(tokenizer(prompt, return_tensors="pt"))
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt is empty: give it some text")
     return inputs
@@ -210,6 +209,8 @@ def _watch_prompt(model: PreTrainedModel, on_prompt: Progress | None) -> Iterato
     if on_prompt is None:
         yield
         return
+    from torch import nn
+
     manifest = model.flash.manifest
     names = [entry.module for entry in (manifest.experts or manifest.layers)]
     done = 0
@@ -220,7 +221,8 @@ def _watch_prompt(model: PreTrainedModel, on_prompt: Progress | None) -> Iterato
         if done <= len(names):
             on_prompt(done, len(names), "prompt")
 
-    hooks = [model.get_submodule(name).register_forward_hook(count) for name in names]
+    # By the base class: a layer that stands for a linear one (OPT's) refuses hooks of others, which it would not call.
+    hooks = [nn.Module.register_forward_hook(model.get_submodule(name), count) for name in names]
     try:
         yield
     finally:

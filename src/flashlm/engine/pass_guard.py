@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -211,6 +212,15 @@ class PassGuard:
             self.check(shape, cache, _describe(shape))
         return shape
 
+    def check_head(self, num_positions: int) -> None:
+        """Refuse logits of so many positions where they do not fit, for who calls the output layer by itself.
+
+        Raises:
+            BudgetError: It says how much they take.
+        """
+        items = {LOGITS: logits_bytes(self.facts, num_positions), OTHER_CACHES: self.caches.others_bytes(None)}
+        check_pass(items, self.available_bytes(), f"the output layer on {num_positions} positions")
+
     def shape_of(self, call: dict[str, Any], *, makes_logits: bool) -> PassShape | None:
         """Return the shape of a forward call."""
         tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
@@ -305,6 +315,9 @@ def guard_passes(model: PreTrainedModel, flash: FlashModel) -> PassGuard:
     if decoder is not model:
         _guard_module(decoder, guard, _guarded_decoder)
     _guard_module(model, guard, _guarded_model)
+    head = model.get_output_embeddings()
+    if head is not None:  # some call it themselves, on what the decoder gave
+        _guard_module(head, guard, _guarded_head)
     return guard
 
 
@@ -321,13 +334,27 @@ def _guarded_decoder(plain: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         guard: PassGuard = self._flash_guard
         if guard.is_inside:
-            return guard.chunked.decode(lambda: plain.forward(self, *args, **kwargs))
+            return guard.chunked.decode(lambda: plain.forward(self, *args, **kwargs), (*args, *kwargs.values()))
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         guard.check_call(call, makes_logits=False)
         begin_pass(given_cache(call))  # not before: a refused pass has written nothing
         output = plain.forward(self, *args, **kwargs)
         end_pass(given_cache(call))
         return output
+
+    return _subclass(plain, {"forward": forward})
+
+
+@functools.cache
+def _guarded_head(plain: Any) -> type:
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        guard: PassGuard = self._flash_guard
+        if not guard.is_inside:
+            for tokens in (*args[:1], kwargs.get("input")):
+                if isinstance(tokens, torch.Tensor):
+                    guard.check_head(math.prod(tokens.shape[:-1]))
+        return plain.forward(self, *args, **kwargs)
 
     return _subclass(plain, {"forward": forward})
 
@@ -342,7 +369,7 @@ def _guarded_model(plain: Any) -> type:
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         shape = guard.check_call(call, makes_logits=True)
         pieces = guard.loss_positions(shape, call, self) if shape is not None and shape.has_loss else None
-        with guard.inside():
+        with guard.inside(), guard.chunked.suspended():
             begin_pass(given_cache(call))  # not before: a refused pass has written nothing
             run = functools.partial(plain.forward, self)
             if pieces is None:
@@ -376,7 +403,7 @@ def _num_kept(call: dict[str, Any], num_tokens: int) -> int:
     kept = call.get("logits_to_keep", 0)
     if isinstance(kept, torch.Tensor):
         return int(kept.numel())
-    return min(int(kept), num_tokens) if kept else num_tokens
+    return len(range(num_tokens)[-int(kept) :]) if kept else num_tokens  # as models slice: -1 is all but the first
 
 
 def _is_masked(mask: Any) -> bool:

@@ -36,6 +36,7 @@ class Needs:
         predictor_bytes: Row predictors (mode `sparse`).
         kv_cache_bytes: The KV cache at the stated context.
         working_bytes: Activations, logits, scratch and allocator slack of the largest forward pass.
+        slack_bytes: Of these, what is the same for every context.
     """
 
     process_bytes: int
@@ -43,6 +44,7 @@ class Needs:
     kv_cache_bytes: int
     working_bytes: int
     predictor_bytes: int = 0
+    slack_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -184,8 +186,8 @@ def check_floor(needs: Needs, least_bytes: int, dram_bytes: int, rest: str) -> N
     if dram_bytes >= least_bytes:
         return
     predictors = f" {format_size(needs.predictor_bytes)} predictors," if needs.predictor_bytes else ""
-    # A lower context frees at most the KV cache (working memory depends on it too, but has a part that does not).
-    can_help = least_bytes - needs.kv_cache_bytes - needs.working_bytes <= dram_bytes
+    # A lower context frees at most the KV cache and what passes take; what is fixed of working memory stays.
+    can_help = least_bytes - needs.kv_cache_bytes - (needs.working_bytes - needs.slack_bytes) <= dram_bytes
     remedy = "Raise dram or lower the context." if can_help else f"Raise dram to {format_size(least_bytes)} or more."
     raise BudgetError(
         f"dram={format_size(dram_bytes)} is below the {format_size(least_bytes)} that this model needs at least:"

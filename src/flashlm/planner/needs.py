@@ -146,6 +146,7 @@ def measure_needs(
         kv_cache_bytes=kv_bytes,
         working_bytes=SLACK_BYTES + working_bytes(pass_facts(config, layouts), context),
         predictor_bytes=predictor_bytes,
+        slack_bytes=SLACK_BYTES,
     )
 
 
