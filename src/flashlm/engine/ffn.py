@@ -467,7 +467,7 @@ def _single_blocks(run: BlockRun, layout: LayerLayout) -> Iterator[BlockRun]:
 
 def _cut(tensor: torch.Tensor, part: slice) -> torch.Tensor:
     """Return `tensor[part]`; all of it as it is, for small blocks are many and a view costs as much as a call of ours."""
-    return tensor if part.start == 0 and part.stop == len(tensor) else tensor[part]
+    return tensor if part.start == 0 and part.stop == tensor.shape[0] else tensor[part]
 
 
 def union(predicted: torch.Tensor) -> torch.Tensor:
