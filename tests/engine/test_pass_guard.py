@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import sys
 import threading
@@ -44,6 +45,11 @@ LOGITS_FAMILIES = {
 
 def _ids(num_sequences: int, num_tokens: int) -> torch.Tensor:
     return torch.randint(3, 96, (num_sequences, num_tokens), generator=torch.Generator().manual_seed(1))
+
+
+def _plain_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The family's own forward, beneath the guard's."""
+    return functools.partial(type(model).forward.__wrapped__, model)
 
 
 def _peak_bytes(run: Callable[[], Any]) -> int:
@@ -120,7 +126,7 @@ def test_the_loss_in_pieces_equals_transformers(family: str, tiny_pack: Callable
         call = {"input_ids": tokens, "labels": labels, **extra, **options}
         with torch.no_grad():
             expected = reference(**call)[0]
-            plain = super(type(model), model).forward
+            plain = _plain_forward(model)
             guard: PassGuard = model._flash_guard
             with guard.inside():
                 output = guard.chunked.run(plain, call, 7, available_bytes=0)
@@ -139,7 +145,7 @@ def test_all_labels_ignored_is_nan_as_in_transformers(tiny_pack: Callable[..., T
     guard: PassGuard = model._flash_guard
     call = {"input_ids": tokens, "labels": torch.full_like(tokens, -100)}
     with guard.inside():
-        output = guard.chunked.run(super(type(model), model).forward, call, 7, available_bytes=0)
+        output = guard.chunked.run(_plain_forward(model), call, 7, available_bytes=0)
     assert output.loss.isnan()
 
 
@@ -182,6 +188,75 @@ def test_labels_work_where_the_logits_do_not_fit(narrow_model: Callable[..., Pre
     fewer = tokens[:, :8]
     with torch.no_grad():  # where they fit, they are there
         assert model(fewer, labels=fewer).logits.argmax(-1).shape == (1, 8)
+
+
+@pytest.mark.parametrize("place", ["lm_head", "model.layers.0", "model.norm"])
+def test_calls_within_a_loss_in_pieces_are_their_own(place: str, tiny_pack: Callable[..., TinyPack]) -> None:
+    """A hook that runs the model, or its decoder, inside the pass gets what it asked for, not what the pass is about."""
+    model = flashlm.load(tiny_pack("llama", "float32").pack, dram="3GiB", context=160)
+    tokens, others = _ids(1, 30), [_ids(1, 30).flip(1), _ids(1, 12)]
+    with torch.no_grad():
+        wanted = [(model(each).logits, model.model(each).last_hidden_state) for each in others]
+        wanted_loss = float(model(tokens, labels=tokens).loss)
+    found, guard = [], model._flash_guard
+
+    def look(*_: Any) -> None:
+        if len(found) < 3 and not is_inside:
+            is_inside.append(True)
+            found.append([(model(each).logits, model.model(each).last_hidden_state) for each in others])
+            is_inside.clear()
+
+    is_inside: list[bool] = []
+    hook = model.get_submodule(place).register_forward_hook(look)
+    with torch.no_grad(), guard.inside():
+        call = {"input_ids": tokens, "labels": tokens}
+        output = guard.chunked.run(_plain_forward(model), call, 7, available_bytes=0)
+    hook.remove()
+    assert float(output.loss) == pytest.approx(wanted_loss, rel=MAX_LOSS_ERROR)
+    assert found
+    for results in found:
+        for (logits, hidden), (right_logits, right_hidden) in zip(results, wanted, strict=True):
+            assert torch.equal(logits, right_logits)
+            assert torch.allclose(hidden, right_hidden, atol=1e-5)  # as part of the pass: rows or products as there
+
+
+def test_the_output_layer_by_itself_is_counted(narrow_model: Callable[..., PreTrainedModel]) -> None:
+    model = narrow_model()
+    with torch.no_grad():
+        hidden = model.get_decoder()(_ids(1, 600)).last_hidden_state
+        assert model.get_output_embeddings()(hidden[:, :2]).shape == (1, 2, WIDE_VOCAB)
+        with pytest.raises(BudgetError, match="the output layer on 600 positions"):
+            model.get_output_embeddings()(hidden)
+        with pytest.raises(BudgetError, match="logits of 599 positions"):
+            model(_ids(1, 600), logits_to_keep=-1)
+
+
+def test_caches_of_several_threads_are_counted_side_by_side() -> None:
+    from flashlm.engine.cache_room import LiveCaches
+
+    caches, failures = LiveCaches(), []
+    kept: list[Any] = []
+
+    def note() -> None:
+        try:
+            for _ in range(3000):
+                kept.append(DynamicCache())
+                caches.note(kept[-1], 1)
+        except RuntimeError as error:
+            failures.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=note) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            caches.others_bytes(None)
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures
+    assert caches.others_bytes(kept[0]) == len(kept) - 1
 
 
 def test_two_threads_with_labels_do_not_mix(narrow_model: Callable[..., PreTrainedModel]) -> None:

@@ -251,3 +251,6 @@ def test_a_compiled_model_is_the_model(load: Callable[[str], Any]) -> None:
     with torch.no_grad():
         assert torch.equal(torch.compile(model, backend="eager")(TOKENS).logits, expected)
     assert model.flash.telemetry.records[-1].bytes_read == model.flash.placement.streamed_bytes
+    many = torch.arange(40)[None] % 90  # by products
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(many).logits, model(many).logits)
