@@ -95,6 +95,15 @@ def test_weights_that_would_become_infinite_are_refused(
     assert not (tmp_path / "pack" / "flash" / "manifest.json").exists()
 
 
+def test_what_float32_cannot_hold_gets_advice_that_can_be_followed() -> None:
+    source = torch.tensor([1.0, -1e300], dtype=torch.float64)
+    with pytest.raises(
+        PackError, match=r"holds -1e\+300, too large for float32 .*: a pack has nothing wider"
+    ) as caught:
+        CastCounts().check(source.to(torch.float32), source, "weight")
+    assert "--dtype" not in str(caught.value)
+
+
 def test_an_interrupted_conversion_remembers_what_became_zero(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "source", "llama")
     _with(tmp_path / "source", RESIDENT, 1e-9, 5)

@@ -24,6 +24,7 @@ KEPT = {
     "preprocessor_config.json", "processor_config.json", "README.md", "LICENSE", "Notice.txt", "qwen.tiktoken",
     "spiece.model", "sentencepiece.bpe.model", "1_Pooling/config.json", "modules.json", "figures/curve.png",
     "prompts/system.txt", "a file with blanks.txt", "Modell-für-alle.md",
+    "README.pt.md", "spm.pt.model", "v1.5.2-notes.txt", "README.so-far.md",
 }  # fmt: skip
 LEFT_OUT = {
     "pytorch_model.bin": "pickles", "training_args.bin": "pickles", "optimizer.pt": "pickles", "x.ckpt": "pickles",
@@ -32,7 +33,10 @@ LEFT_OUT = {
     "model-Q4_K_M.gguf": "weights", "tf_model.h5": "weights", "flax_model.msgpack": "weights", "rust_model.ot": "weights",
     "pytorch_model.bin.index.json": "weights", "adapter_config.json": "weights", "modeling_custom.py": "code",
     "custom_generate/generate.py": "code", "run.sh": "code", "kernels/fast.so": "code", "weights.zip": "archives",
-    "flash/manifest.json": "a pack's own",
+    "flash/manifest.json": "a pack's own", "setup.pyw": "code", "lib/libfast.so.1": "code", "libfast.so.1.2.txt": "code",
+    "fast.dylib.old": "code", "state.dill": "pickles", "weights.pkl.txt": "pickles", "Weights.PKL.Txt": "pickles",
+    "model.torchscript": "pickles", "model.pt.txt": "pickles", "model.bin.1": "pickles", "x.pickle.json": "pickles",
+    "state.pkl ": "pickles", "module.py.": "code", "best.pth.tar": "pickles",
 }  # fmt: skip
 
 
@@ -57,7 +61,7 @@ def test_everything_comes_along_and_what_stays_is_told(tmp_path: Path) -> None:
     assert told.splitlines() == list(manifest.source.notes)
     for reason in set(LEFT_OUT.values()):
         assert reason in told
-    assert "code (.py is copied with --trust-remote-code): custom_generate/generate.py, kernels/fast.so, " in told
+    assert "code (.py is copied with --trust-remote-code): custom_generate/generate.py, fast.dylib.old, " in told
     verify(pack).raise_for_problems()
     (pack / "additional_chat_templates" / "tool_use.jinja").write_text("changed")
     (problem,) = verify(pack).problems
@@ -128,6 +132,39 @@ def test_links_out_of_the_folder_pipes_and_devices_are_left_out_unopened(tmp_pat
         assert name in told
         assert not any(name in kept for kept in manifest.small_files)
     assert b"mine alone" not in b"".join(all_bytes(tmp_path / "pack").values())
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "loop", "pipe", "large"])
+@pytest.mark.parametrize("name", ["x.json", "notes.txt", "module.py"])
+def test_one_odd_file_in_the_folder_is_left_out_and_told(kind: str, name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_checkpoint(source, "llama")
+    _make_odd(source / name, kind)
+    manifest = convert(source, tmp_path / "pack")
+    assert name not in manifest.small_files
+    assert any(name in note and note.startswith("left out, ") for note in manifest.source.notes)
+    verify(tmp_path / "pack").raise_for_problems()
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "loop", "pipe", "large"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "generation_config.json", "modeling_x.py"])
+def test_an_odd_file_that_is_needed_is_an_error(kind: str, name: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_checkpoint(source, "llama")
+    _make_odd(source / name, kind)
+    with pytest.raises(PackError, match=name):
+        convert(source, tmp_path / "pack", trust_remote_code=name.endswith(".py"))
+
+
+def _make_odd(path: Path, kind: str) -> None:
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "large":  # and empty: nothing is written
+        with path.open("wb") as file:
+            file.truncate(300 << 20)
+    else:
+        path.symlink_to("nowhere" if kind == "nowhere" else path.name)
 
 
 def test_links_of_the_hubs_cache_are_inside(tmp_path: Path) -> None:

@@ -276,3 +276,17 @@ def test_weights_that_a_file_lacks_are_initialised_or_refused(tmp_path: Path, ar
         assert torch.equal(given[name], value), name
     with pytest.raises(PackError, match=f"has no {lacking}"):
         load_model(tmp_path)
+
+
+def test_several_sequences_of_each_go_on_from_a_state(model: PRUForCausalLM) -> None:
+    tokens = torch.randint(1, 50, (3, 6))
+    with torch.no_grad():
+        state = model(tokens[:, :4]).state
+    asked = {"max_new_tokens": 5, "do_sample": True, "top_k": 20, "pad_token_id": 0, "num_return_sequences": 2}
+    torch.manual_seed(1)
+    whole = model.generate(tokens, **asked)
+    torch.manual_seed(1)
+    rest = model.generate(tokens[:, 4:], state=state, **asked)
+    assert torch.equal(rest, whole[:, 4:])
+    with pytest.raises(ConfigError, match="for 2 sequences, got"):
+        model.generate(tokens[:2, 4:], state=state, **asked)

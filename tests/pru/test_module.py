@@ -406,6 +406,10 @@ def test_wrong_inputs_are_refused() -> None:
         pru(torch.randn(0, 2, 8))
     with pytest.raises(ConfigError, match="hx must be two tensors"):
         pru(torch.randn(3, 2, 8), (torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)))
+    for state in (torch.zeros(1, 2, 8), (torch.zeros(1, 2, 8),), (torch.zeros(1, 2, 8), None), "h"):
+        for module, x in ((pru, torch.randn(3, 2, 8)), (pru, torch.randn(3, 8)), (PRUCell(8, 8), torch.randn(2, 8))):
+            with pytest.raises(ConfigError, match=r"hx must be two tensors, \(h, c\), got"):
+                module(x, state)
     with pytest.raises(ConfigError, match="features"):
         GroupedLinear(8, 8)(torch.randn(3, 4))
     with pytest.raises(ConfigError, match="input must be"):

@@ -13,7 +13,7 @@ import torch
 from flashlm.errors import PackError
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32", torch.float32: "another source"}
+_WIDER = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
 
 
 @dataclass(kw_only=True)
@@ -76,6 +76,11 @@ def _refuse_overflow(target: torch.Tensor, source: torch.Tensor, name: str) -> N
         value = float(source[overflown][0])
         dtype = str(target.dtype).removeprefix("torch.")
         limit = torch.finfo(target.dtype).max
-        raise PackError(
-            f"{name} holds {value:g}, too large for {dtype} ({limit:g}): convert with --dtype {_WIDER[target.dtype]}"
+        wider = _WIDER.get(target.dtype)
+        advice = (
+            f"convert with --dtype {wider}"
+            if wider
+            else "a pack has nothing wider. Make such weights smaller in the source, or save it again as what it was"
+            " trained in"
         )
+        raise PackError(f"{name} holds {value:g}, too large for {dtype} ({limit:g}): {advice}")

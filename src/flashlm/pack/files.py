@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import xxhash
@@ -61,21 +61,25 @@ def check_small_files(pack: Path, manifest: Manifest, *, is_checked: bool = True
             logger.warning("%s; if that was not you, convert the model again", problem)
 
 
-def check_special_files(folder: Path) -> None:
+def check_special_files(folder: Path, *, only: Callable[[str], bool] = bool) -> None:
     """Refuse a model folder in which something that transformers may open is no file, or has no end.
+
+    Args:
+        folder: The model folder.
+        only: Which names are looked at; all, unless given.
 
     Raises:
         PackError: There is a pipe, a device, a socket, a link to nowhere, or a small file that is none.
     """
-    problem = next(iter(special_file_problems(folder)), None)
+    problem = next(iter(special_file_problems(folder, only=only)), None)
     if problem is not None:
         raise PackError(problem)
 
 
-def special_file_problems(folder: Path) -> list[str]:
+def special_file_problems(folder: Path, *, only: Callable[[str], bool] = bool) -> list[str]:
     """Return one line for each thing in the folder itself that is neither a folder nor a file of a fair size."""
     try:
-        paths = sorted(path for path in folder.iterdir() if not path.is_dir())
+        paths = sorted(path for path in folder.iterdir() if only(path.name) and not path.is_dir())
     except OSError as error:
         return [f"{folder} can't be read: {error.strerror}"]
     problems = []

@@ -40,24 +40,19 @@ _TOKENIZER_NAMES = frozenset(
 _WEIGHTS = (
     ".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".hdf5", ".msgpack", ".tflite", ".ot", ".npz", ".npy",
     ".mlpackage", ".mlmodel", ".mlmodelc", ".llamafile", ".engine", ".plan", ".pte", ".weights", ".index.json",
+    ".keras", ".pb", ".pdmodel", ".pdiparams", ".caffemodel",
 )  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".mar", ".nemo", ".pdparams")
+_PICKLES = (
+    ".bin", ".pt", ".pth", ".ptl", ".torchscript", ".jit", ".t7", ".ckpt", ".distcp", ".pkl", ".pickle", ".pckl", ".pk",
+    ".p", ".dill", ".cloudpickle", ".joblib", ".sav", ".mar", ".nemo", ".pdparams", ".pdopt", ".rds", ".rdata",
+)  # fmt: skip
+_SHARED_OBJECTS = (".so", ".dll", ".dylib", ".pyd")
 _CODE = (
-    ".py",
-    ".pyc",
-    ".pyd",
-    ".so",
-    ".dll",
-    ".dylib",
-    ".exe",
-    ".sh",
-    ".bat",
-    ".ps1",
-    ".js",
-    ".wasm",
-    ".ipynb",
-    ".pth.tar",
-)
+    ".py", ".pyw", ".pyc", ".pyo", ".pyz", ".pyx", ".exe", ".msi", ".sh", ".bash", ".zsh", ".fish", ".bat", ".cmd", ".ps1",
+    ".psm1", ".vbs", ".js", ".mjs", ".cjs", ".ts", ".wasm", ".ipynb", ".class", ".node", ".ko", ".o", ".a", ".pl", ".rb",
+    ".php", ".lua", ".jl", ".command", ".appimage", ".desktop", ".lnk", ".ptx", ".cubin", ".hsaco",
+)  # fmt: skip
+_PORTUGUESE = re.compile(r"\.pt\.(md|model)$")  # README.pt.md is a text, not weights under another name
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".whl", ".jar")
 _ADAPTER = re.compile(r"^adapter_config\.json$")  # transformers would look for the adapter's weights
 _NAME = re.compile(r"^[^\x00-\x1f\x7f\\/]{1,200}$")
@@ -135,17 +130,20 @@ def is_tokenizer(name: str) -> bool:
 
 def reason_against(name: str, *, with_code: bool) -> str | None:
     """Return why a file is not kept whatever its size; None where nothing speaks against it by its name."""
-    path = PurePosixPath(name.lower())
+    path = PurePosixPath(name.lower().rstrip(" ."))  # which some systems take off
+    suffixes = {*path.suffixes} - ({".pt"} if _PORTUGUESE.search(path.name) else set())
     if not all(_NAME.match(part) and part not in (".", "..") for part in name.split("/")) or len(name) > 255:
         return "a name that not every system can keep"
     if name.count("/") > MAX_DEPTH or name.split("/")[0] == FLASH_DIR:
         return "in a folder of a pack's own, or too deep"
-    if path.name.endswith(_CODE) and not (with_code and path.suffix == ".py"):
+    # A library is loaded and a pickle opened by any of its suffixes: lib.so.1, weights.pkl.txt.
+    is_code = path.suffix in _CODE or not suffixes.isdisjoint(_SHARED_OBJECTS)
+    if is_code and not (with_code and path.suffix == ".py" and suffixes.isdisjoint(_SHARED_OBJECTS)):
         return "code (.py is copied with --trust-remote-code)"
-    if path.name.endswith(_PICKLES):
-        return "pickles, which can run code"
     if path.name.endswith(_WEIGHTS) or _ADAPTER.match(path.name):
         return "weights or what goes with them"
+    if not suffixes.isdisjoint(_PICKLES):
+        return "pickles, which can run code"
     if path.name.endswith(_ARCHIVES):
         return "archives"
     return None

@@ -25,6 +25,7 @@ from flashlm.pack.pack_config import (
     read_pack_config,
     without_code,
 )
+from flashlm.pack.small_files import is_tokenizer
 from flashlm.storage.outside import read_json
 
 DTYPE_NAMES = {
@@ -69,7 +70,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """Return the model's config.
 
     Raises:
-        PackError: No config.json, a damaged one, or one of a quantized model or of a pack.
+        PackError: No config.json, a damaged one, or one of a quantized model or of a pack; or a tokenizer file is none.
         UnsupportedModelError: A model type that this transformers does not know.
     """
     raw = read_config(folder)
@@ -79,7 +80,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         what = "already a flashlm pack" if method == QUANT_METHOD else f"already quantized ({method})"
         raise PackError(f"{folder} is {what}: convert the model it was made from")
     check_counts(raw, folder / CONFIG_NAME)
-    check_special_files(folder)
+    # Weights are looked at when they are opened; whatever else is no file is left out later, and told.
+    check_special_files(folder, only=lambda name: is_tokenizer(name) or (trust_remote_code and name.endswith(".py")))
     config = local_config(_parse_config(folder, raw, trust_remote_code=trust_remote_code))
     activations.check_parameters(config)
     return config

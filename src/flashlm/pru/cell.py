@@ -88,7 +88,7 @@ class PRUCell(nn.Module):
         if hx is None:
             zeros = x.new_zeros(*x.shape[:-1], self.hidden_size)
             hx = zeros, zeros
-        h, c = hx
+        h, c = two_parts(hx)
         expected = (*x.shape[:-1], self.hidden_size)
         if h.shape != expected or c.shape != expected:
             raise ConfigError(f"hx must be two tensors of shape {expected}, got {tuple(h.shape)} and {tuple(c.shape)}")
@@ -131,3 +131,17 @@ def step(gates: torch.Tensor, c: torch.Tensor) -> State:
     i, f, g, o = gates.chunk(4, dim=-1)
     c_next = (f.sigmoid() * c + i.sigmoid() * g.tanh()).to(c.dtype)
     return (o.sigmoid() * c_next.tanh()).to(c.dtype), c_next
+
+
+def two_parts(hx: object) -> State:
+    """Return h and c of a state as it was given.
+
+    Raises:
+        ConfigError: It is not a pair of tensors; one tensor would be taken apart by its rows.
+    """
+    is_pair = isinstance(hx, tuple | list) and len(hx) == 2 and all(isinstance(part, torch.Tensor) for part in hx)
+    if not is_pair:
+        got = f"one tensor {tuple(hx.shape)}" if isinstance(hx, torch.Tensor) else type(hx).__name__
+        raise ConfigError(f"hx must be two tensors, (h, c), got {got}: pass what the call before returned")
+    h, c = cast(State, hx)
+    return h, c

@@ -187,6 +187,17 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             attention_mask = None  # what is generated is no padding
         return {"input_ids": input_ids, "attention_mask": attention_mask, "state": state, **kwargs}
 
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Repeat the state with the ids where several sequences are asked for of each; transformers repeats tensors only."""
+        input_ids, state = kwargs.get("input_ids"), kwargs.get("state")
+        if state is not None and expand_size > 1:
+            if input_ids is not None:  # before: a state of another batch is told with the caller's own numbers
+                self._check_state(state, len(input_ids))
+            kwargs["state"] = tuple((_repeated(h, expand_size), _repeated(c, expand_size)) for h, c in state)
+        return cast(
+            tuple[Any, dict[str, Any]], super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        )
+
     def _check_state(self, state: tuple[State, ...] | None, batch: int) -> None:
         if state is None:
             return
@@ -217,6 +228,11 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             nn.init.uniform_(module.weight, -EMBEDDING_RANGE, EMBEDDING_RANGE)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+
+
+def _repeated(part: torch.Tensor, times: int) -> torch.Tensor:
+    """Repeat each sequence of (1, B, size) in place, as transformers repeats ids."""
+    return part.repeat_interleave(times, dim=1)
 
 
 def _reset_missing(module: PyramidalTransform | GroupedLinear | nn.LSTM) -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from flashlm.errors import ConfigError
 from flashlm.kernels import choose_strategy
-from flashlm.pru.cell import PRUCell, State
+from flashlm.pru.cell import PRUCell, State, two_parts
 from flashlm.pru.native_step import NativeWeights, is_served, run_native
 from flashlm.pru.recurrence import run_dense, run_grouped
 from flashlm.pru.shapes import Init, Split, Subsampling, check_choice, check_positive
@@ -147,7 +147,8 @@ class PRU(nn.Module):
         if x.shape[0] == 0:
             raise ConfigError("input has no steps: a sequence must have at least one")
         if hx is not None and not is_batched:
-            hx = (_with_batch(hx[0]), _with_batch(hx[1]))
+            h0, c0 = two_parts(hx)
+            hx = (_with_batch(h0), _with_batch(c0))
         outputs, (h, c) = self._run(x, self._checked_state(x, hx), None)
         if not is_batched:
             return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
@@ -235,7 +236,7 @@ class PRU(nn.Module):
         if hx is None:
             zeros = x.new_zeros(expected)
             return zeros, zeros
-        h, c = hx
+        h, c = two_parts(hx)
         if h.shape != expected or c.shape != expected:
             raise ConfigError(f"hx must be two tensors of shape {expected}, got {tuple(h.shape)} and {tuple(c.shape)}")
         return h, c
