@@ -46,7 +46,7 @@ help:  ## Show the targets
 $(BUILT): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	# torch first and pinned: an open range may bring gigabytes of GPU libraries
+	# torch first and pinned. Where pip's index gives the GPU build (gigabytes), point pip at the CPU builds: README, Install
 	$(BIN)/python $(PIP_INSTALL) torch
 	$(BIN)/python $(PIP_INSTALL) --editable .
 	touch $@
