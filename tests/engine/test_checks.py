@@ -212,7 +212,7 @@ def test_biases_and_identities_are_held_too(copied: Callable[[str], Path]) -> No
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "opt"])
 @pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
 def test_another_class_than_the_packs_is_named(family: str, kind: Any, tiny_pack: Callable[..., TinyPack]) -> None:
-    with pytest.raises(ConfigError, match=r"opened as a \w+ \(.*AutoModelForCausalLM.*\.get_decoder\(\)") as caught:
+    with pytest.raises(ConfigError, match=r"opened as \w+ \(.*AutoModelForCausalLM.*\.get_decoder\(\)") as caught:
         kind.from_pretrained(tiny_pack(family, "float32").pack)
     assert "again" not in str(caught.value)
     assert flashlm.load(tiny_pack(family, "float32").pack, dram="3GiB").get_decoder() is not None

@@ -11,11 +11,11 @@ import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
 
 from flashlm.engine.block_check import landed
 from flashlm.pack.asked import misfit
@@ -25,6 +25,9 @@ from flashlm.pack.layout import BLOCK_ALIGN_BYTES, round_up
 from flashlm.pack.manifest import ResidentEntry
 from flashlm.storage.outside import open_regular
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest
+
+if TYPE_CHECKING:  # this module is imported within transformers' own import
+    from transformers import PreTrainedModel
 
 _READ_BYTES = 16 << 20
 

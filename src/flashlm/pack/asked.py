@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from flashlm.errors import ConfigError, FlashError, PackError
 
+if TYPE_CHECKING:  # this module is imported within transformers' own import
+    from transformers import PreTrainedModel
+
 _SHOWN = 3
-_MISSING = "nothing"
+_MISSING = object()
 # What loading itself sets, or what has no part in which weights there are.
 _NOT_SETTINGS = frozenset(
     {"architectures", "dtype", "torch_dtype", "quantization_config", "transformers_version", "transformers_weights"}
@@ -36,7 +37,7 @@ def misfit(problem: str, model: PreTrainedModel, pack: Path) -> FlashError:
     classes = _classes(model)
     if classes and kind not in classes:
         return ConfigError(
-            f"{pack} holds a {classes[0]} and was opened as a {kind} ({problem}): load it with AutoModelForCausalLM or"
+            f"{pack} was made of {classes[0]} and opened as {kind} ({problem}): load it with AutoModelForCausalLM or"
             " flashlm.load; for hidden states call .get_decoder() of that"
         )
     others = list(_other_settings(model, pack))
@@ -51,6 +52,8 @@ def misfit(problem: str, model: PreTrainedModel, pack: Path) -> FlashError:
 
 def _classes(model: PreTrainedModel) -> list[str]:
     """Return the classes that a pack of this config is opened as: what it was saved as, and what the library makes of it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     saved = getattr(model.config, "architectures", None) or []
     return [*([causal.__name__] if causal is not None else []), *saved]
@@ -73,4 +76,4 @@ def _differences(asked: dict[str, Any], own: dict[str, Any], where: str) -> Iter
         if isinstance(value, dict) and isinstance(stated, dict):
             yield from _differences(value, stated, f"{where}{key}.")
         else:
-            yield f"{where}{key} is {value!r}, {stated!r} in config.json"
+            yield f"{where}{key} is {value!r}, {'not there' if stated is _MISSING else repr(stated)} in config.json"
