@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import flashlm
 from flashlm.errors import ConfigError, PackError
@@ -207,6 +207,44 @@ def test_biases_and_identities_are_held_too(copied: Callable[[str], Path]) -> No
     change_manifest(pack, lambda content: content["layers"][0].update(identities=[]))
     with pytest.raises(PackError, match="identities of streamed layer 0"):
         flashlm.load(pack)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "opt"])
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_another_class_than_the_packs_is_named(family: str, kind: Any, tiny_pack: Callable[..., TinyPack]) -> None:
+    with pytest.raises(ConfigError, match=r"opened as \w+ \(.*AutoModelForCausalLM.*\.get_decoder\(\)") as caught:
+        kind.from_pretrained(tiny_pack(family, "float32").pack)
+    assert "again" not in str(caught.value)
+    assert flashlm.load(tiny_pack(family, "float32").pack, dram="3GiB").get_decoder() is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value", "own"),
+    [
+        ("llama", "hidden_act", "gelu", "'silu'"),
+        ("llama", "intermediate_size", 24, r"\d+"),
+        ("opt", "activation_function", "gelu", "'relu'"),
+        ("qwen3_moe", "num_experts_per_tok", 1, r"\d+"),
+        ("qwen3_moe", "hidden_size", 32, r"\d+"),
+    ],
+)
+def test_a_setting_that_is_not_the_packs_is_named(
+    family: str, name: str, value: Any, own: str, tiny_pack: Callable[..., TinyPack]
+) -> None:
+    pack = tiny_pack(family, "float32").pack
+    config = AutoConfig.from_pretrained(pack)
+    setattr(config, name, value)
+    for asked in ({name: value}, {"config": config}):
+        with pytest.raises(ConfigError, match=f"^{name} is {value!r}, {own} in config.json: ") as caught:
+            AutoModelForCausalLM.from_pretrained(pack, **asked)
+        assert "again" not in str(caught.value)
+
+
+def test_a_pack_of_another_model_is_converted_again(copied: Callable[[str], Path]) -> None:
+    pack = copied("llama")
+    change_manifest(pack, lambda content: content.update(activation="relu"))
+    with pytest.raises(PackError, match="is 'relu', LlamaForCausalLM has 'silu': convert the model again"):
+        AutoModelForCausalLM.from_pretrained(pack)
 
 
 def test_an_unknown_check_is_refused(tiny_pack: Callable[..., TinyPack], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from transformers.pipelines import base as pipelines_base
 
 import flashlm
 from flashlm import kernels
+from flashlm.engine.standin import StreamedWeight
 from flashlm.errors import ConfigError
 from tests.engine.conftest import TinyPack, save_tokenizer
 
@@ -166,11 +167,22 @@ def test_other_weights_are_refused_before_any_is_loaded(family: str, tiny_pack: 
             (model.base_model, inner),
             (_Around(model), {f"model.{n}": w for n, w in other.items()}),
         ):
-            with pytest.raises(ConfigError, match="would go into a streamed layer"):
+            with pytest.raises(ConfigError, match=r"would go into a streamed layer, whose .* strict=False") as caught:
                 target.load_state_dict(weights, strict=strict)
+            assert "LoRA" not in str(caught.value)
             assert torch.equal(_logits(model), before)
     assert model.load_state_dict(model.state_dict()) == ([], [])
     assert torch.equal(_logits(model), before)
+    weights = model.state_dict(keep_vars=True)
+    streamed = {name.rpartition(".")[0] for name, weight in weights.items() if isinstance(weight, StreamedWeight)}
+    streamed |= {entry.module for entry, _ in model.flash.manifest.files}
+    starts = tuple(f"{name}." for name in streamed)
+    rest = {n: w for n, w in tiny.reference("float32").state_dict().items() if not n.startswith(starts)}
+    assert not model.load_state_dict(rest, strict=False).unexpected_keys  # as the message advises
+    assert torch.equal(_logits(model), before)
+    layer = model.get_submodule(model.flash.manifest.files[0][0].module)
+    with pytest.raises(ConfigError, match="are not loaded from elsewhere"):
+        layer.load_state_dict({"weight": torch.zeros(2, 2)}, strict=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])

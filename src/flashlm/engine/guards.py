@@ -205,7 +205,7 @@ class LoadedPack(_Guarded):
             info = super().load_adapter(*args, **kwargs)  # type: ignore[misc]
             lost = [key for key in info.unexpected_keys if _streamed_around(self, key)]  # type: ignore[arg-type]
             if lost:
-                _refuse_keys(self, lost)
+                _refuse_keys(self, lost, is_adapter=True)
             self.undo_adapter = None
             return info
 
@@ -245,16 +245,23 @@ def _streamed_around(model: nn.Module, key: str) -> bool:
     return is_streamed(model)
 
 
-def _refuse_keys(model: Any, keys: list[str]) -> NoReturn:
-    """Take back an adapter whose weights have no place, and say so."""
+def _refuse_keys(model: Any, keys: list[str], *, is_adapter: bool = False) -> NoReturn:
+    """Say of weights that they have no place; where they are an adapter's that was being loaded, take it back first."""
     for module in model.modules():
         if isinstance(module, LoadedPack) and module.undo_adapter is not None:
             module.undo_adapter()
             module.undo_adapter = None
+            is_adapter = True
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    where = f"{keys[0]}{more} would go into a streamed layer"
+    if is_adapter or ".lora_" in f".{keys[0]}":
+        raise ConfigError(
+            f"{where}, which takes plain LoRA on its linear layers and nothing else: put other weights into the checkpoint"
+            " and convert it again"
+        )
     raise ConfigError(
-        f"{keys[0]}{more} would go into a streamed layer, which takes plain LoRA on its linear layers and nothing else: put"
-        " other weights into the checkpoint and convert it again"
+        f"{where}, whose weights are on flash and are not loaded from elsewhere: put them into the checkpoint and convert"
+        " it again, or leave them out of the state dict and load the others with strict=False"
     )
 
 

@@ -118,7 +118,7 @@ class FlashModel:
         """Decide the placement and swap the feed-forward layers of `model`, whose weights are still to come.
 
         Raises:
-            ConfigError: `dtype` was asked for, and is not the pack's.
+            ConfigError: `dtype` was asked for, another class or other settings, and they are not the pack's.
             PackError: The pack is not one, or does not belong to the model.
             BudgetError: It does not fit; nothing was read.
             StorageError: A file is missing or of the wrong size.
@@ -131,7 +131,7 @@ class FlashModel:
             )
         check_plan(settings.plan, pack, manifest)
         check_mode(manifest, settings)
-        check_structure(model, manifest)
+        check_structure(model, manifest, pack)
         context = settings.context or DEFAULT_CONTEXT
         if manifest.experts:
             return cls._prepare_experts(model, pack, manifest, settings, context)

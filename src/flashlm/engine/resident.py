@@ -11,20 +11,23 @@ import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from flashlm.engine.block_check import landed
-from flashlm.errors import PackError
+from flashlm.pack.asked import misfit
 from flashlm.pack.checkpoint import MAX_HEADER_BYTES, TensorEntry, read_header
 from flashlm.pack.checksums import check_bytes
 from flashlm.pack.layout import BLOCK_ALIGN_BYTES, round_up
 from flashlm.pack.manifest import ResidentEntry
 from flashlm.storage.outside import open_regular
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest
+
+if TYPE_CHECKING:  # this module is imported within transformers' own import
+    from transformers import PreTrainedModel
 
 _READ_BYTES = 16 << 20
 
@@ -38,7 +41,7 @@ class ResidentLoad:
 
 
 def load_resident(
-    model: nn.Module, path: Path, entry: ResidentEntry, reader: Reader, *, is_checked: bool = True
+    model: PreTrainedModel, path: Path, entry: ResidentEntry, reader: Reader, *, is_checked: bool = True
 ) -> ResidentLoad:
     """Point every weight of `model` that lies in `path` at a copy of that file in anonymous memory.
 
@@ -53,6 +56,7 @@ def load_resident(
 
     Raises:
         PackError: The file is damaged, or a weight of the model is not in it.
+        ConfigError: One is not, since another class of model was asked for.
         StorageError: The file is not of the size that the manifest states, or can't be read.
     """
     started_s = time.perf_counter()
@@ -71,7 +75,7 @@ def load_resident(
     return ResidentLoad(num_bytes=entry.num_bytes, elapsed_s=elapsed_s)
 
 
-def _check_complete(model: nn.Module, path: Path, tensors: dict[str, TensorEntry]) -> None:
+def _check_complete(model: PreTrainedModel, path: Path, tensors: dict[str, TensorEntry]) -> None:
     """Refuse where transformers has filled a weight with random numbers for want of one in the file.
 
     A pack's names are the model's own; a weight that several modules share is there under one of its names.
@@ -82,7 +86,7 @@ def _check_complete(model: nn.Module, path: Path, tensors: dict[str, TensorEntry
     missing = [names[0] for names in names_of.values() if not any(name in tensors for name in names)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise PackError(f"{path} lacks {missing[0]}{more}: convert the model again with this version of transformers")
+        raise misfit(f"{path} lacks {missing[0]}{more}", model, path.parents[1])
 
 
 def _read_whole(reader: Reader, file: File, entry: ResidentEntry, *, is_checked: bool) -> torch.Tensor:

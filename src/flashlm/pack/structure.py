@@ -8,27 +8,30 @@ signed it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from flashlm.errors import PackError, UnsupportedModelError
+from flashlm.errors import UnsupportedModelError
+from flashlm.pack.asked import misfit
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.pack.experts import find_expert_layers
 from flashlm.pack.families import find_ffn_layers
 from flashlm.pack.manifest import Manifest
 
 
-def check_structure(model: PreTrainedModel, manifest: Manifest) -> None:
-    """Hold the manifest against `model`, which may be on the meta device and must still have its own layers.
+def check_structure(model: PreTrainedModel, manifest: Manifest, pack: Path) -> None:
+    """Hold the manifest of `pack` against `model`, which may be on the meta device and must still have its own layers.
 
     Raises:
         PackError: They differ.
+        ConfigError: They do since the model was asked for as another class, or with other settings.
     """
     problem = next(structure_problems(model, manifest), None)
     if problem is not None:
-        raise PackError(f"{problem}: convert the model again with this version of transformers")
+        raise misfit(problem, model, pack)
 
 
 def structure_problems(model: PreTrainedModel, manifest: Manifest) -> Iterator[str]:
