@@ -13,6 +13,13 @@ from tests.engine.interrupted import MODES, make_pack, sweep
 from tests.storage.conftest import build_faults
 
 GROWTH_BYTES = 8 << 20  # some of it is the sweep's own notes
+QUARANTINE_BYTES = 256 << 20  # freed memory that gcc's address sanitizer keeps, to see who uses it still
+
+
+def growth_limit() -> int:
+    """Return how many bytes a process may grow by without having lost any."""
+    is_sanitized = "libasan" in Path("/proc/self/maps").read_text()
+    return GROWTH_BYTES + (QUARANTINE_BYTES if is_sanitized else 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -35,4 +42,4 @@ def test_the_answer_after_an_interrupt_is_right(mode: str, tmp_path: Path) -> No
         assert result["num_tried"] >= 5, (kind, result)
         assert result["num_interrupted"] >= 0.9 * result["num_tried"], (kind, result)
     assert done["after"]["num_fds"] == done["before"]["num_fds"]
-    assert done["after"]["rss_bytes"] - done["before"]["rss_bytes"] < GROWTH_BYTES
+    assert done["after"]["rss_bytes"] - done["before"]["rss_bytes"] < growth_limit()
