@@ -53,7 +53,11 @@ def test_every_family_round_trips(family: str, tmp_path: Path) -> None:
     assert verify(tmp_path / "pack").problems == ()
 
 
-@pytest.mark.parametrize("family", ["apertus", "bloom", "lfm2", "lfm3", "modernbert-decoder", "mpt", "olmo_hybrid"])
+_OWN_NAMES = ("apertus", "bloom", "lfm2", "lfm3", "modernbert-decoder", "mpt", "olmo_hybrid")
+
+
+# Older releases of transformers lack some.
+@pytest.mark.parametrize("family", [name for name in _OWN_NAMES if name in tiny_models.causal_types()])
 @pytest.mark.filterwarnings("ignore")
 def test_families_with_names_and_activations_of_their_own_round_trip(family: str, tmp_path: Path) -> None:
     model = tiny_models.save_tiny(family, tmp_path / "source")
