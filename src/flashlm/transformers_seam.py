@@ -83,7 +83,11 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
         "_tied_weights_keys",
         "get_expanded_tied_weights_keys",
     ),
-    "transformers.GenerationMixin": ("_expand_inputs_for_generation", "_supports_default_dynamic_cache"),
+    "transformers.GenerationMixin": (
+        "_expand_inputs_for_generation",
+        "_update_model_kwargs_for_generation",
+        "_supports_default_dynamic_cache",
+    ),
     "transformers.integrations.moe": ("_default_apply_gate",),
     "transformers.models.auto.modeling_auto": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
     "transformers.pipelines.Pipeline": ("_default_generation_config",),

@@ -198,6 +198,13 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             tuple[Any, dict[str, Any]], super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
         )
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Carry the state over to the next step, which transformers does itself before 5.24 only."""
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        return cast(dict[str, Any], updated) | {"state": outputs.state}
+
     def _check_state(self, state: tuple[State, ...] | None, batch: int) -> None:
         if state is None:
             return
