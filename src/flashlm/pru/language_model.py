@@ -201,9 +201,13 @@ class PRUForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """Carry the state over to the next step, which transformers does itself before 5.24 only."""
+        """Carry the state over to the next step, which transformers does itself before 5.24 only.
+
+        Without a cache every step begins where the first did, with all new tokens.
+        """
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        return cast(dict[str, Any], updated) | {"state": outputs.state}
+        carried = {"state": outputs.state} if model_kwargs.get("use_cache") else {}
+        return cast(dict[str, Any], updated) | carried
 
     def _check_state(self, state: tuple[State, ...] | None, batch: int) -> None:
         if state is None:
