@@ -183,12 +183,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, is_chat: bool) -
     if is_chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError("this pack's tokenizer has no chat template: leave --chat out")
+        from jinja2 import TemplateError  # a template is a program, which may fail as programs do
+
         message = [{"role": "user", "content": prompt}]
         try:
             encoded = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except Exception as error:  # a template is a program: it may fail in any way
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"this pack's chat template does not take the prompt: {error}") from error
         inputs = _model_inputs(encoded)
     else:
