@@ -38,7 +38,6 @@ app = typer.Typer(
 )
 
 _TEXT_OPTIONS = ("--prompt", "--prompt-file")  # whose value may be any word
-_STATS_TABLE = "-"  # what --stats means without a file
 
 
 class DtypeChoice(StrEnum):
