@@ -99,6 +99,14 @@ def process_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
+def mapped_file_bytes() -> int:
+    """Return how much of `process_bytes` are pages of files, libraries above all, in bytes; 0 where nothing tells."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[2]) * PAGE_BYTES
+    except OSError:
+        return 0
+
+
 def peak_process_bytes() -> int:
     """Return the most resident memory that this process has had, in bytes (Linux `VmHWM`; elsewhere the present value)."""
     try:
