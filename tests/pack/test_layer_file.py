@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from flashlm.pack.casts import CastCounts
 from flashlm.pack.checkpoint import read_header
-from flashlm.pack.direct_file import DirectReader
 from flashlm.pack.families import PartSource
 from flashlm.pack.layer_file import LayerPart, LayerPools, fill_rows, read_layer
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.pipeline import ReadAhead
+from flashlm.storage.ranges import RangeReader
 
 
 def _layer(folder: Path, layout: LayerLayout, axes: tuple[int, ...], dtype: torch.dtype, fused: bool):
@@ -53,7 +53,7 @@ def test_rows_lie_where_the_layout_says(
     weights, parts = _layer(tmp_path, layout, tuple(axes), dtypes[0], fused)
     pools = LayerPools(num_column_parts=sum(axes))
     file = torch.full((layout.file_bytes,), 255, dtype=torch.uint8)
-    with DirectReader() as reader:
+    with RangeReader() as reader:
         chunks = read_layer(reader, layout, parts, pools, chunk_bytes=chunk_bytes, panel_bytes=panel_bytes)
         with ReadAhead(chunks, depth=2, pools=pools.reading) as ahead:
             for chunk in ahead:

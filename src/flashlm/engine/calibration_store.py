@@ -18,13 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from flashlm.errors import PackError, StorageError
-from flashlm.pack.direct_file import write_error, write_small_file
 from flashlm.pack.manifest import FLASH_DIR
-from flashlm.sizes import format_size
 from flashlm.sparsity.fitting import FittedPredictor, Trial
 from flashlm.sparsity.operating import Operating
 from flashlm.sparsity.sketch import Factors
 from flashlm.storage.outside import check_regular, read_json
+from flashlm.storage.writer import check_room, write_error, write_small_file
 
 PARTIAL_NAME = "calibration.partial"
 SPARE_BYTES = 64 << 20  # left free beside what is captured, for the predictors
@@ -75,15 +74,8 @@ class CalibrationStore:
         Raises:
             StorageError: The device has less free.
         """
-        free_bytes = shutil.disk_usage(self.folder).free
-        if free_bytes < num_bytes + SPARE_BYTES:
-            raise StorageError(
-                f"calibrating takes {format_size(num_bytes + SPARE_BYTES)} beside the pack for a while, and"
-                f" {self.folder.parent} has {format_size(free_bytes)} free: free some, or lower --max-tokens",
-                path=str(self.folder),
-                wanted_bytes=num_bytes + SPARE_BYTES,
-                got_bytes=free_bytes,
-            )
+        what = "what a calibration keeps beside the pack while it runs"
+        check_room(self.folder, num_bytes + SPARE_BYTES, what=what, advice="free some, or lower --max-tokens")
 
     def create(self, name: str, shape: tuple[int, int], dtype: type[np.generic]) -> np.memmap[Any, Any]:
         """Return a new array in a mapped file."""

@@ -29,7 +29,7 @@ from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
 from flashlm.engine.generation_guard import Wishes, generation_members
 from flashlm.engine.kv_pass import begin_pass, end_pass
 from flashlm.errors import BudgetError
-from flashlm.memory.limits import process_bytes, release_free_memory, room_bytes
+from flashlm.memory.limits import process_bytes, room_bytes
 from flashlm.memory.pass_memory import (
     CACHE,
     LOGITS,
@@ -45,6 +45,7 @@ from flashlm.memory.pass_memory import (
 from flashlm.planner.expert_needs import expert_pass_facts, expert_uses
 from flashlm.planner.needs import SLACK_BYTES, pass_facts, writes_scores
 from flashlm.sizes import format_size
+from flashlm.storage.platform import release_free_memory
 from flashlm.transformers_seam import attention_implementation, given_cache, made_cache
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ Reads `/proc` and `/sys/fs/cgroup` (versions 1 and 2); elsewhere only the machin
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ MARGIN_BYTES = 512 << 20
 MARGIN_SHARE = 0.05
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _UNLIMITED_BYTES = 1 << 60  # version 1 writes a number near 2^63 for "no limit"
 
@@ -62,12 +60,6 @@ def read_memory_limits() -> MemoryLimits:
         cgroup_limit_bytes=limit_bytes,
         cgroup_used_bytes=used_bytes,
     )
-
-
-def release_free_memory() -> None:
-    """Give freed memory back to the kernel, which glibc keeps between blocks that still live; elsewhere nothing."""
-    if _malloc_trim is not None:
-        _malloc_trim(0)
 
 
 def room_bytes() -> int:

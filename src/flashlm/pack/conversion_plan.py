@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from flashlm import __version__
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import Checkpoint, open_checkpoint
-from flashlm.pack.direct_file import DirectReader
 from flashlm.pack.experts import ExpertLayer, find_expert_layers
 from flashlm.pack.experts_source import ExpertSource, read_experts
 from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
@@ -26,6 +25,7 @@ from flashlm.pack.pack_config import num_hidden_layers
 from flashlm.pack.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
 from flashlm.pack.small_files import SmallFiles, choose_from_folder
 from flashlm.pack.source import fingerprint, load_config
+from flashlm.storage.ranges import RangeReader
 from flashlm.transformers_seam import dtype_plan
 
 
@@ -43,7 +43,7 @@ class StreamedFile:
     name: str
     layout: LayerLayout
     part_names: tuple[str, ...]
-    read: Callable[[DirectReader, LayerPools], Iterator[RowChunk]]
+    read: Callable[[RangeReader, LayerPools], Iterator[RowChunk]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def plan_conversion(
     names = map_names(model, checkpoint, experts, is_text_part=type(model.config) is not type(config))
     entries, sources = names.entries, names.experts
     for duplicate, original in tied_pairs(model, entries):
-        with DirectReader() as reader:
+        with RangeReader() as reader:
             if is_same(reader, entries[duplicate], entries[original]):
                 del entries[duplicate]
     if experts and block_rows is not None:
@@ -166,7 +166,7 @@ def _layer_files(
         layout = _layout(layer, dtype, block_rows)
 
         def read(
-            reader: DirectReader, pools: LayerPools, layout: LayerLayout, found: tuple[LayerPart, ...]
+            reader: RangeReader, pools: LayerPools, layout: LayerLayout, found: tuple[LayerPart, ...]
         ) -> Iterator[RowChunk]:
             return read_layer(reader, layout, found, pools)
 
@@ -188,7 +188,7 @@ def _expert_files(sources: tuple[ExpertSource, ...], dtype: str) -> Iterator[Str
         )
 
         def read(
-            reader: DirectReader, pools: LayerPools, layout: LayerLayout, source: ExpertSource
+            reader: RangeReader, pools: LayerPools, layout: LayerLayout, source: ExpertSource
         ) -> Iterator[RowChunk]:
             return read_experts(reader, layout, source, pools)
 

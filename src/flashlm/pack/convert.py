@@ -7,7 +7,6 @@ weights pass through a fixed set of buffers (about 0.6 GiB) in three overlapping
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -15,11 +14,10 @@ from pathlib import Path
 import xxhash
 
 from flashlm import __version__
-from flashlm.errors import ConfigError, StorageError
+from flashlm.errors import ConfigError
 from flashlm.kernels import one_torch_thread
 from flashlm.pack.casts import CastCounts, describe_zeroed
 from flashlm.pack.conversion_plan import ConversionPlan, experts_file_name, layer_file_name, plan_conversion
-from flashlm.pack.direct_file import DirectReader, sync_folder, write_error, write_small_file
 from flashlm.pack.layer_file import LayerPools, write_layer
 from flashlm.pack.manifest import (
     CONFIG_NAME,
@@ -47,6 +45,8 @@ from flashlm.pack.progress_record import (
 from flashlm.pack.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
 from flashlm.pack.source import canonical_dtype, pack_config, resolve_source
 from flashlm.sizes import format_size
+from flashlm.storage.ranges import RangeReader
+from flashlm.storage.writer import check_room, sync_folder, write_error, write_small_file
 
 ProgressCallback = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is being worked on."""
@@ -120,14 +120,7 @@ def _check_target(folder: Path, target: Path) -> None:
 def _check_space(plan: ConversionPlan, record: ProgressRecord) -> None:
     needed = sum(size for name, size in plan.file_bytes.items() if name not in record.finished) + _SPARE_BYTES
     needed += sum((plan.checkpoint.folder / name).stat().st_size for name in plan.small.kept)
-    stats = os.statvfs(plan.pack)
-    free = stats.f_bavail * stats.f_frsize
-    if needed > free:
-        raise StorageError(
-            f"{plan.pack} does not fit on its device: {format_size(needed)} ({needed} bytes) needed,"
-            f" {format_size(free)} ({free} bytes) free",
-            path=str(plan.pack), wanted_bytes=needed, got_bytes=free,
-        )  # fmt: skip
+    check_room(plan.pack, needed, what="the pack")
 
 
 def _describe(plan: ConversionPlan, record: ProgressRecord) -> str:
@@ -182,14 +175,14 @@ def _files(
     if RESIDENT_NAME not in record.finished:
         reading, writing = BufferPool(4), BufferPool(3)
         with (
-            DirectReader() as reader,
+            RangeReader() as reader,
             ReadAhead(read_resident(reader, plan.resident, reading), depth=2, pools=(reading,)) as pieces,
         ):
             path = resident_path(plan.pack)
             yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer, casts)
     todo = [file for file in plan.streamed if file.name not in record.finished]
     pools = LayerPools(num_column_parts=plan.num_column_parts)
-    with DirectReader() as reader:
+    with RangeReader() as reader:
         chunks = (chunk for file in todo for chunk in file.read(reader, pools))
         with ReadAhead(chunks, depth=2, pools=pools.reading) as ahead:
             for file in todo:

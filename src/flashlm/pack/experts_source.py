@@ -17,10 +17,11 @@ import torch
 
 from flashlm.errors import PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
-from flashlm.pack.direct_file import AlignedBuffer, DirectReader, room_bytes
 from flashlm.pack.experts import ExpertLayer
 from flashlm.pack.layer_file import LayerPools, RowChunk, typed
 from flashlm.pack.layout import LayerLayout
+from flashlm.storage.ranges import RangeReader, room_bytes
+from flashlm.storage.reader import AlignedBuffer
 from flashlm.transformers_seam import (
     Concatenate,
     Interleave,
@@ -174,7 +175,7 @@ class ExpertSource:
 
 
 def read_experts(
-    reader: DirectReader, layout: LayerLayout, source: ExpertSource, pools: LayerPools
+    reader: RangeReader, layout: LayerLayout, source: ExpertSource, pools: LayerPools
 ) -> Iterator[RowChunk]:
     """Yield the experts of a layer in order, each as the rows of one block. Holds a few experts at a time."""
     weights = (source.in_weight, source.out_weight)
@@ -187,17 +188,19 @@ def read_experts(
 
 
 def _read(
-    reader: DirectReader,
+    reader: RangeReader,
     weights: Sequence[ExpertWeight],
     pieces: list[tuple[ExpertWeight, str, TensorEntry, int, int]],
     buffer: AlignedBuffer,
 ) -> list[tuple[ExpertWeight, dict[str, torch.Tensor]]]:
-    tensors: list[dict[str, torch.Tensor]] = [{} for _ in weights]
+    begun = []
     at = 0
-    for weight, pattern, entry, offset, num_bytes in pieces:
-        raw = reader.read(entry.path, offset, num_bytes, buffer, at)
-        tensors[weights.index(weight)][pattern] = weight.shaped(pattern, raw)
+    for *_, entry, offset, num_bytes in pieces:
+        begun.append(reader.begin(entry.path, offset, num_bytes, buffer, at))
         at += room_bytes(num_bytes)
+    tensors: list[dict[str, torch.Tensor]] = [{} for _ in weights]
+    for (weight, pattern, *_), read in zip(pieces, begun, strict=True):
+        tensors[weights.index(weight)][pattern] = weight.shaped(pattern, read.wait())
     return list(zip(weights, tensors, strict=True))
 
 

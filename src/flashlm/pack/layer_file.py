@@ -17,10 +17,12 @@ import xxhash
 
 from flashlm.pack.casts import CastCounts
 from flashlm.pack.checkpoint import TensorEntry
-from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes
 from flashlm.pack.families import PartSource
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.pipeline import BufferPool, WriteBehind
+from flashlm.storage.ranges import RangeRead, RangeReader, bytes_of, room_bytes
+from flashlm.storage.reader import AlignedBuffer
+from flashlm.storage.writer import AtomicFile
 
 CHUNK_BYTES = 16 << 20  # of the row file: one write
 PANEL_BYTES = 256 << 20
@@ -72,7 +74,7 @@ class LayerPools:
 
 
 def read_layer(
-    reader: DirectReader,
+    reader: RangeReader,
     layout: LayerLayout,
     parts: tuple[LayerPart, ...],
     pools: LayerPools,
@@ -109,25 +111,28 @@ def _panel_rows(layout: LayerLayout, parts: tuple[LayerPart, ...], chunk_rows: i
 
 
 def _read_rows(
-    reader: DirectReader, parts: tuple[LayerPart, ...], layout: LayerLayout, rows: range, pool: BufferPool
+    reader: RangeReader, parts: tuple[LayerPart, ...], layout: LayerLayout, rows: range, pool: BufferPool
 ) -> tuple[dict[int, torch.Tensor], AlignedBuffer]:
     """Read the row-wise parts of `rows` into one buffer."""
     row_wise = {index: part for index, part in enumerate(parts) if part.source.neuron_axis == 0}
     sizes = {index: len(rows) * layout.hidden_size * part.entry.dtype.itemsize for index, part in row_wise.items()}
     buffer = pool.take(sum(room_bytes(size) for size in sizes.values()))
-    tensors: dict[int, torch.Tensor] = {}
+    begun: dict[int, RangeRead] = {}
     at = 0
     for index, part in row_wise.items():
         first = part.source.first_neuron + rows.start
         offset = part.entry.offset + first * layout.hidden_size * part.entry.dtype.itemsize
-        raw = reader.read(part.entry.path, offset, sizes[index], buffer, at)
-        tensors[index] = typed(raw, part.entry.dtype).view(len(rows), layout.hidden_size)
+        begun[index] = reader.begin(part.entry.path, offset, sizes[index], buffer, at)
         at += room_bytes(sizes[index])
+    tensors = {
+        index: typed(read.wait(), row_wise[index].entry.dtype).view(len(rows), layout.hidden_size)
+        for index, read in begun.items()
+    }
     return tensors, buffer
 
 
 def _read_panel(
-    reader: DirectReader, part: LayerPart, layout: LayerLayout, rows: range, pools: LayerPools
+    reader: RangeReader, part: LayerPart, layout: LayerLayout, rows: range, pools: LayerPools
 ) -> tuple[torch.Tensor, AlignedBuffer]:
     """Read columns of a (hidden_size, neurons) matrix; return (hidden_size, rows) and the buffer that holds it."""
     entry, first = part.entry, part.source.first_neuron
@@ -137,7 +142,7 @@ def _read_panel(
     if len(rows) == width:
         raw = reader.read(entry.path, entry.offset, num_bytes, buffer)
         return typed(raw, entry.dtype).view(layout.hidden_size, width), buffer
-    panel = buffer.bytes[:num_bytes].view(entry.dtype).view(layout.hidden_size, len(rows))
+    panel = bytes_of(buffer)[:num_bytes].view(entry.dtype).view(layout.hidden_size, len(rows))
     lines = max(PASS_BYTES // (width * entry.dtype.itemsize), 1)
     scratch = pools.passes.take(room_bytes(lines * width * entry.dtype.itemsize))
     for top in range(0, layout.hidden_size, lines):
@@ -201,15 +206,16 @@ def _submit_chunk(
     start = layout.offset_of(first)
     num_bytes = layout.offset_of(last) + layout.read_bytes(last) - start
     out = pools.out.take(num_bytes)
-    fill_rows(out.bytes[:num_bytes], layout, chunk, part_names, casts)
+    content = out.numpy()
+    fill_rows(torch.from_numpy(content[:num_bytes]), layout, chunk, part_names, casts)
     chunk.release()
 
     def write() -> None:
         try:
             for block in range(first, last + 1):
                 begin = layout.offset_of(block) - start
-                checksums[block] = xxhash.xxh3_64_hexdigest(out.memory[begin : begin + layout.read_bytes(block)])
-            file.write(out.memory[:num_bytes], start)
+                checksums[block] = xxhash.xxh3_64_hexdigest(content[begin : begin + layout.read_bytes(block)].data)
+            file.write(content[:num_bytes], start)
         finally:
             pools.out.give(out)
 

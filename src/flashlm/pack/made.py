@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from flashlm.errors import PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
-from flashlm.pack.direct_file import AlignedBuffer, DirectReader, room_bytes
+from flashlm.storage.ranges import RangeReader, room_bytes
+from flashlm.storage.reader import AlignedBuffer
 from flashlm.transformers_seam import Concatenate, WeightConverter, dot_natural_key
 
 MAX_BYTES = 1 << 30
@@ -138,12 +139,15 @@ class MadeTensor:
                 return same
         return False
 
-    def build(self, reader: DirectReader) -> torch.Tensor:
+    def build(self, reader: RangeReader) -> torch.Tensor:
         """Return the weight, flat; reads all that it is made of."""
+        begun = [
+            (entry, reader.begin(entry.path, entry.offset, entry.num_bytes, AlignedBuffer(room_bytes(entry.num_bytes))))
+            for entry in self.group.entries
+        ]
         tensors: dict[str, torch.Tensor] = {}
-        for entry in self.group.entries:
-            buffer = AlignedBuffer(room_bytes(entry.num_bytes))
-            raw = reader.read(entry.path, entry.offset, entry.num_bytes, buffer)
+        for entry, read in begun:
+            raw = read.wait()
             aligned = raw if raw.storage_offset() % entry.dtype.itemsize == 0 else raw.clone()
             tensors[entry.name] = aligned.view(entry.dtype).view(entry.shape)
         return self.group.convert(self.model, tensors)[self.name].contiguous().flatten()

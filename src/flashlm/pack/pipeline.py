@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
-from flashlm.pack.direct_file import AlignedBuffer
+from flashlm.storage.reader import AlignedBuffer
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class BufferPool:
         if self._is_closed or buffer is None:
             self._free.put(None)
             raise _PoolClosedError
-        if len(buffer) >= num_bytes:
+        if buffer.num_bytes >= num_bytes:
             return buffer
         del buffer  # freed before its successor is made
         return AlignedBuffer(num_bytes)

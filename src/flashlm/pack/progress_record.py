@@ -15,9 +15,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flashlm.errors import ConfigError, PackError, StorageError
-from flashlm.pack.direct_file import sync_folder, write_error, write_small_file
 from flashlm.pack.manifest import FLASH_DIR, MAX_MANIFEST_BYTES, manifest_path, read_manifest
 from flashlm.storage.outside import read_document
+from flashlm.storage.writer import is_temporary, sync_folder, write_error, write_small_file
 
 PROGRESS_NAME = "progress.json"
 
@@ -130,17 +130,13 @@ def _is_fresh(pack: Path) -> bool:
         return True
     flash = pack / FLASH_DIR
     inside = list(flash.iterdir()) if flash.is_dir() else []
-    return all(path == flash and path.is_dir() for path in pack.iterdir()) and all(map(_is_temporary, inside))
-
-
-def _is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".tmp")
+    return all(path == flash and path.is_dir() for path in pack.iterdir()) and all(map(is_temporary, inside))
 
 
 def _remove_leftovers(pack: Path) -> None:
     for folder in (pack, pack / FLASH_DIR):
         for path in folder.iterdir():
-            if _is_temporary(path):
+            if is_temporary(path):
                 path.unlink()
 
 

@@ -7,7 +7,6 @@ resident file in the checkpoint's order, can be matched on loading.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from flashlm.errors import PackError, StorageError
+from flashlm.errors import PackError
 from flashlm.pack.checksums import check_bytes
-from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes, write_small_file
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import FLASH_DIR, LayerEntry, Manifest, layer_path, manifest_path, order_path
-from flashlm.sizes import format_size
 from flashlm.storage.outside import read_document
+from flashlm.storage.ranges import FileRange, RangeReader
+from flashlm.storage.reader import AlignedBuffer
+from flashlm.storage.writer import AtomicFile, check_room, write_small_file
 
 Order = npt.NDArray[np.int64]
 Progress = Callable[[int, int, str], None]
@@ -79,13 +79,7 @@ def _check(pack: Path, manifest: Manifest, orders: Sequence[Order]) -> None:
         if not np.array_equal(np.sort(order), np.arange(entry.num_rows)):
             raise PackError(f"the order of {entry.module} is no permutation of its {entry.num_rows} rows")
     needed = max(manifest.layout(index).file_bytes for index in range(len(orders))) + SPARE_BYTES
-    stats = os.statvfs(pack)
-    free = stats.f_bavail * stats.f_frsize
-    if free < needed:
-        raise StorageError(
-            f"ordering the rows takes {format_size(needed)} for a while, {pack} has {format_size(free)} free",
-            path=str(pack), wanted_bytes=needed, got_bytes=free,
-        )  # fmt: skip
+    check_room(pack, needed, what="the copy of a layer that ordering its rows takes")
 
 
 def _reorder_layer(pack: Path, manifest: Manifest, index: int, order: Order) -> Manifest:
@@ -118,24 +112,24 @@ def _write_rows(
     """
     stride = layout.row_stride_bytes
     rows = np.empty((layout.num_rows, stride), dtype=np.uint8)
-    with DirectReader() as reader:
-        buffer = AlignedBuffer(room_bytes(layout.block_stride_bytes))
-        for block in range(layout.num_blocks):
-            span = layout.rows_of(block)
-            raw = reader.read(source, layout.offset_of(block), layout.read_bytes(block), buffer)
-            check_bytes(raw.numpy(), known[block], source, f"block {block}")
-            rows[span.start : span.stop] = raw.numpy()[: len(span) * stride].reshape(len(span), stride)
+    blocks = (
+        FileRange(source, layout.offset_of(block), layout.read_bytes(block)) for block in range(layout.num_blocks)
+    )
+    with RangeReader() as reader:
+        for block, (_, read) in enumerate(reader.ahead(blocks)):
+            span, raw = layout.rows_of(block), read.wait().numpy()
+            check_bytes(raw, known[block], source, f"block {block}")
+            rows[span.start : span.stop] = raw[: len(span) * stride].reshape(len(span), stride)
     checksums = []
-    block_buffer = AlignedBuffer(layout.block_stride_bytes)
-    content = np.frombuffer(block_buffer.memory, dtype=np.uint8)
+    content = AlignedBuffer(layout.block_stride_bytes).numpy()
     with AtomicFile(target, layout.file_bytes) as file:
         for block in range(layout.num_blocks):
             span = layout.rows_of(block)
             num_bytes = layout.read_bytes(block)
             content[:num_bytes] = 0
             content[: len(span) * stride] = rows[order[span.start : span.stop]].reshape(-1)
-            checksums.append(xxhash.xxh3_64_hexdigest(block_buffer.memory[:num_bytes]))
-            file.write(block_buffer.memory[:num_bytes], layout.offset_of(block))
+            checksums.append(xxhash.xxh3_64_hexdigest(content[:num_bytes].data))
+            file.write(content[:num_bytes], layout.offset_of(block))
     return tuple(checksums)
 
 

@@ -18,11 +18,13 @@ import xxhash
 from flashlm.errors import PackError
 from flashlm.pack.casts import CastCounts
 from flashlm.pack.checkpoint import TORCH_DTYPES, TensorEntry
-from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes
 from flashlm.pack.layer_file import typed
 from flashlm.pack.layout import round_up
 from flashlm.pack.made import MadeTensor
 from flashlm.pack.pipeline import BufferPool, WriteBehind
+from flashlm.storage.ranges import RangeReader, bytes_of, room_bytes
+from flashlm.storage.reader import AlignedBuffer
+from flashlm.storage.writer import AtomicFile
 
 DATA_ALIGN_BYTES = 4096
 CHECKSUM_CHUNK_BYTES = 4 << 20
@@ -116,7 +118,7 @@ class _Piece:
     buffer: AlignedBuffer
 
 
-def read_resident(reader: DirectReader, plan: ResidentPlan, pool: BufferPool) -> Iterator[_Piece]:
+def read_resident(reader: RangeReader, plan: ResidentPlan, pool: BufferPool) -> Iterator[_Piece]:
     """Yield the checkpoint's elements in the plan's order, in pieces; each must give its buffer back to `pool`."""
     for tensor in plan.tensors:
         if tensor.made is None:
@@ -130,7 +132,7 @@ def read_resident(reader: DirectReader, plan: ResidentPlan, pool: BufferPool) ->
 
 
 def _read_tensor(
-    reader: DirectReader, tensor: ResidentTensor, source: TensorEntry, offset: int, num_elements: int, pool: BufferPool
+    reader: RangeReader, tensor: ResidentTensor, source: TensorEntry, offset: int, num_elements: int, pool: BufferPool
 ) -> Iterator[_Piece]:
     itemsize = source.dtype.itemsize
     piece_elements = _READ_BYTES // itemsize
@@ -157,7 +159,7 @@ class _Stream:
             if self._used == _WRITE_BYTES:
                 self.flush()
             count = min((_WRITE_BYTES - self._used) // dtype.itemsize, elements.numel())
-            target = self._buffer.bytes[self._used : self._used + count * dtype.itemsize].view(dtype)
+            target = bytes_of(self._buffer)[self._used : self._used + count * dtype.itemsize].view(dtype)
             target.copy_(elements[:count])
             self._casts.check(target, elements[:count], name)
             self._used += count * dtype.itemsize
@@ -166,15 +168,16 @@ class _Stream:
     def flush(self) -> None:
         """Send what is buffered; only the last one may be short, and is padded to the alignment for the write."""
         buffer, used, offset = self._buffer, self._used, self._offset
+        content = buffer.numpy()
         padded = round_up(used, DATA_ALIGN_BYTES)
-        buffer.bytes[used:padded] = 0
+        content[used:padded] = 0
 
         def write() -> None:
             try:
                 for begin in range(0, used, CHECKSUM_CHUNK_BYTES):
-                    chunk = buffer.memory[begin : min(begin + CHECKSUM_CHUNK_BYTES, used)]
-                    self.checksums[(offset + begin) // CHECKSUM_CHUNK_BYTES] = xxhash.xxh3_64_hexdigest(chunk)
-                self._file.write(buffer.memory[:padded], offset)
+                    chunk = content[begin : min(begin + CHECKSUM_CHUNK_BYTES, used)]
+                    self.checksums[(offset + begin) // CHECKSUM_CHUNK_BYTES] = xxhash.xxh3_64_hexdigest(chunk.data)
+                self._file.write(content[:padded], offset)
             finally:
                 self._pool.give(buffer)
 
@@ -221,17 +224,17 @@ def write_resident(
     yield plan.num_bytes, tuple(stream.checksums)
 
 
-def is_same(reader: DirectReader, first: TensorEntry, second: TensorEntry) -> bool:
+def is_same(reader: RangeReader, first: TensorEntry, second: TensorEntry) -> bool:
     """Return whether two checkpoint tensors are equal byte for byte. Reads both, a few MiB at a time."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     buffers = AlignedBuffer(room_bytes(_READ_BYTES)), AlignedBuffer(room_bytes(_READ_BYTES))
     for start in range(0, first.num_bytes, _READ_BYTES):
         count = min(_READ_BYTES, first.num_bytes - start)
-        raw = [
-            reader.read(entry.path, entry.offset + start, count, buffer)
+        begun = [
+            reader.begin(entry.path, entry.offset + start, count, buffer)
             for entry, buffer in zip((first, second), buffers, strict=True)
         ]
-        if not torch.equal(raw[0], raw[1]):
+        if not torch.equal(begun[0].wait(), begun[1].wait()):
             return False
     return True

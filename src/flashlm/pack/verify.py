@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import xxhash
 
 from flashlm.errors import PackError, StorageError, UnsupportedModelError
 from flashlm.pack.calibration_files import calibration_problems
-from flashlm.pack.direct_file import AlignedBuffer, DirectReader, room_bytes, write_small_file
 from flashlm.pack.files import MAX_SMALL_FILE_BYTES, small_file_problems, special_file_problems
 from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import (
@@ -38,6 +38,8 @@ from flashlm.pack.manifest import (
 from flashlm.pack.pack_config import read_pack_config
 from flashlm.pack.reorder import read_order
 from flashlm.storage.outside import check_regular, read_document
+from flashlm.storage.ranges import FileRange, RangeRead, RangeReader
+from flashlm.storage.writer import write_small_file
 
 _MAX_SHOWN = 20
 
@@ -74,13 +76,10 @@ class VerifyReport:
 
 
 @dataclass(frozen=True)
-class _Range:
+class _Range(FileRange):
     """A piece of a file with its checksum."""
 
-    path: Path
     what: str
-    offset: int
-    num_bytes: int
     checksum: str
 
 
@@ -90,7 +89,7 @@ def verify(
     trust_remote_code: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> VerifyReport:
-    """Check every byte of a pack; holds one block at a time.
+    """Check every byte of a pack; holds a few blocks at a time.
 
     Args:
         pack: The folder.
@@ -108,21 +107,16 @@ def verify(
     files = {path: (size, list(ranges)) for path, size, ranges in _files(folder, manifest)}
     total = sum(size for size, _ in files.values())
     problems = _foreign(folder, manifest)
-    done = read = 0
-    buffer = AlignedBuffer(0)
-    with DirectReader() as reader:
-        for path, (size, ranges) in files.items():
-            found = _size_problem(path, size)
-            if found:
-                problems.append(found)
-            for piece in ranges if path.is_file() else []:
-                if len(buffer) < room_bytes(piece.num_bytes):
-                    buffer = AlignedBuffer(room_bytes(piece.num_bytes))
-                problems += _check(reader, piece, buffer)
-                read += piece.num_bytes
-                if progress is not None:
-                    progress(done + piece.offset + piece.num_bytes, total, path.name)
-            done += size
+    problems += [found for path, (size, _) in files.items() if (found := _size_problem(path, size))]
+    starts = dict(zip(files, accumulate((size for size, _ in files.values()), initial=0), strict=False))
+    pieces = (piece for path, (_, ranges) in files.items() if path.is_file() for piece in ranges)
+    num_bytes = 0
+    with RangeReader() as reader:
+        for piece, read in reader.ahead(pieces):
+            problems += _check(piece, read)
+            num_bytes += piece.num_bytes
+            if progress is not None:
+                progress(starts[piece.path] + piece.offset + piece.num_bytes, total, piece.path.name)
     small = small_file_problems(folder, manifest)
     problems += small + special_file_problems(folder)
     problems += _order_problems(folder, manifest)
@@ -130,7 +124,7 @@ def verify(
     if not any(str(folder / CONFIG_NAME) in problem for problem in small):
         problems += _model_problems(folder, manifest, trust_remote_code=trust_remote_code)
     num_files = len(files) + len(manifest.small_files)
-    return VerifyReport(pack=folder, num_files=num_files, num_bytes=read, problems=tuple(problems))
+    return VerifyReport(pack=folder, num_files=num_files, num_bytes=num_bytes, problems=tuple(problems))
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, int, Iterator[_Range]]]:
@@ -144,7 +138,7 @@ def _resident_ranges(folder: Path, manifest: Manifest) -> Iterator[_Range]:
     for chunk, checksum in enumerate(resident.checksums):
         offset = chunk * resident.chunk_bytes
         num_bytes = min(resident.chunk_bytes, resident.num_bytes - offset)
-        yield _Range(resident_path(folder), f"chunk {chunk}", offset, num_bytes, checksum)
+        yield _Range(resident_path(folder), offset, num_bytes, f"chunk {chunk}", checksum)
 
 
 def _layer_ranges(folder: Path, entry: LayerEntry | ExpertsEntry, layout: LayerLayout) -> Iterator[_Range]:
@@ -152,7 +146,7 @@ def _layer_ranges(folder: Path, entry: LayerEntry | ExpertsEntry, layout: LayerL
         rows = layout.rows_of(block)
         is_expert = isinstance(entry, ExpertsEntry)
         what = f"expert {block}" if is_expert else f"block {block} (rows {rows.start} to {rows.stop - 1})"
-        yield _Range(layer_path(folder, entry), what, layout.offset_of(block), layout.read_bytes(block), checksum)
+        yield _Range(layer_path(folder, entry), layout.offset_of(block), layout.read_bytes(block), what, checksum)
 
 
 def _size_problem(path: Path, size: int) -> str | None:
@@ -165,18 +159,15 @@ def _size_problem(path: Path, size: int) -> str | None:
     return None if actual == size else f"{path} has {actual} bytes, {size} expected"
 
 
-def _check(reader: DirectReader, piece: _Range, buffer: AlignedBuffer) -> list[str]:
-    hasher = xxhash.xxh3_64()
+def _check(piece: _Range, read: RangeRead) -> list[str]:
     try:
-        raw = reader.read(piece.path, piece.offset, piece.num_bytes, buffer)
+        found = xxhash.xxh3_64_hexdigest(read.wait().numpy().data)
     except StorageError as error:
         return [f"{piece.path}: {piece.what} can't be read: {error}"]
-    first = raw.storage_offset()
-    hasher.update(buffer.memory[first : first + piece.num_bytes])
-    if hasher.hexdigest() == piece.checksum:
+    if found == piece.checksum:
         return []
     where = f"{piece.what}, {piece.num_bytes} bytes at {piece.offset}"
-    return [f"{piece.path}: {where}: checksum {hasher.hexdigest()}, {piece.checksum} expected"]
+    return [f"{piece.path}: {where}: checksum {found}, {piece.checksum} expected"]
 
 
 def _foreign(folder: Path, manifest: Manifest) -> list[str]:

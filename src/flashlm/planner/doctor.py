@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +17,7 @@ from flashlm.memory.limits import read_memory_limits
 from flashlm.planner.probe import file_system
 from flashlm.planner.profile import load_profile, profile_path
 from flashlm.sizes import format_size
+from flashlm.storage.platform import descriptor_path, disk_room, num_usable_cores, open_unnamed, sync
 from flashlm.storage.reader import Reader
 
 NETWORK = {
@@ -103,13 +102,13 @@ def _file_system(folder: Path) -> Iterator[Finding]:
 def _reading(folder: Path) -> Iterator[Finding]:
     """Read a small file, without a name where that is possible, through the reader that models use."""
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with os.fdopen(open_unnamed(folder), "w+b") as file:
             file.write(b"\0" * 8192)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
             with Reader() as reader:
                 backend = reader.backend
-                with reader.open(f"/proc/self/fd/{file.fileno()}") as opened:
+                with reader.open(descriptor_path(file.fileno())) as opened:
                     is_direct, alignment_bytes = opened.is_direct, opened.alignment_bytes
     except OSError as error:
         advice = "probe and convert write there: choose a folder that you may write to"
@@ -194,10 +193,10 @@ def _read(path: Path) -> str | None:
 
 
 def _space(folder: Path) -> Iterator[Finding]:
-    usage = shutil.disk_usage(folder)
-    is_tight = usage.free < usage.total * MIN_FREE_SHARE
+    room = disk_room(folder)
+    is_tight = room.free_bytes < room.total_bytes * MIN_FREE_SHARE
     advice = "a pack is as large as its model: make room" if is_tight else ""
-    fact = f"{format_size(usage.free)} of {format_size(usage.total)} free"
+    fact = f"{format_size(room.free_bytes)} of {format_size(room.total_bytes)} free"
     yield Finding(what="disk", level="warn" if is_tight else "ok", fact=fact, advice=advice)
 
 
@@ -225,10 +224,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _processor() -> Iterator[Finding]:
-    level, count = (
-        _native.simd_level(),
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    )
+    level, count = _native.simd_level(), num_usable_cores()
     if level in ("scalar", "generic", "portable"):
         advice = "the kernels know AVX2, AVX-512 and NEON; without them decoding is slow"
         yield Finding(what="processor", level="warn", fact=f"{count} cores, plain C++ kernels", advice=advice)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashlm.errors import ConfigError
-from flashlm.pack.direct_file import write_small_file
 from flashlm.storage.outside import parse_json, read_document
+from flashlm.storage.writer import write_small_file
 
 PLAN_VERSION: Literal[4] = 4
 MAX_PLAN_BYTES = 1 << 20

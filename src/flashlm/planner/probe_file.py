@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashlm.errors import ConfigError, StorageError
 from flashlm.sizes import format_size
+from flashlm.storage.platform import descriptor_path, disk_room, open_unnamed, set_direct, sync
 
 CHUNK_BYTES = 8 << 20
 MIN_FREE_BYTES = 2 << 30  # left on the device, or a tenth of it if that is less
 MIN_FILE_BYTES = 64 << 20
-_UNNAMED_REFUSED = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +42,20 @@ def choose_bytes(folder: Path, wanted_bytes: int) -> int:
         StorageError: It would fill the device.
     """
     try:
-        usage = shutil.disk_usage(folder)
+        room = disk_room(folder)
     except OSError as error:
         raise ConfigError(f"{folder} can't be probed: {error.strerror}") from error
-    keep_bytes = min(MIN_FREE_BYTES, usage.total // 10)
-    room_bytes = (usage.free - keep_bytes) // 2 // CHUNK_BYTES * CHUNK_BYTES
-    if room_bytes < MIN_FILE_BYTES:
+    keep_bytes = min(MIN_FREE_BYTES, room.total_bytes // 10)
+    fitting_bytes = (room.free_bytes - keep_bytes) // 2 // CHUNK_BYTES * CHUNK_BYTES
+    if fitting_bytes < MIN_FILE_BYTES:
         raise StorageError(
-            f"{folder} has {format_size(usage.free)} free: a probe needs {format_size(keep_bytes + 2 * MIN_FILE_BYTES)}"
+            f"{folder} has {format_size(room.free_bytes)} free: a probe needs {format_size(keep_bytes + 2 * MIN_FILE_BYTES)}"
             " so as not to fill the device. Free some, or probe another folder of it",
             path=str(folder),
             wanted_bytes=keep_bytes + 2 * MIN_FILE_BYTES,
-            got_bytes=usage.free,
+            got_bytes=room.free_bytes,
         )
-    return min(wanted_bytes // CHUNK_BYTES * CHUNK_BYTES or CHUNK_BYTES, room_bytes)
+    return min(wanted_bytes // CHUNK_BYTES * CHUNK_BYTES or CHUNK_BYTES, fitting_bytes)
 
 
 @contextmanager
@@ -69,34 +66,21 @@ def probe_file(folder: Path, num_bytes: int) -> Iterator[ProbeFile]:
         ConfigError: The folder can't be written to.
         StorageError: Writing failed.
     """
-    descriptor = _open_unnamed(folder)
     try:
-        rate = _fill(descriptor, folder, num_bytes)
-        yield ProbeFile(path=Path(f"/proc/self/fd/{descriptor}"), num_bytes=num_bytes, write_gb_per_s=rate)
-    finally:
-        os.close(descriptor)
-
-
-def _open_unnamed(folder: Path) -> int:
-    if hasattr(os, "O_TMPFILE"):
-        try:
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
-        except OSError as error:
-            if error.errno not in _UNNAMED_REFUSED or not folder.is_dir():
-                raise ConfigError(f"{folder} can't be probed: {error.strerror}") from error
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=".flashlm-probe-", dir=folder)
+        descriptor = open_unnamed(folder)
     except OSError as error:
         raise ConfigError(f"{folder} can't be probed: {error.strerror}") from error
-    Path(name).unlink()
-    return descriptor
+    try:
+        rate = _fill(descriptor, folder, num_bytes)
+        yield ProbeFile(path=descriptor_path(descriptor), num_bytes=num_bytes, write_gb_per_s=rate)
+    finally:
+        os.close(descriptor)
 
 
 def _fill(descriptor: int, folder: Path, num_bytes: int) -> float:
     """Write random bytes past the page cache where that is possible; return GB/s, the sync included."""
     buffer = mmap.mmap(-1, CHUNK_BYTES)  # page-aligned, as direct writes want it
-    with suppress(OSError):
-        _set_direct(descriptor)
+    set_direct(descriptor)
     started_s = time.perf_counter()
     random_s = 0.0
     try:
@@ -105,7 +89,7 @@ def _fill(descriptor: int, folder: Path, num_bytes: int) -> float:
             buffer[:] = os.urandom(CHUNK_BYTES)
             random_s += time.perf_counter() - before_s
             _write(descriptor, buffer, offset)
-        os.fsync(descriptor)
+        sync(descriptor)
     except OSError as error:
         raise StorageError(
             f"writing the probe's file in {folder} failed: {error.strerror}", path=str(folder)
@@ -120,9 +104,3 @@ def _write(descriptor: int, buffer: mmap.mmap, offset: int) -> None:
     while done < CHUNK_BYTES:
         with memoryview(buffer) as view:
             done += os.pwritev(descriptor, [view[done:]], offset + done)
-
-
-def _set_direct(descriptor: int) -> None:
-    import fcntl
-
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)

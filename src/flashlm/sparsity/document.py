@@ -17,10 +17,10 @@ from safetensors.torch import save
 
 from flashlm.errors import PackError
 from flashlm.pack.calibration_files import file_checksum
-from flashlm.pack.direct_file import sync_folder, write_error, write_small_file
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, Manifest
 from flashlm.pack.sealed import seal
 from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
+from flashlm.storage.writer import sync_folder, write_error, write_small_file
 
 SPARSITY_VERSION: Literal[2] = 2
 DOCUMENT_NAME = "sparsity.json"

@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flashlm.memory.expert_policy import POLICIES, ExpertPolicy
-from flashlm.pack.direct_file import write_small_file
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, MAX_LAYERS, Manifest
 from flashlm.pack.sealed import seal
 from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
 from flashlm.sparsity.document import fingerprint
+from flashlm.storage.writer import write_small_file
 
 ROUTING_VERSION: Literal[2] = 2
 ROUTING_NAME = "routing.json"
