@@ -20,7 +20,6 @@ import json
 import mmap
 import os
 import queue
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from capped import drop_page_cache
-from device_rate import READ_BYTES, direct_chunks
+from device_rate import READ_BYTES, direct_chunks, direct_write_rate
 from machine import describe_block_device, describe_commit, describe_machine, today
 
 NUM_READS, NUM_BUFFERS = 4, 16
@@ -67,43 +66,85 @@ def copy_rate(files: list[Path], target: Path) -> float:
         target.unlink(missing_ok=True)
 
 
-def timed(work: str, checkpoint: Path, pack: Path) -> dict[str, Any]:
-    """Convert or verify in this process; return seconds of wall and processor and the peak of memory."""
+def convert_rate(checkpoint: Path, pack: Path) -> float:
+    """Convert, remove the pack, return GB/s of the pack's bytes."""
     import flashlm
 
-    started_s, cpu_s = time.perf_counter(), time.process_time()
-    if work == "convert":
-        flashlm.convert(checkpoint, pack)
-    else:
-        flashlm.verify(pack).raise_for_problems()
+    start_s = time.perf_counter()
+    flashlm.convert(checkpoint, pack)
+    elapsed_s = time.perf_counter() - start_s
+    num_bytes = sum(path.stat().st_size for path in pack.rglob("*") if path.is_file())
+    shutil.rmtree(pack)
+    return num_bytes / elapsed_s / 1e9
+
+
+def against_device(checkpoint: Path, num_bytes: int, folder: Path, rounds: int) -> dict[str, Any]:
+    """Write with dd, copy and convert in turns; return rates and their ratios."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    rates: dict[str, list[float]] = {"dd_write": [], "copy": [], "convert": []}
+    for _ in range(rounds):
+        drop_page_cache([])
+        rates["dd_write"].append(float(direct_write_rate(folder, num_bytes)["gb_per_s"]))
+        drop_page_cache([])
+        rates["copy"].append(copy_rate(files, folder / "copy.bin"))
+        drop_page_cache([])
+        rates["convert"].append(convert_rate(checkpoint, folder / "pack"))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        "what": "conversion against dd and a plain copy, GB/s",
+        "rates_gb_per_s": rates,
+        "medians_gb_per_s": medians,
+        "convert_over_dd": medians["convert"] / medians["dd_write"],
+        "convert_over_copy": medians["convert"] / medians["copy"],
+        "copy_over_dd": medians["copy"] / medians["dd_write"],
+        "commit": describe_commit(Path(__file__).parent.parent),
+    }
+
+
+def timed(work: str, folder: Path) -> dict[str, Any]:
+    """Convert or verify in this process; return seconds of wall and processor and the peak of memory.
+
+    The same is done before with a tiny model, untimed: both verbs import what they need when it is needed.
+    """
+    import flashlm
+
+    for name in ("tiny", "model"):
+        if name == "model":
+            drop_page_cache([])
+        started_s, cpu_s = time.perf_counter(), time.process_time()
+        if work == "convert":
+            flashlm.convert(folder / name, folder / f"{name}-pack")
+        else:
+            flashlm.verify(folder / f"{name}-pack").raise_for_problems()
     wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().split()
+    peak_bytes = int(status[status.index("VmHWM:") + 1]) * 1024  # rusage would have that of the parent
     commit = describe_commit(Path(flashlm.__file__).parents[2])
     return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak_bytes, "commit": commit}
 
 
-def timed_by(python: str, work: str, checkpoint: Path, pack: Path) -> dict[str, Any]:
-    """Do the same with the checkout that `python` has installed, the page cache dropped before."""
-    drop_page_cache([])
-    command = [str(Path(python).absolute()), str(Path(__file__).resolve()), "--timed", work]
-    done = subprocess.run([*command, str(checkpoint), str(pack)], check=True, capture_output=True, text=True)
+def timed_by(python: str, work: str, folder: Path) -> dict[str, Any]:
+    """Do the same with the checkout that `python` has installed."""
+    command = [str(Path(python).absolute()), str(Path(__file__).resolve()), "--timed", work, "--work", str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def compare(pythons: list[str], checkpoint: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def compare(pythons: list[str], folder: Path, rounds: int) -> dict[str, Any]:
     """Convert and verify with both checkouts in turns; return times and ratios."""
-    sides, pack = dict(zip(("old", "new"), pythons, strict=True)), folder / "pack"
+    sides = dict(zip(("old", "new"), pythons, strict=True))
     result: dict[str, Any] = {"what": "conversion and verification in two checkouts, in turns"}
     times: dict[str, dict[str, list[dict[str, Any]]]] = {work: {"old": [], "new": []} for work in ("convert", "verify")}
     manifests = set()
     for number in range(rounds):
         for name in sorted(sides, reverse=number % 2 == 0):
             for work, found in times.items():
-                found[name].append(timed_by(sides[name], work, checkpoint, pack))
+                found[name].append(timed_by(sides[name], work, folder))
                 result[name] = found[name][-1].pop("commit")
-            manifests.add((pack / "flash" / "manifest.json").read_bytes())
-            shutil.rmtree(pack)
+            manifests.add((folder / "model-pack" / "flash" / "manifest.json").read_bytes())
+            for pack in folder.glob("*-pack"):
+                shutil.rmtree(pack)
         print({work: {name: round(found[name][-1]["wall_s"], 2) for name in sides} for work, found in times.items()})
     if len(manifests) != 1:
         raise SystemExit("the packs differ")
@@ -126,10 +167,10 @@ def main() -> None:
     parser.add_argument("--pythons", nargs=2, help="OLD_PYTHON NEW_PYTHON: compare two checkouts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "conversion.json")
-    parser.add_argument("--timed", nargs=3, help=argparse.SUPPRESS)  # what a checkout's own process does
+    parser.add_argument("--timed", help=argparse.SUPPRESS)  # what a checkout's own process does
     args = parser.parse_args()
     if args.timed:
-        print(json.dumps(timed(args.timed[0], Path(args.timed[1]), Path(args.timed[2]))))
+        print(json.dumps(timed(args.timed, args.work)))
         return
     from random_weights import write_checkpoint
     from shapes import config_of
@@ -137,11 +178,12 @@ def main() -> None:
     folder = args.work / "conversion"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    checkpoint = folder / "checkpoint"
+    checkpoint = folder / "model"
     try:
         num_bytes = write_checkpoint(checkpoint, config_of(args.shape, num_layers=args.layers))
         if args.pythons:
-            result = compare(args.pythons, checkpoint, folder, args.rounds)
+            write_checkpoint(folder / "tiny", config_of("olmoe-tiny" if "olmoe" in args.shape else "opt-tiny"))
+            result = compare(args.pythons, folder, args.rounds)
         else:
             result = against_device(checkpoint, num_bytes, folder, args.rounds)
     finally:
