@@ -18,6 +18,7 @@ ORDER = (
     "kernels",
     "pru",
     "storage",
+    "documents",
     "pack",
     "memory",
     "sparsity",

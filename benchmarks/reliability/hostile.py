@@ -12,10 +12,10 @@ from typing import Any
 import xxhash
 
 import flashlm
+from flashlm.documents import seal
 from flashlm.errors import FlashError
 from flashlm.pack.checkpoint import open_checkpoint, read_header
 from flashlm.pack.manifest import manifest_path, read_manifest
-from flashlm.pack.sealed import seal
 from flashlm.planner.document import load_plan
 from flashlm.planner.profile import load_profile
 from flashlm.sparsity.document import document_path, read_sparsity

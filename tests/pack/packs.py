@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import xxhash
 
+from flashlm.documents import seal, unseal
 from flashlm.pack.manifest import Manifest, layer_path, manifest_path
-from flashlm.pack.sealed import seal, unseal
 
 
 def read_rows(pack: Path, manifest: Manifest, index: int) -> torch.Tensor:
@@ -56,6 +56,6 @@ def change_config(pack: Path, **settings: object) -> None:
 
 def replace_sealed(path: Path, old: str, new: str) -> None:
     """Change the text of a sealed document, and seal it again."""
-    body = unseal(path.read_bytes(), path, "").decode()
+    body = unseal(path.read_bytes(), path, advice="").decode()
     assert old in body
     path.write_bytes(seal(body.replace(old, new, 1)))

@@ -125,10 +125,11 @@ def test_finished_file_that_was_cut_is_written_again(whole: Path, tmp_path: Path
     assert all_bytes(tmp_path / "pack") == all_bytes(whole / "pack")
 
 
-def test_damaged_progress_record_is_refused(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"fingerprint": 3}', '{"progress_version": 1, "fingerprint": 3}', "{", "[]"])
+def test_damaged_progress_record_is_refused(content: str, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "pack" / "flash").mkdir(parents=True)
-    (tmp_path / "pack" / "flash" / "progress.json").write_text('{"fingerprint": 3}')
-    with pytest.raises(PackError, match="damaged: delete"):
+    (tmp_path / "pack" / "flash" / "progress.json").write_text(content)
+    with pytest.raises(PackError, match=r"progress\.json .*: delete the unfinished pack and convert again"):
         convert(whole / "source", tmp_path / "pack")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import flashlm
+from flashlm.documents import read_json
 from flashlm.errors import ConfigError, FlashError, PackError
 from flashlm.pack.convert import convert
 from flashlm.pack.info import describe
@@ -21,7 +22,7 @@ from flashlm.planner.document import load_plan
 from flashlm.planner.profile import load_profile
 from flashlm.planner.shape import read_shape
 from flashlm.planner.smallest import smallest_dram_bytes
-from flashlm.storage.outside import check_regular, read_document, read_json
+from flashlm.storage.outside import check_regular, read_bounded
 from tests.engine.conftest import save_tokenizer
 from tests.models import save_checkpoint
 from tests.pack.packs import change_config
@@ -73,11 +74,11 @@ def _replace(path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_regular_files_are_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
     _replace(path, kind, monkeypatch)
-    for run in (check_regular, lambda path: read_document(path, 100), load_plan, load_profile):
+    for run in (check_regular, lambda path: read_bounded(path, 100), load_plan, load_profile):
         with pytest.raises(FlashError, match=r"x\.json"):
             run(path)  # type: ignore[operator]
     with pytest.raises(ConfigError, match=r"x\.json"):
-        read_document(path, 100, error=ConfigError)
+        read_bounded(path, 100, error=ConfigError)
 
 
 def test_links_to_files_are_followed_and_sizes_bounded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,16 +79,18 @@ def test_stopped_at_any_moment_the_pack_is_whole(pack: Path, moment: str, monkey
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    write_small_file = reordering.write_small_file
+    def stopping(write: Callable[..., None]) -> Callable[..., None]:
+        def count(*arguments: object) -> None:
+            nonlocal writes
+            writes += 1
+            if writes == {"order": 3, "manifest": 4}.get(moment):
+                stop()
+            write(*arguments)
 
-    def write(path: Path, content: bytes) -> None:
-        nonlocal writes
-        writes += 1
-        if writes == {"order": 3, "manifest": 4}.get(moment):
-            stop()
-        write_small_file(path, content)
+        return count
 
-    monkeypatch.setattr(reordering, "write_small_file", write)
+    monkeypatch.setattr(reordering, "write_small_file", stopping(reordering.write_small_file))
+    monkeypatch.setattr(reordering, "write_manifest", stopping(reordering.write_manifest))
     if moment == "rows":
         monkeypatch.setattr(reordering, "_write_rows", stop)
     if moment == "unlink":

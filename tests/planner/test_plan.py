@@ -252,7 +252,7 @@ def test_a_damaged_plan_is_refused(content: str, tmp_path: Path) -> None:
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"plan\.json"):
         load_plan(path)
-    with pytest.raises(ConfigError, match="can't be read"):
+    with pytest.raises(ConfigError, match="is not there: make a plan with"):
         load_plan(tmp_path / "none.json")
 
 

@@ -129,8 +129,12 @@ def test_another_checkpoint_is_refused(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"sparsity_version": 2', '"sparsity_version": 3', "has version 3, this flashlm reads 2"),
-        ('"sparsity_version": 2', '"sparsity_version": true', "has version True"),
+        (
+            '"sparsity_version": 2',
+            '"sparsity_version": 3',
+            "has sparsity version 3, this flashlm reads version 2: update flashlm, or run",
+        ),
+        ('"sparsity_version": 2', '"sparsity_version": true', "has sparsity version True"),
         ('"threshold": 0.4', '"threshold": 1.0', "above 0 and below 1"),
         ('"threshold": 0.4', '"threshold": -0.1', "invalid at layers.0.predictor.threshold"),
         ('"recall": 0.9', '"recall": 1.5', "invalid at layers.0.predictor.recall"),

@@ -93,8 +93,12 @@ def test_another_checkpoint_is_refused(pack, written):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"routing_version": 2', '"routing_version": 3', "has version 3, this flashlm reads 2"),
-        ('"routing_version": 2', '"routing_version": true', "has version True"),
+        (
+            '"routing_version": 2',
+            '"routing_version": 3',
+            "has routing version 3, this flashlm reads version 2: update flashlm, or run",
+        ),
+        ('"routing_version": 2', '"routing_version": true', "has routing version True"),
         ('"zero_share": 0.5', '"zero_share": 1.5', "invalid at layers.0.zero_share"),
         ('"lru": 0.1', '"lru": 0.4', "best is lfu, but lru found more"),
         ('"best": "lfu"', '"best": "fifo"', "invalid at replays.0.best"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ import xxhash
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
-from flashlm.engine.calibration_store import CalibrationStore
+from flashlm.engine.calibration_store import CalibrationStore, MeasuredRise, Numbers
 from flashlm.engine.capture import (
     CalibrationText,
     Recording,
@@ -127,9 +127,9 @@ class CalibrationWork:
 
     def record(self) -> list[float]:
         """Return the activation thresholds, once inputs and active rows of all layers are in the store."""
-        recorded = self.store.read("recorded.json")
+        recorded = self.store.read("recorded.json", Numbers)
         if recorded is not None:
-            return [float(threshold) for threshold in recorded]
+            return list(recorded.values)
         num_tokens, hidden_size = self.text.num_tokens, self.manifest.hidden_size
         widths = [-(-entry.num_rows // 8) for entry in self.manifest.layers]
         self.store.check_space(self.recorded_bytes)
@@ -146,14 +146,14 @@ class CalibrationWork:
         for recording in recordings:
             recording.inputs.flush()
             recording.packed.flush()
-        self.store.write("recorded.json", thresholds)
+        self.store.write("recorded.json", Numbers(values=tuple(thresholds)))
         return thresholds
 
     def find_thresholds(self, model: PreTrainedModel) -> list[float]:
         """Return a threshold per layer: the highest common sparsity that takes no more than its part of the budget."""
-        found = self.store.read("thresholds.json")
+        found = self.store.read("thresholds.json", Numbers)
         if found is not None:
-            return [float(threshold) for threshold in found]
+            return list(found.values)
         quantiles = activation_quantiles(model, self.text, THRESHOLD_SHARES, self.progress)
         layers = streamed_layers(model)
         dense = self.dense_losses(model, "validation")
@@ -166,19 +166,19 @@ class CalibrationWork:
 
         best = largest_passing(len(THRESHOLD_SHARES), passes)
         thresholds = [0.0] * self.num_layers if best is None else [each[best] for each in quantiles]
-        self.store.write("thresholds.json", thresholds)
+        self.store.write("thresholds.json", Numbers(values=tuple(thresholds)))
         return thresholds
 
     def dense_losses(self, model: PreTrainedModel, part: str) -> Losses:
         """Return the dense model's losses on "validation" or "held_out"."""
-        kept = self.store.read(f"dense-{part}.json")
+        kept = self.store.read(f"dense-{part}.json", Numbers)
         if kept is not None:
-            return np.array(kept, dtype=np.float64)
+            return np.array(kept.values, dtype=np.float64)
         windows: range = getattr(self.text, part)
         losses = token_losses(
             model, self.text, windows, lambda done: self.progress(done, len(windows), "dense perplexity")
         )
-        self.store.write(f"dense-{part}.json", losses.tolist())
+        self.store.write(f"dense-{part}.json", Numbers(values=tuple(losses.tolist())))
         return losses
 
     def tokens(self, layer: int) -> TokenSet:
@@ -265,9 +265,9 @@ class CalibrationWork:
     ) -> Rise:
         """Return the rise with each layer at its level, dense where that is None."""
         key = f"rise-{part}-{xxhash.xxh3_64_hexdigest(repr(levels).encode())}.json"
-        kept = self.store.read(key)
+        kept = self.store.read(key, MeasuredRise)
         if kept is not None:
-            return Rise(**kept)
+            return kept.rise
         dense = self.dense_losses(model, part)
         selections = [
             None if level is None else stored_predictor(each, level, self.activation).predict
@@ -279,7 +279,7 @@ class CalibrationWork:
                 model, self.text, windows, lambda done: self.progress(done, len(windows), f"sparse perplexity, {part}")
             )
         rise = Rise.of(dense, sparse)
-        self.store.write(key, asdict(rise))
+        self.store.write(key, MeasuredRise(rise=rise))
         return rise
 
     def isolated(

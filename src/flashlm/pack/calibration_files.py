@@ -6,20 +6,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import xxhash
+from pydantic import BaseModel, ConfigDict
 
+from flashlm.documents import DocumentKind
 from flashlm.errors import PackError
 from flashlm.pack.manifest import FLASH_DIR, Manifest
-from flashlm.pack.sealed import unseal
-from flashlm.storage.outside import open_regular, parse_json, read_document
+from flashlm.storage.outside import open_regular
 
 _DOCUMENTS = ("sparsity.json", "routing.json")
-_DESCRIBED = {"tensors_checksum": "sparsity.safetensors", "profile_checksum": "profile.safetensors"}
-_ADVICE = "Run `flashlm calibrate` again"
+_ADVICE = "run `flashlm calibrate` again"
 MAX_DOCUMENT_BYTES = 64 << 20
 _PIECE_BYTES = 16 << 20
+
+
+class _Described(BaseModel):
+    """What such a document says of the files beside it, whatever else it says."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    fingerprint: str
+    tensors_checksum: str | None = None
+    profile_checksum: str | None = None
+
+
+_KIND = DocumentKind(model=_Described, version_key=None, max_bytes=MAX_DOCUMENT_BYTES, advice=_ADVICE, is_sealed=True)
 
 
 def file_checksum(path: Path) -> str:
@@ -45,37 +57,26 @@ def calibration_problems(pack: Path, manifest: Manifest) -> list[str]:
     for name in _DOCUMENTS:
         path = pack / FLASH_DIR / name
         try:
-            document = _read(path)
+            document = _KIND.read(path)
         except PackError as error:
             problems.append(str(error))
             continue
         if document is None:
             continue
-        if document.get("fingerprint") != manifest.weights_fingerprint:
-            problems.append(f"{path} was made for other weights than this pack holds. {_ADVICE}, or delete it")
-        for key, described in _DESCRIBED.items():
-            if document.get(key) is not None:
-                problems += _file_problems(path.with_name(described), document[key])
+        if document.fingerprint != manifest.weights_fingerprint:
+            problems.append(f"{path} was made for other weights than this pack holds: {_ADVICE}, or delete it")
+        if document.tensors_checksum is not None:
+            problems += _file_problems(path.with_name("sparsity.safetensors"), document.tensors_checksum)
+        if document.profile_checksum is not None:
+            problems += _file_problems(path.with_name("profile.safetensors"), document.profile_checksum)
     return problems
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        text = read_document(path, MAX_DOCUMENT_BYTES, advice=_ADVICE)
-    except FileNotFoundError:
-        return None
-    body = unseal(text, path, _ADVICE)
-    content = parse_json(body, path, advice=_ADVICE)
-    if not isinstance(content, dict):
-        raise PackError(f"{path} is damaged: an object expected. {_ADVICE}")
-    return content
-
-
-def _file_problems(path: Path, expected: object) -> list[str]:
+def _file_problems(path: Path, expected: str) -> list[str]:
     try:
         found = file_checksum(path)
     except FileNotFoundError:
-        return [f"{path} is missing. {_ADVICE}"]
+        return [f"{path} is missing: {_ADVICE}"]
     except PackError as error:
         return [str(error)]
-    return [] if found == expected else [f"{path} is damaged or of another calibration. {_ADVICE}"]
+    return [] if found == expected else [f"{path} is damaged or of another calibration: {_ADVICE}"]

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from flashlm.documents import read_json
 from flashlm.errors import PackError
-from flashlm.storage.outside import check_regular, open_regular, read_json
+from flashlm.storage.outside import check_regular, open_regular
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -18,6 +18,7 @@ from flashlm.errors import ConfigError
 from flashlm.kernels import one_torch_thread
 from flashlm.pack.casts import CastCounts, describe_zeroed
 from flashlm.pack.conversion_plan import ConversionPlan, experts_file_name, layer_file_name, plan_conversion
+from flashlm.pack.files import MAX_SMALL_FILE_BYTES
 from flashlm.pack.layer_file import LayerPools, write_layer
 from flashlm.pack.manifest import (
     CONFIG_NAME,
@@ -28,9 +29,9 @@ from flashlm.pack.manifest import (
     Manifest,
     ResidentEntry,
     SourceEntry,
-    manifest_path,
     read_manifest,
     resident_path,
+    write_manifest,
 )
 from flashlm.pack.pack_config import NOTE, NOTE_NAME
 from flashlm.pack.pipeline import BufferPool, ReadAhead, WriteBehind
@@ -45,6 +46,7 @@ from flashlm.pack.progress_record import (
 from flashlm.pack.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
 from flashlm.pack.source import canonical_dtype, pack_config, resolve_source
 from flashlm.sizes import format_size
+from flashlm.storage.outside import read_bounded
 from flashlm.storage.ranges import RangeReader
 from flashlm.storage.writer import check_room, sync_folder, write_error, write_small_file
 
@@ -137,7 +139,8 @@ def _describe(plan: ConversionPlan, record: ProgressRecord) -> str:
 
 def _write_files(plan: ConversionPlan, record: ProgressRecord, progress: ProgressCallback) -> None:
     sizes = plan.file_bytes
-    record.finished = {name: sums for name, sums in record.finished.items() if _is_there(plan, name)}
+    for name in [name for name in record.finished if not _is_there(plan, name)]:
+        del record.finished[name]
     done = sum(sizes[name] for name in record.finished)
     total = sum(sizes.values())
     casts = CastCounts()
@@ -198,12 +201,12 @@ def _finish(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
     }
     checksums = {}
     for name in sorted({*plan.small.kept, *contents}):
-        content = contents[name] if name in contents else (plan.checkpoint.folder / name).read_bytes()
+        content = contents.get(name) or read_bounded(plan.checkpoint.folder / name, MAX_SMALL_FILE_BYTES)
         _make_folders(plan.pack, name)
         write_small_file(plan.pack / name, content)
         checksums[name] = xxhash.xxh3_64_hexdigest(content)
     manifest = _manifest(plan, record).model_copy(update={"small_files": checksums})
-    write_small_file(manifest_path(plan.pack), manifest.to_bytes())
+    write_manifest(plan.pack, manifest)
     remove_record(plan.pack)
     return manifest
 

@@ -15,7 +15,7 @@ import xxhash
 from flashlm.errors import PackError, StorageError
 from flashlm.pack.manifest import CONFIG_NAME, Manifest, layer_path, resident_path
 from flashlm.pack.pack_config import NOTE_NAME, read_pack_config
-from flashlm.storage.outside import check_regular, read_document
+from flashlm.storage.outside import check_regular, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def small_file_problems(pack: Path, manifest: Manifest, *, but: Collection[str] 
             continue
         path = pack / name
         try:
-            found = xxhash.xxh3_64_hexdigest(read_document(path, MAX_SMALL_FILE_BYTES))
+            found = xxhash.xxh3_64_hexdigest(read_bounded(path, MAX_SMALL_FILE_BYTES))
         except FileNotFoundError:
             problems.append(f"{path} is missing")
         except PackError as error:

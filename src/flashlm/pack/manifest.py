@@ -1,7 +1,7 @@
 """The manifest of a pack, `flash/manifest.json`: what is streamed, how it is laid out, and where it came from.
 
 A manifest is outside data: it is validated strictly, every size in it is checked against the layout before anything is
-allocated, and file names that would leave the pack are refused. It ends with a checksum of its own text (`sealed`).
+allocated, and file names that would leave the pack are refused. It ends with a checksum of its own text.
 `docs/format.md` describes the format byte for byte.
 """
 
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import PackError
 from flashlm.pack.layout import LayerLayout
-from flashlm.pack.sealed import seal, unseal
-from flashlm.storage.outside import parse_json, read_document
 
 FORMAT_VERSION: Literal[3] = 3
 CUSTOM_GATE = "custom"  # the activation of experts that do more than act(gate) * up
@@ -37,7 +36,6 @@ MAX_LAYERS = 2_000  # a model of so many is built in seconds; none has half of t
 MAX_DIMENSION = 1 << 24
 MAX_MANIFEST_BYTES = 64 << 20
 CONFIG_NAME = "config.json"
-_AGAIN = "convert the model again"
 
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
@@ -47,11 +45,7 @@ LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}(\.[0-9a-f]{8})?\.row
 ExpertsFileName = Annotated[str, Field(pattern=r"^experts-\d{5}\.rows$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class LayerEntry(_Strict):
+class LayerEntry(Strict):
     """One streamed FFN.
 
     Attributes:
@@ -77,7 +71,7 @@ class LayerEntry(_Strict):
     order_checksum: Checksum | None = None
 
 
-class ExpertsEntry(_Strict):
+class ExpertsEntry(Strict):
     """The routed experts of one layer; a block of its file is an expert.
 
     Attributes:
@@ -95,7 +89,7 @@ class ExpertsEntry(_Strict):
     checksums: tuple[Checksum, ...]
 
 
-class ResidentEntry(_Strict):
+class ResidentEntry(Strict):
     """`flash/resident.safetensors`: everything that stays in DRAM; a checksum for each `chunk_bytes` (last: fewer)."""
 
     num_bytes: Annotated[int, Field(gt=0)]
@@ -103,7 +97,7 @@ class ResidentEntry(_Strict):
     checksums: tuple[Checksum, ...]
 
 
-class SourceEntry(_Strict):
+class SourceEntry(Strict):
     """Where the weights came from.
 
     Attributes:
@@ -120,7 +114,7 @@ class SourceEntry(_Strict):
     notes: tuple[str, ...] = ()
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """Everything that a reader of the pack needs to know.
 
     Attributes:
@@ -155,7 +149,7 @@ class Manifest(_Strict):
     layers: Annotated[tuple[LayerEntry, ...], Field(max_length=MAX_LAYERS)]
     experts: Annotated[tuple[ExpertsEntry, ...], Field(max_length=MAX_LAYERS)] = ()
     resident: ResidentEntry
-    small_files: dict[SmallFileName, Checksum] = {}
+    small_files: dict[SmallFileName, Checksum] = Field(default_factory=dict)
     source: SourceEntry
 
     @model_validator(mode="after")
@@ -226,9 +220,14 @@ class Manifest(_Strict):
             digest.update(checksum.encode())
         return digest.hexdigest()
 
-    def to_bytes(self) -> bytes:
-        """Return the content of `flash/manifest.json`."""
-        return seal(self.model_dump_json(indent=1))
+
+_KIND = DocumentKind(
+    model=Manifest,
+    version_key="format_version",
+    max_bytes=MAX_MANIFEST_BYTES,
+    advice="convert the model again",
+    is_sealed=True,
+)
 
 
 def manifest_path(pack: Path) -> Path:
@@ -259,6 +258,15 @@ def _what_instead(pack: Path) -> str:
     return f"{manifest_path(pack)} is missing. Make one with: flashlm convert SOURCE {pack}"
 
 
+def write_manifest(pack: Path, manifest: Manifest) -> None:
+    """Write the manifest of `pack`, in the place of one that is there.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    _KIND.write(manifest_path(pack), manifest)
+
+
 def read_manifest(pack: Path) -> Manifest:
     """Read and check the manifest of `pack`.
 
@@ -266,27 +274,7 @@ def read_manifest(pack: Path) -> Manifest:
         PackError: No manifest (not a pack, or an unfinished conversion), another version, a changed text, or invalid
             content.
     """
-    path = manifest_path(pack)
-    try:
-        text = read_document(path, MAX_MANIFEST_BYTES, advice=_AGAIN)
-    except FileNotFoundError:
-        raise PackError(f"{pack} is not a finished pack: {_what_instead(pack)}") from None
-    content = parse_json(text, path, advice=_AGAIN)
-    _check_version(path, content.get("format_version") if isinstance(content, dict) else None)
-    try:
-        return Manifest.model_validate_json(unseal(text, path, "Convert the model again"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise PackError(f"{path} is invalid at {where}: {first['msg']} ({error.error_count()} problems)") from error
-
-
-def _check_version(path: Path, version: object) -> None:
-    if type(version) is int and version == FORMAT_VERSION:  # True == 1
-        return
-    reason = f"{path} has format version {version!r}, this flashlm reads version {FORMAT_VERSION}"
-    if type(version) is int and version > FORMAT_VERSION:
-        raise PackError(f"{reason}: update flashlm, or convert the model again")
-    raise PackError(
-        f"{reason}: convert the model again (it is an old pack, whose weights other programs took for whole)"
-    )
+    manifest = _KIND.read(manifest_path(pack))
+    if manifest is None:
+        raise PackError(f"{pack} is not a finished pack: {_what_instead(pack)}")
+    return manifest

@@ -13,9 +13,10 @@ from typing import Any
 
 import xxhash
 
+from flashlm.documents import parse_json
 from flashlm.errors import PackError
 from flashlm.pack.manifest import CONFIG_NAME, FORMAT_VERSION, MAX_LAYERS, Manifest
-from flashlm.storage.outside import parse_json, read_document
+from flashlm.storage.outside import read_bounded
 
 QUANT_METHOD = "flashlm"
 MAX_CONFIG_BYTES = 16 << 20
@@ -125,7 +126,7 @@ def read_pack_config(pack: Path, manifest: Manifest, *, is_checked: bool = True)
     """
     path = pack / CONFIG_NAME
     try:
-        text = read_document(path, MAX_CONFIG_BYTES, advice="convert the model again")
+        text = read_bounded(path, MAX_CONFIG_BYTES, advice="convert the model again")
     except FileNotFoundError:
         raise PackError(f"{path} is missing: convert the model again") from None
     checksum, expected = xxhash.xxh3_64_hexdigest(text), manifest.small_files.get(CONFIG_NAME)

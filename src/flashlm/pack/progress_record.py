@@ -11,31 +11,41 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
-from flashlm.errors import ConfigError, PackError, StorageError
+from flashlm.documents import DocumentKind, Strict
+from flashlm.errors import ConfigError, StorageError
 from flashlm.pack.manifest import FLASH_DIR, MAX_MANIFEST_BYTES, manifest_path, read_manifest
-from flashlm.storage.outside import read_document
-from flashlm.storage.writer import is_temporary, sync_folder, write_error, write_small_file
+from flashlm.storage.writer import is_temporary, sync_folder, write_error
 
 PROGRESS_NAME = "progress.json"
+PROGRESS_VERSION: Literal[1] = 1
 
 
-class ProgressRecord(BaseModel):
+class ProgressRecord(Strict):
     """The record.
 
     Attributes:
+        progress_version: Version of this document.
         fingerprint: What identifies the conversion.
         finished: Checksums of each finished file, by its name.
         zeroed: Of each of them, how many weights became zero that were not, by the tensor's name in the checkpoint.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+    progress_version: Literal[1] = PROGRESS_VERSION
     fingerprint: str
-    finished: dict[str, tuple[str, ...]] = {}
-    zeroed: dict[str, dict[str, int]] = {}
+    finished: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    zeroed: dict[str, dict[str, int]] = Field(default_factory=dict)
+
+
+_KIND = DocumentKind(
+    model=ProgressRecord,
+    version_key="progress_version",
+    max_bytes=MAX_MANIFEST_BYTES,
+    advice="delete the unfinished pack and convert again",
+)
 
 
 def prepare_folder(pack: Path) -> None:
@@ -61,7 +71,7 @@ def open_record(pack: Path, fingerprint: str) -> ProgressRecord | None:
 
     Raises:
         ConfigError: The folder holds another conversion, finished or not.
-        PackError: The record is damaged.
+        PackError: The record is damaged, or of another version.
         StorageError: The folder can't be written.
     """
     if manifest_path(pack).exists():
@@ -70,9 +80,10 @@ def open_record(pack: Path, fingerprint: str) -> ProgressRecord | None:
     path = pack / FLASH_DIR / PROGRESS_NAME
     try:
         _remove_leftovers(pack)
-        if not path.exists():
-            save_record(pack, ProgressRecord(fingerprint=fingerprint))
-        record = _read(path)
+        record = _KIND.read(path)
+        if record is None:
+            record = ProgressRecord(fingerprint=fingerprint)
+            save_record(pack, record)
     except OSError as error:
         raise write_error(pack, error) from error
     if record.fingerprint != fingerprint:
@@ -85,7 +96,7 @@ def open_record(pack: Path, fingerprint: str) -> ProgressRecord | None:
 
 def save_record(pack: Path, record: ProgressRecord) -> None:
     """Replace the record."""
-    write_small_file(pack / FLASH_DIR / PROGRESS_NAME, record.model_dump_json().encode())
+    _KIND.write(pack / FLASH_DIR / PROGRESS_NAME, record)
 
 
 def remove_record(pack: Path) -> None:
@@ -138,10 +149,3 @@ def _remove_leftovers(pack: Path) -> None:
         for path in folder.iterdir():
             if is_temporary(path):
                 path.unlink()
-
-
-def _read(path: Path) -> ProgressRecord:
-    try:
-        return ProgressRecord.model_validate_json(read_document(path, MAX_MANIFEST_BYTES))
-    except ValidationError as error:
-        raise PackError(f"{path} is damaged: delete {path.parent.parent} and convert again") from error

@@ -17,8 +17,8 @@ import xxhash
 from flashlm.errors import PackError
 from flashlm.pack.checksums import check_bytes
 from flashlm.pack.layout import LayerLayout
-from flashlm.pack.manifest import FLASH_DIR, LayerEntry, Manifest, layer_path, manifest_path, order_path
-from flashlm.storage.outside import read_document
+from flashlm.pack.manifest import FLASH_DIR, LayerEntry, Manifest, layer_path, order_path, write_manifest
+from flashlm.storage.outside import read_bounded
 from flashlm.storage.ranges import FileRange, RangeReader
 from flashlm.storage.reader import AlignedBuffer
 from flashlm.storage.writer import AtomicFile, check_room, write_small_file
@@ -64,7 +64,7 @@ def read_order(pack: Path, entry: LayerEntry) -> Order | None:
         return None
     path = order_path(pack, entry)
     try:
-        content = read_document(path, 4 * entry.num_rows, advice="convert the model again")
+        content = read_bounded(path, 4 * entry.num_rows, advice="convert the model again")
     except FileNotFoundError:
         raise PackError(f"{path} is missing. Convert the model again") from None
     if len(content) != 4 * entry.num_rows or xxhash.xxh3_64_hexdigest(content) != entry.order_checksum:
@@ -95,7 +95,7 @@ def _reorder_layer(pack: Path, manifest: Manifest, index: int, order: Order) -> 
     layers = list(manifest.layers)
     layers[index] = target.model_copy(update={"checksums": checksums})
     changed = manifest.model_copy(update={"layers": tuple(layers)})
-    write_small_file(manifest_path(pack), changed.to_bytes())
+    write_manifest(pack, changed)
     layer_path(pack, entry).unlink(missing_ok=True)
     if entry.order_checksum is not None:
         order_path(pack, entry).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from flashlm.documents import read_json
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack import activations
 from flashlm.pack.checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from flashlm.pack.pack_config import (
     without_code,
 )
 from flashlm.pack.small_files import is_tokenizer
-from flashlm.storage.outside import read_json
 
 DTYPE_NAMES = {
     "bf16": "bfloat16",

@@ -34,12 +34,12 @@ from flashlm.pack.manifest import (
     order_path,
     read_manifest,
     resident_path,
+    write_manifest,
 )
 from flashlm.pack.pack_config import read_pack_config
 from flashlm.pack.reorder import read_order
-from flashlm.storage.outside import check_regular, read_document
+from flashlm.storage.outside import check_regular, read_bounded
 from flashlm.storage.ranges import FileRange, RangeRead, RangeReader
-from flashlm.storage.writer import write_small_file
 
 _MAX_SHOWN = 20
 
@@ -218,11 +218,11 @@ def accept_small_files(pack: str | Path) -> list[str]:
     manifest = read_manifest(folder)
     read_pack_config(folder, manifest, is_checked=False)
     kept = {name: folder / name for name in manifest.small_files if (folder / name).exists()}
-    sums = {name: xxhash.xxh3_64_hexdigest(read_document(path, MAX_SMALL_FILE_BYTES)) for name, path in kept.items()}
+    sums = {name: xxhash.xxh3_64_hexdigest(read_bounded(path, MAX_SMALL_FILE_BYTES)) for name, path in kept.items()}
     changed = [name for name, checksum in manifest.small_files.items() if sums.get(name) != checksum]
     if changed:
         accepted = manifest.model_copy(update={"small_files": sums})
-        write_small_file(manifest_path(folder), accepted.to_bytes())
+        write_manifest(folder, accepted)
     return changed
 
 

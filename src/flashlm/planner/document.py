@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import ConfigError
-from flashlm.storage.outside import parse_json, read_document
-from flashlm.storage.writer import write_small_file
 
 PLAN_VERSION: Literal[4] = 4
 MAX_PLAN_BYTES = 1 << 20
-_MAKE = "make a plan with `flashlm plan PACK --dram SIZE --save FILE`"
 
 Mode = Literal["naive", "hybrid", "sparse", "experts"]
 
 
-class Plan(BaseModel):
+class Plan(Strict):
     """A placement and settings that can be saved and given back.
 
     Attributes:
@@ -40,8 +38,6 @@ class Plan(BaseModel):
         resident_bytes, pinned_bytes, cache_bytes, disk_bytes: Where the weights are.
         would_help: The resource of which twice as much would save most.
     """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     plan_version: Literal[4] = PLAN_VERSION
     source: str
@@ -77,13 +73,22 @@ class Plan(BaseModel):
         return 1.0 / self.token_s
 
 
+_KIND = DocumentKind(
+    model=Plan,
+    version_key="plan_version",
+    max_bytes=MAX_PLAN_BYTES,
+    advice="make a plan with `flashlm plan PACK --dram SIZE --save FILE`",
+    error=ConfigError,
+)
+
+
 def save_plan(plan: Plan, path: Path) -> None:
     """Write a plan as JSON.
 
     Raises:
         StorageError: It can't be written.
     """
-    write_small_file(path, (plan.model_dump_json(indent=1) + "\n").encode())
+    _KIND.write(path, plan)
 
 
 def load_plan(path: Path) -> Plan:
@@ -92,17 +97,7 @@ def load_plan(path: Path) -> Plan:
     Raises:
         ConfigError: There is none, or it is damaged or of another version.
     """
-    try:
-        text = read_document(path, MAX_PLAN_BYTES, error=ConfigError, advice=_MAKE)
-    except OSError as error:
-        raise ConfigError(f"the plan {path} can't be read: {error.strerror}: {_MAKE}") from error
-    content = parse_json(text, path, error=ConfigError, advice=_MAKE)
-    version = content.get("plan_version") if isinstance(content, dict) else None
-    if type(version) is not int or version != PLAN_VERSION:
-        raise ConfigError(f"the plan {path} has version {version!r}, this flashlm reads {PLAN_VERSION}: make it again")
-    try:
-        return Plan.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise ConfigError(f"the plan {path} is invalid at {where}: {first['msg']}. Make it again") from error
+    plan = _KIND.read(path)
+    if plan is None:
+        raise ConfigError(f"the plan {path} is not there: {_KIND.advice}")
+    return plan

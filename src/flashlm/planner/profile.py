@@ -9,11 +9,10 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import ConfigError
-from flashlm.storage.outside import parse_json, read_document
-from flashlm.storage.writer import write_small_file
 
 PROFILE_VERSION: Literal[4] = 4
 MAX_PROFILE_BYTES = 4 << 20
@@ -24,11 +23,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Pattern = Literal["sequential", "random"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class ReadPoint(_Strict):
+class ReadPoint(Strict):
     """Reads of one size at one depth.
 
     Attributes:
@@ -52,7 +47,7 @@ class ReadPoint(_Strict):
     latency_p99_s: Positive | None = None
 
 
-class RowReadPoint(_Strict):
+class RowReadPoint(Strict):
     """A batch of scattered rows that land in slots, as mode `sparse` reads them."""
 
     row_bytes: Annotated[int, Field(gt=0)]
@@ -60,7 +55,7 @@ class RowReadPoint(_Strict):
     seconds: Positive
 
 
-class ProductRates(_Strict):
+class ProductRates(Strict):
     """How fast weights of one dtype are multiplied with.
 
     Attributes:
@@ -85,7 +80,7 @@ class ProductRates(_Strict):
     gemm_gflop_per_s: Positive
 
 
-class DeviceProfile(_Strict):
+class DeviceProfile(Strict):
     """A machine and one of its devices.
 
     Attributes:
@@ -165,6 +160,15 @@ class DeviceProfile(_Strict):
         return max(point.reads_per_s for point in self.reads if point.pattern == "random")
 
 
+_KIND = DocumentKind(
+    model=DeviceProfile,
+    version_key="profile_version",
+    max_bytes=MAX_PROFILE_BYTES,
+    advice="run `flashlm probe` again",
+    error=ConfigError,
+)
+
+
 def cache_folder() -> Path:
     """Return where profiles are kept: `FLASHLM_CACHE`, else `flashlm` in the user's cache folder."""
     own = os.environ.get(ENV_CACHE)
@@ -204,7 +208,7 @@ def save_profile(profile: DeviceProfile, path: Path) -> None:
         raise ConfigError(
             f"{path.parent} can't be made: {error.strerror}. Set {ENV_CACHE} to a folder of yours"
         ) from error
-    write_small_file(path, (profile.model_dump_json(indent=1) + "\n").encode())
+    _KIND.write(path, profile)
 
 
 def load_profile(path: Path) -> DeviceProfile | None:
@@ -213,18 +217,4 @@ def load_profile(path: Path) -> DeviceProfile | None:
     Raises:
         ConfigError: It is damaged or of another version.
     """
-    again = "run `flashlm probe` again"
-    try:
-        text = read_document(path, MAX_PROFILE_BYTES, error=ConfigError, advice=again)
-    except FileNotFoundError:
-        return None
-    content = parse_json(text, path, error=ConfigError, advice=again)
-    version = content.get("profile_version") if isinstance(content, dict) else None
-    if type(version) is not int or version != PROFILE_VERSION:
-        raise ConfigError(f"{path} has version {version!r}, this flashlm reads {PROFILE_VERSION}: {again}")
-    try:
-        return DeviceProfile.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the document"
-        raise ConfigError(f"{path} is invalid at {where}: {first['msg']}: {again}") from error
+    return _KIND.read(path)

@@ -11,15 +11,14 @@ from typing import Annotated, Literal
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import PackError
 from flashlm.pack.calibration_files import file_checksum
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, Manifest
-from flashlm.pack.sealed import seal
-from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
 from flashlm.storage.writer import sync_folder, write_error, write_small_file
 
 SPARSITY_VERSION: Literal[2] = 2
@@ -32,11 +31,7 @@ MAX_WINDOW = 1024  # of the cache policy, in tokens
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class PredictorEntry(_Strict):
+class PredictorEntry(Strict):
     """One layer's predictor and how good it was on held-out text.
 
     Attributes:
@@ -65,7 +60,7 @@ class PredictorEntry(_Strict):
         return self
 
 
-class LayerSparsity(_Strict):
+class LayerSparsity(Strict):
     """What is known about one layer.
 
     Attributes:
@@ -83,7 +78,7 @@ class LayerSparsity(_Strict):
     predictor: PredictorEntry | None = None
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """Held-out perplexity of the sparse model against the dense one.
 
     Attributes:
@@ -108,7 +103,7 @@ class Evaluation(_Strict):
         return self.increase <= self.max_increase
 
 
-class Sparsity(_Strict):
+class Sparsity(Strict):
     """A pack's calibration.
 
     Attributes:
@@ -170,6 +165,15 @@ class Sparsity(_Strict):
         return rows
 
 
+_KIND = DocumentKind(
+    model=Sparsity,
+    version_key="sparsity_version",
+    max_bytes=MAX_DOCUMENT_BYTES,
+    advice="run `flashlm calibrate` again",
+    is_sealed=True,
+)
+
+
 def fingerprint(manifest: Manifest) -> str:
     """Return what identifies the weights of a pack, their order included: a digest of all its checksums."""
     return manifest.weights_fingerprint
@@ -202,14 +206,19 @@ def read_sparsity(pack: Path, manifest: Manifest) -> Sparsity | None:
         PackError: It is damaged, of an unknown version, or of other weights than the pack holds.
     """
     path = document_path(pack)
-    found = read_calibration_file(
-        path, Sparsity, version_key="sparsity_version", version=SPARSITY_VERSION, max_bytes=MAX_DOCUMENT_BYTES
-    )
+    found = _KIND.read(path)
     if found is None:
         return None
     if found.fingerprint != fingerprint(manifest) or len(found.layers) != len(manifest.layers):
         raise other_weights(path, pack)
     return found
+
+
+def other_weights(path: Path, pack: Path) -> PackError:
+    """Return the error for a calibration of another content of the weights than `pack` holds."""
+    return PackError(
+        f"{path} was made for other weights than this pack holds: run `flashlm calibrate {pack}` again, or delete it"
+    )
 
 
 def write_sparsity(pack: Path, sparsity: Sparsity, tensors: dict[str, torch.Tensor]) -> Sparsity:
@@ -230,7 +239,7 @@ def write_sparsity(pack: Path, sparsity: Sparsity, tensors: dict[str, torch.Tens
         }
     )
     write_small_file(tensors_path(pack), content)
-    write_small_file(document_path(pack), seal(stamped.model_dump_json(indent=1)))
+    _KIND.write(document_path(pack), stamped)
     return stamped
 
 

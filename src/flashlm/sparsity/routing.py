@@ -9,14 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from flashlm.documents import DocumentKind, Strict
 from flashlm.memory.expert_policy import POLICIES, ExpertPolicy
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, MAX_LAYERS, Manifest
-from flashlm.pack.sealed import seal
-from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
-from flashlm.sparsity.document import fingerprint
-from flashlm.storage.writer import write_small_file
+from flashlm.sparsity.document import fingerprint, other_weights
 
 ROUTING_VERSION: Literal[2] = 2
 ROUTING_NAME = "routing.json"
@@ -27,11 +25,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class LayerRouting(_Strict):
+class LayerRouting(Strict):
     """How one layer's experts were used.
 
     Attributes:
@@ -49,7 +43,7 @@ class LayerRouting(_Strict):
         return sum(ranked[: max(round(share * len(ranked)), 1)]) / max(sum(ranked), 1)
 
 
-class PolicyShares(_Strict):
+class PolicyShares(Strict):
     """Experts found in the cache over experts asked for, on text that the pinned ones were not chosen by.
 
     Attributes:
@@ -81,7 +75,7 @@ def best_of(shares: dict[ExpertPolicy, float]) -> ExpertPolicy:
     return max(POLICIES, key=lambda policy: (shares[policy], -POLICIES.index(policy)))
 
 
-class Routing(_Strict):
+class Routing(Strict):
     """A routing calibration.
 
     Attributes:
@@ -130,6 +124,15 @@ class Routing(_Strict):
         return rows
 
 
+_KIND = DocumentKind(
+    model=Routing,
+    version_key="routing_version",
+    max_bytes=MAX_ROUTING_BYTES,
+    advice="run `flashlm calibrate` again",
+    is_sealed=True,
+)
+
+
 def routing_path(pack: Path) -> Path:
     """Return where a pack of experts keeps its routing calibration."""
     return pack / FLASH_DIR / ROUTING_NAME
@@ -142,9 +145,7 @@ def read_routing(pack: Path, manifest: Manifest) -> Routing | None:
         PackError: It is damaged, of an unknown version, or of other weights than the pack holds.
     """
     path = routing_path(pack)
-    found = read_calibration_file(
-        path, Routing, version_key="routing_version", version=ROUTING_VERSION, max_bytes=MAX_ROUTING_BYTES
-    )
+    found = _KIND.read(path)
     if found is None:
         return None
     shapes = [len(layer.counts) for layer in found.layers]
@@ -159,4 +160,4 @@ def write_routing(pack: Path, routing: Routing) -> None:
     Raises:
         StorageError: It can't be written.
     """
-    write_small_file(routing_path(pack), seal(routing.model_dump_json(indent=1)))
+    _KIND.write(routing_path(pack), routing)

@@ -1,4 +1,4 @@
-"""Documents from outside (a pack's, a source's, a plan): only regular files are opened, and only so much of them is read.
+"""Files from outside (a pack's, a source's, a plan): only regular files are opened, and only so much of them is read.
 
 A fifo in the place of a file would block for ever, a device would never end; both are refused at once, as are folders,
 sockets and links that lead nowhere. Links to regular files are followed: the hub's cache is made of them.
@@ -6,11 +6,10 @@ sockets and links that lead nowhere. Links to regular files are followed: the hu
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from flashlm.errors import FlashError, PackError
 
@@ -65,7 +64,7 @@ def open_regular(path: Path, *, error: type[FlashError] = PackError) -> BinaryIO
     return file
 
 
-def read_document(path: Path, max_bytes: int, *, error: type[FlashError] = PackError, advice: str = "") -> bytes:
+def read_bounded(path: Path, max_bytes: int, *, error: type[FlashError] = PackError, advice: str = "") -> bytes:
     """Return the content of a small file.
 
     Args:
@@ -87,22 +86,3 @@ def read_document(path: Path, max_bytes: int, *, error: type[FlashError] = PackE
     if len(content) > max_bytes:
         raise error(f"{path} is larger than the {max_bytes} bytes that such a file may have{end}")
     return content
-
-
-def parse_json(text: bytes, path: Path, *, error: type[FlashError] = PackError, advice: str = "") -> Any:
-    """Return the JSON value of `text`, which was read from `path`.
-
-    Raises:
-        PackError (or `error`): It is not JSON.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        end = f": {advice}" if advice else ""
-        raise error(f"{path} is not JSON ({problem}){end}") from problem
-
-
-def read_json(path: Path, max_bytes: int, *, error: type[FlashError] = PackError, advice: str = "") -> Any:
-    """Return the JSON value in a small file; raises like `read_document` and `parse_json`."""
-    text = read_document(path, max_bytes, error=error, advice=advice)
-    return parse_json(text, path, error=error, advice=advice)
