@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -13,15 +15,28 @@ from hypothesis import strategies as st
 from flashlm.errors import StorageError
 from flashlm.storage import ranges as module
 from flashlm.storage.ranges import AlignedBuffer, FileRange, RangeReader, bytes_of, room_bytes
+from flashlm.storage.reader import ENV_BACKEND, Backend
 from tests.storage.conftest import write_random
 
 FILE_BYTES = (1, 4095, 4096, 200_003)
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("ranges")
-    return [write_random(folder / f"{size}.bin", size, seed=size) for size in FILE_BYTES]
+@pytest.fixture(scope="module", params=["on a disk", "in memory"])
+def paths(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """Files of a file system with direct I/O, and of one without."""
+    if request.param == "on a disk":
+        folder = tmp_path_factory.mktemp("ranges")
+        yield [write_random(folder / f"{size}.bin", size, seed=size) for size in FILE_BYTES]
+        return
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no /dev/shm here")
+    with TemporaryDirectory(dir="/dev/shm") as name:
+        yield [write_random(Path(name) / f"{size}.bin", size, seed=size) for size in FILE_BYTES]
+
+
+@pytest.fixture(autouse=True)
+def _with_either_backend(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_BACKEND, backend)
 
 
 @st.composite

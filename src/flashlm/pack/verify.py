@@ -39,7 +39,7 @@ from flashlm.pack.manifest import (
 from flashlm.pack.pack_config import read_pack_config
 from flashlm.pack.reorder import read_order
 from flashlm.storage.outside import check_regular, read_bounded
-from flashlm.storage.ranges import FileRange, RangeRead, RangeReader
+from flashlm.storage.ranges import FailedRead, FileRange, RangeRead, RangeReader
 
 _MAX_SHOWN = 20
 
@@ -159,7 +159,7 @@ def _size_problem(path: Path, size: int) -> str | None:
     return None if actual == size else f"{path} has {actual} bytes, {size} expected"
 
 
-def _check(piece: _Range, read: RangeRead) -> list[str]:
+def _check(piece: _Range, read: RangeRead | FailedRead) -> list[str]:
     try:
         found = xxhash.xxh3_64_hexdigest(read.wait().numpy().data)
     except StorageError as error:

@@ -48,78 +48,75 @@ def bytes_of(buffer: AlignedBuffer) -> torch.Tensor:
 
 
 class RangeRead:
-    """A range on its way into a buffer. What goes wrong is told by `wait`, even where the read could not be begun.
+    """A range on its way to byte `at` of `buffer` on. It begins when this is made, which raises where it can't.
 
-    Attributes:
-        buffer: Where it lands.
+    Raises:
+        StorageError: The file ends within the range, or is closed.
     """
 
-    def __init__(self, reader: Reader, wanted: FileRange, buffer: AlignedBuffer) -> None:
-        self.buffer = buffer
-        self._reader = reader
-        self._wanted = wanted
-        self._file: File | None = None
-        self._ticket: Ticket | None = None  # None: there is nothing to be read directly
-        self._first = 0  # byte of the buffer where the range begins
-        self._error: StorageError | None = None
-
-    def begin(self, file: File, at: int) -> None:
-        """Submit the read to byte `at` of the buffer on; raises StorageError."""
-        wanted, alignment = self._wanted, file.alignment_bytes
-        if wanted.offset + wanted.num_bytes > file.num_bytes:
-            got_bytes = max(file.num_bytes - wanted.offset, 0)
+    def __init__(self, reader: Reader, file: File, wanted: FileRange, buffer: AlignedBuffer, at: int) -> None:
+        alignment = file.alignment_bytes
+        begin, end = wanted.offset, wanted.offset + wanted.num_bytes
+        if end > file.num_bytes:
+            got_bytes = max(file.num_bytes - begin, 0)
             raise StorageError(
-                f"{file.path}: reading {wanted.num_bytes} bytes at offset {wanted.offset} gave {got_bytes}: the file ended",
+                f"{file.path}: reading {wanted.num_bytes} bytes at offset {begin} gave {got_bytes}: the file ended",
                 path=str(file.path),
-                offset=wanted.offset,
+                offset=begin,
                 wanted_bytes=wanted.num_bytes,
                 got_bytes=got_bytes,
             )
+        self._reader = reader
         self._file = file
-        start = wanted.offset // alignment * alignment
-        end = min(-(-(wanted.offset + wanted.num_bytes) // alignment), file.num_bytes // alignment) * alignment
-        self._first = at + wanted.offset - start
-        if wanted.num_bytes and end > start:
-            self._ticket = self._reader.submit([ReadRequest(file, start, end - start, self.buffer, at)])
-
-    def fail(self, error: StorageError) -> None:
-        """Let `wait` raise `error`: the read could not be begun."""
-        self._error = error
+        self._wanted = wanted
+        start = begin // alignment * alignment
+        # The last block of a file is seldom whole, and then no direct read can give it.
+        direct_end = min(-(-end // alignment), file.num_bytes // alignment) * alignment
+        self._num_direct = min(max(direct_end - begin, 0), wanted.num_bytes)
+        first = at + begin - start
+        self._bytes = bytes_of(buffer)[first : first + wanted.num_bytes]
+        self._tickets: list[Ticket] = []
+        if self._num_direct:
+            self._tickets.append(reader.submit([ReadRequest(file, start, direct_end - start, buffer, at)]))
 
     def wait(self) -> torch.Tensor:
         """Return the bytes, uint8 (num_bytes,), once they are there: a view of the buffer.
 
         Raises:
-            StorageError: The file can't be opened or read, or ends within the range.
+            StorageError: The file can't be read, or has become shorter.
         """
-        if self._error is not None:
-            raise self._error
-        assert self._file is not None
-        wanted, raw = self._wanted, bytes_of(self.buffer)[self._first : self._first + self._wanted.num_bytes]
-        if self._ticket is not None:
-            self._reader.wait(self._ticket)
-        whole_bytes = self._file.num_bytes // self._file.alignment_bytes * self._file.alignment_bytes
-        done = max(whole_bytes - wanted.offset, 0)
-        if done < wanted.num_bytes:
-            tail = self._reader.read_range(self._file, wanted.offset + done, wanted.num_bytes - done)
-            raw[done:] = torch.frombuffer(bytearray(tail), dtype=torch.uint8)
-        return raw
+        for ticket in self._tickets:
+            self._reader.wait(ticket)
+        done = self._num_direct
+        if done < self._wanted.num_bytes:
+            tail = self._reader.read_range(self._file, self._wanted.offset + done, self._wanted.num_bytes - done)
+            self._bytes[done:] = torch.frombuffer(bytearray(tail), dtype=torch.uint8)
+        return self._bytes
 
     def settle(self) -> None:
         """Let the read land or fail, so that the buffer may be used again."""
-        if self._ticket is not None:
-            self._reader.settle([self._ticket])
+        self._reader.settle(self._tickets)
+
+
+class FailedRead:
+    """A read that could not be begun, in the place of one that was."""
+
+    def __init__(self, error: StorageError) -> None:
+        self._error = error
+
+    def wait(self) -> torch.Tensor:
+        """Raise why."""
+        raise self._error
+
+    def settle(self) -> None:
+        """Do nothing: nothing is on its way."""
 
 
 class RangeReader:
-    """Reads ranges of any number of files; a context manager, for one thread at a time.
+    """Reads ranges of any number of files; a context manager, for one thread at a time."""
 
-    Args:
-        reader: Reads; it is closed with this one. None makes one.
-    """
-
-    def __init__(self, reader: Reader | None = None) -> None:
-        self._reader = Reader() if reader is None else reader
+    def __init__(self) -> None:
+        self._reader = Reader()
         self._files: dict[Path, File] = {}
 
     def __enter__(self) -> Self:
@@ -136,39 +133,45 @@ class RangeReader:
         """Begin to read a range into `buffer` from its byte `at`, a multiple of `ALIGN_BYTES`, on; return at once.
 
         The buffer must have room for the range with its rounded-out ends: see `room_bytes`.
+
+        Raises:
+            StorageError: The file can't be opened, or ends within the range.
         """
-        read = RangeRead(self._reader, FileRange(path, offset, num_bytes), buffer)
-        try:
-            read.begin(self._file(path), at)
-        except StorageError as error:
-            read.fail(error)
-        return read
+        return RangeRead(self._reader, self._file(path), FileRange(path, offset, num_bytes), buffer, at)
 
     def read(self, path: Path, offset: int, num_bytes: int, buffer: AlignedBuffer, at: int = 0) -> torch.Tensor:
         """Read a range: `begin` and `wait`."""
         return self.begin(path, offset, num_bytes, buffer, at).wait()
 
-    def ahead(self, ranges: Iterable[Wanted]) -> Iterator[tuple[Wanted, RangeRead]]:
-        """Yield each range with its read, in order, while the next ones are on their way.
+    def ahead(self, ranges: Iterable[Wanted]) -> Iterator[tuple[Wanted, RangeRead | FailedRead]]:
+        """Yield each range with its read, in order, while the next ones are on their way; `wait` for it.
 
         Holds a few buffers of the longest range; a range's bytes are good until the next one is asked for.
         """
-        begun: deque[tuple[Wanted, RangeRead]] = deque()
+        begun: deque[tuple[Wanted, RangeRead | FailedRead, AlignedBuffer]] = deque()
         free: list[AlignedBuffer] = []
         begun_bytes = 0
         for wanted in ranges:
             buffer = free.pop() if free else AlignedBuffer(0)
             if buffer.num_bytes < room_bytes(wanted.num_bytes):
                 buffer = AlignedBuffer(room_bytes(wanted.num_bytes))
-            begun.append((wanted, self.begin(wanted.path, wanted.offset, wanted.num_bytes, buffer)))
+            begun.append((wanted, self._try(wanted, buffer), buffer))
             begun_bytes += wanted.num_bytes
             while begun_bytes - begun[0][0].num_bytes > AHEAD_BYTES:
-                yield begun[0]
-                done, read = begun.popleft()
-                begun_bytes -= done.num_bytes
+                first, read, buffer = begun[0]
+                yield first, read
+                begun.popleft()
+                begun_bytes -= first.num_bytes
                 read.settle()
-                free.append(read.buffer)
-        yield from begun
+                free.append(buffer)
+        for first, read, _ in begun:
+            yield first, read
+
+    def _try(self, wanted: FileRange, buffer: AlignedBuffer) -> RangeRead | FailedRead:
+        try:
+            return self.begin(wanted.path, wanted.offset, wanted.num_bytes, buffer)
+        except StorageError as error:
+            return FailedRead(error)
 
     def _file(self, path: Path) -> File:
         if path not in self._files:
