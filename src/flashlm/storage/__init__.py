@@ -1,1 +1,1 @@
-"""The device: direct reads of file ranges into aligned memory."""
+"""The device: direct reads into aligned memory, files that are written whole or not at all, what systems differ in."""
