@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import PackError
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 
 FORMAT_VERSION: Literal[3] = 3
 CUSTOM_GATE = "custom"  # the activation of experts that do more than act(gate) * up
@@ -23,7 +23,7 @@ FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
 # Not `model.safetensors`: without flashlm transformers must find no weights, instead of half of them.
 RESIDENT_NAME = f"{FLASH_DIR}/resident.safetensors"
-# What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.document` and `.routing` describe it.
+# What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.calibration_document` and `.routing` describe it.
 CALIBRATION_NAMES = (
     "sparsity.json",
     "sparsity.safetensors",

@@ -16,8 +16,8 @@ import xxhash
 
 from flashlm.errors import PackError
 from flashlm.pack.checksums import check_bytes
-from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import FLASH_DIR, LayerEntry, Manifest, layer_path, order_path, write_manifest
+from flashlm.rows.layout import LayerLayout
 from flashlm.storage.outside import read_bounded
 from flashlm.storage.ranges import FileRange, RangeReader
 from flashlm.storage.reader import AlignedBuffer

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from flashlm.documents import DocumentKind, Strict
 from flashlm.memory.expert_policy import POLICIES, ExpertPolicy
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, MAX_LAYERS, Manifest
-from flashlm.sparsity.document import fingerprint, other_weights
+from flashlm.sparsity.calibration_document import fingerprint, other_weights
 
 ROUTING_VERSION: Literal[2] = 2
 ROUTING_NAME = "routing.json"
