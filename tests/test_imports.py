@@ -15,17 +15,21 @@ ROOT = Path(flashlm.__file__).parent
 ORDER = (
     "native",
     "transformers_seam",
-    "kernels",
+    "rows",
     "pru",
     "storage",
     "pack",
+    "structure",
     "memory",
     "sparsity",
+    "probe",
     "planner",
     "engine",
+    "calibration",
+    "conversion",
     "cli",
 )  # low to high
-LEAVES = {"errors", "sizes", "interrupt", "console", "_native"}
+LEAVES = {"errors", "sizes", "_native"}
 TOP = {"__init__", "__main__", "_registration"}
 
 
