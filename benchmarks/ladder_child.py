@@ -183,7 +183,7 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
     states = []
     for token in range(spec["num_tokens"]):
         if state is not None and token % spec["watch_device"] == 0:
-            flash._stream.settle()  # nothing in flight while the device is measured
+            flash.stream.settle()  # nothing in flight while the device is measured
             states.append(state.measure())
             recorder.note(states=states)
         with torch.inference_mode():

@@ -23,8 +23,9 @@ from flashlm.errors import (
 )
 
 if TYPE_CHECKING:
-    from flashlm.engine.model import FlashModel, load
+    from flashlm.engine.load import load
     from flashlm.engine.quantizer import FlashConfig
+    from flashlm.engine.runtime import FlashRuntime
     from flashlm.pack.convert import convert
     from flashlm.pack.verify import verify
 
@@ -35,7 +36,7 @@ __all__ = [
     "ConfigError",
     "FlashConfig",
     "FlashError",
-    "FlashModel",
+    "FlashRuntime",
     "PackError",
     "StorageError",
     "UnsupportedModelError",
@@ -47,9 +48,9 @@ __all__ = [
 
 _LAZY = {
     "FlashConfig": "flashlm.engine.quantizer",
-    "FlashModel": "flashlm.engine.model",
+    "FlashRuntime": "flashlm.engine.runtime",
     "convert": "flashlm.pack.convert",
-    "load": "flashlm.engine.model",
+    "load": "flashlm.engine.load",
     "verify": "flashlm.pack.verify",
 }
 

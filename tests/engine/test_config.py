@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from flashlm.engine.config import make_settings
 from flashlm.errors import ConfigError
+from flashlm.planner.settings import make_settings
 
 
 @pytest.mark.parametrize("pin", ["0", 0, "0 GiB"])

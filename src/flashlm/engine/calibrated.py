@@ -8,12 +8,13 @@ from pathlib import Path
 
 from transformers.activations import ACT2FN
 
-from flashlm.engine.config import ResolvedMode, Settings
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest
+from flashlm.planner.settings import Settings
 from flashlm.sparsity.document import Sparsity, read_sparsity, read_tensors, tensors_path
 from flashlm.sparsity.predictor import Predictor, load_predictor
+from flashlm.sparsity.routing import Routing, read_routing
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +110,22 @@ def find_calibration(pack: Path, manifest: Manifest, settings: Settings) -> Cali
     return None
 
 
-def resolve_mode(settings: Settings, calibration: Calibration | None, *, fits: bool) -> ResolvedMode:
-    """Return the mode that runs.
+def find_routing(pack: Path, manifest: Manifest, *, must_exist: bool) -> Routing | None:
+    """Return what the pack's calibration saw of its experts' routing; None without one that can be used.
 
-    `auto` is `hybrid`, which is exact and never slower than `naive`, unless the model does not fit (`fits`) and a
-    calibration has met its error budget.
+    Raises:
+        ConfigError: There is none, and there must be.
+        PackError: There must be one, and it is damaged or of other weights.
     """
-    if settings.mode != "auto":
-        return settings.mode
-    return "sparse" if calibration is not None and calibration.is_trusted and not fits else "hybrid"
+    try:
+        routing = read_routing(pack, manifest)
+    except PackError as error:
+        if must_exist:
+            raise
+        logger.warning("the expert cache does without this pack's routing calibration: %s", error)
+        return None
+    if routing is None and must_exist:
+        raise ConfigError(
+            f"{pack} has no routing calibration, which expert policy pinned needs: run `flashlm calibrate {pack}` first"
+        )
+    return routing

@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from flashlm.engine.config import make_settings
 from flashlm.engine.decoding import Decoding, Sampling, decide_decoding
+from flashlm.engine.load import load_opened
 from flashlm.engine.load_progress import Progress, watch_loading
-from flashlm.engine.model import FlashModel, load
+from flashlm.engine.opened import OpenedPack, open_pack
 from flashlm.engine.positions import check_positions
+from flashlm.engine.runtime import FlashRuntime
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.limits import peak_process_bytes
-from flashlm.planner.needs import read_config
+from flashlm.planner.settings import Asked, make_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,27 +35,20 @@ def generate(
     pack: Path,
     prompt: str,
     *,
-    dram: str | int | None = None,
-    mode: str | None = None,
-    context: int | None = None,
-    pin: str | int | None = None,
-    plan: str | Path | None = None,
-    expert_policy: str | None = None,
-    check: str | None = None,
     sampling: Sampling | None = None,
     is_chat: bool = False,
     on_decided: Callable[[Decoding], None] | None = None,
     on_loading: Progress | None = None,
-    on_loaded: Callable[[FlashModel], None] | None = None,
+    on_loaded: Callable[[FlashRuntime], None] | None = None,
     on_prompt: Progress | None = None,
     on_text: Callable[[str], None] | None = None,
+    **asked: Unpack[Asked],
 ) -> Generation:
     """Load `pack`, continue `prompt`, and report the cost.
 
     Args:
         pack: Folder made by `flashlm convert`.
         prompt: The text to continue.
-        dram, mode, context, pin, plan, expert_policy, check: As in `load`; context defaults to just what this run needs.
         sampling: How tokens are chosen.
         is_chat: Wrap the prompt in the pack's chat template, as the user's turn.
         on_decided: Called before loading, with how tokens will be chosen.
@@ -62,6 +56,7 @@ def generate(
         on_loaded: Called once the model is ready.
         on_prompt: Called with (layers done, layers, "prompt") as the prompt goes through the model.
         on_text: Called with every piece of new text as it comes; with beams once, at the end.
+        **asked: `dram`, `mode`, `context` and so on, as in `load`; context defaults to just what this run needs.
 
     Raises:
         ConfigError: A setting is out of range, or the prompt does not fit the context or the model.
@@ -70,30 +65,21 @@ def generate(
     import torch
 
     sampling = sampling or Sampling()
-    settings = make_settings(dram, mode, context, plan=plan, expert_policy=expert_policy, check=check)
+    settings = make_settings(**asked)
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("the prompt is not UTF-8 text")
-    is_checked = settings.check != "none"
-    tokenizer = read_tokenizer(pack, is_checked=is_checked)
+    opened = open_pack(pack, is_checked=settings.is_checked)
+    tokenizer = read_tokenizer(opened)
     decoding = decide_decoding(pack, sampling)
     inputs = _encode(tokenizer, prompt, is_chat=is_chat)
     num_prompt_tokens = int(inputs["input_ids"].shape[1])
-    check_positions(read_config(pack, is_checked=is_checked), num_prompt_tokens, sampling.max_new_tokens)
+    check_positions(opened.config, num_prompt_tokens, sampling.max_new_tokens)
     wanted = _wanted_context(num_prompt_tokens, sampling.max_new_tokens, decoding.num_beams, settings.context)
     if on_decided is not None:
         on_decided(decoding)
     started_s = time.perf_counter()
     with watch_loading(on_loading):
-        model = load(
-            pack,
-            dram=dram,
-            mode=mode,
-            context=settings.context or wanted,
-            pin=pin,
-            plan=plan,
-            expert_policy=expert_policy,
-            check=check,
-        )
+        model = load_opened(opened, replace(settings, context=settings.context or wanted))
     loaded_s = time.perf_counter()
     if on_loaded is not None:
         on_loaded(model.flash)
@@ -137,9 +123,7 @@ def _wanted_context(num_prompt_tokens: int, max_new_tokens: int, num_beams: int,
 
 def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens: int) -> dict[str, Any]:
     """Return what the forward passes of `model` so far cost, as JSON-ready values; times in seconds, sizes in bytes."""
-    flash: FlashModel = model.flash
-    assert flash.telemetry is not None
-    assert flash.resident_load is not None
+    flash: FlashRuntime = model.flash
     return {
         "mode": flash.mode,
         "exactness": flash.exactness,
@@ -160,17 +144,17 @@ def collect_stats(model: PreTrainedModel, num_prompt_tokens: int, num_new_tokens
     }
 
 
-def read_tokenizer(pack: Path, *, is_checked: bool | None = None) -> PreTrainedTokenizerBase:
+def read_tokenizer(opened: OpenedPack) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a pack.
 
     Raises:
-        PackError: Not a finished pack, or one without a tokenizer that transformers can load.
+        PackError: A pack without a tokenizer that transformers can load.
     """
     from transformers import AutoTokenizer
 
-    read_config(pack, is_checked=is_checked)
+    pack = opened.folder
     try:
-        tokenizer = AutoTokenizer.from_pretrained(pack, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(pack, config=opened.config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PackError(f"{pack} has no tokenizer that transformers can load: {reason}") from error

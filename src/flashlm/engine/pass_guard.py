@@ -42,6 +42,8 @@ from flashlm.memory.pass_memory import (
     logits_bytes,
     pass_items,
 )
+from flashlm.pack.manifest import Manifest
+from flashlm.planner.decide import Decision
 from flashlm.planner.expert_needs import expert_pass_facts, expert_uses
 from flashlm.planner.needs import SLACK_BYTES, pass_facts, writes_scores
 from flashlm.sizes import format_size
@@ -49,8 +51,6 @@ from flashlm.transformers_seam import attention_implementation, given_cache, mad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from flashlm.engine.model import FlashModel
 
 ROOM_MARGIN_BYTES = 16 << 20  # what the allocator may round up or keep in a pass
 ROOM_LASTS_S = 0.2  # for which what the kernel had left is taken to be there still, less what this process has taken
@@ -63,18 +63,18 @@ class PassGuard:
     """What one model's passes may allocate, and what they are doing now.
 
     Args:
-        flash: The loaded model's placement and manifest.
+        manifest: The pack's.
+        decision: How it runs: placement and context.
         config: Its transformers config.
     """
 
-    def __init__(self, flash: FlashModel, config: Any) -> None:
-        manifest = flash.manifest
+    def __init__(self, manifest: Manifest, decision: Decision, config: Any) -> None:
         if manifest.experts:
             facts = expert_pass_facts(config, expert_uses(manifest))
         else:
             facts = pass_facts(config, [manifest.layout(layer) for layer in range(len(manifest.layers))])
-        placement, needs = flash.placement, flash.placement.needs
-        self.context = flash.context
+        placement, needs = decision.placement, decision.placement.needs
+        self.context = decision.context
         self.caches = LiveCaches()
         self.chunked = ChunkedLoss()
         self.wishes = Wishes()
@@ -308,9 +308,9 @@ class PassGuard:
         return num_positions, left_bytes
 
 
-def guard_passes(model: PreTrainedModel, flash: FlashModel) -> PassGuard:
+def guard_passes(model: PreTrainedModel, manifest: Manifest, decision: Decision) -> PassGuard:
     """Make every pass of `model` and of its decoder ask a guard before it allocates; return the guard."""
-    guard = PassGuard(flash, model.config)
+    guard = PassGuard(manifest, decision, model.config)
     decoder = model.get_decoder()
     if decoder is not model:
         _guard_module(decoder, guard, _guarded_decoder)

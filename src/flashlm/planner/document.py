@@ -9,13 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashlm.errors import ConfigError
 from flashlm.pack.direct_file import write_small_file
+from flashlm.planner.choices import ResolvedMode
 from flashlm.storage.outside import parse_json, read_document
 
 PLAN_VERSION: Literal[4] = 4
 MAX_PLAN_BYTES = 1 << 20
 _MAKE = "make a plan with `flashlm plan PACK --dram SIZE --save FILE`"
-
-Mode = Literal["naive", "hybrid", "sparse", "experts"]
 
 
 class Plan(BaseModel):
@@ -48,7 +47,7 @@ class Plan(BaseModel):
     outline: str
     dram_bytes: Annotated[int, Field(gt=0)]
     context: Annotated[int, Field(gt=0)]
-    mode: Mode
+    mode: ResolvedMode
     is_exact: bool
     max_gap: Annotated[int, Field(ge=0, le=64)] = 0
     window: Annotated[int, Field(ge=0)] = 0
