@@ -31,8 +31,8 @@ from small_packs import make_pack
 from transformers.utils import logging as transformers_logging
 
 import flashlm
-from flashlm.engine.generate import read_tokenizer
 from flashlm.engine.opened import open_pack
+from flashlm.engine.prompts import read_tokenizer
 from flashlm.errors import FlashError
 
 RESULT = Path(__file__).parents[1] / "results" / "reliability-corruption.json"

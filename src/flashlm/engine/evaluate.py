@@ -10,16 +10,17 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashlm.engine.forward_pass import Phase
-from flashlm.engine.generate import read_tokenizer
 from flashlm.engine.load import load_opened
 from flashlm.engine.opened import OpenedPack, open_pack
+from flashlm.engine.prompts import read_tokenizer
 from flashlm.engine.runtime import FlashRuntime
+from flashlm.engine.session import Session
 from flashlm.errors import ConfigError
 from flashlm.planner.settings import as_mode, make_settings
 from flashlm.sizes import format_size
@@ -133,23 +134,20 @@ def evaluate(
 
 
 def _evaluate(model: PreTrainedModel, ids: torch.Tensor, window: int, progress: Progress) -> ModeEvaluation:
-    import torch
-
-    flash: FlashRuntime = model.flash
+    session = Session(model)
+    flash = session.flash
     phase: Phase = "decode" if flash.mode == "sparse" else "prompt"
     piece = 1 if flash.mode == "sparse" else PIECE_TOKENS
     total_nll, num_tokens = 0.0, 0
     started_s = time.perf_counter()
-    with torch.inference_mode(), flash.phase(phase):
-        for inputs, targets, past in _pieces(model, ids, window, piece):
-            output = model(input_ids=inputs[None], past_key_values=past.cache, use_cache=True)
-            past.cache = output.past_key_values
-            logits = output.logits[0, : len(targets)].float()
-            total_nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            num_tokens += len(targets)
+    for start in range(0, len(ids), window):
+        session.reset()
+        for step in session.score(ids[start : start + window].tolist(), piece_tokens=piece, phase=phase):
+            total_nll -= step.logprob or 0.0
+            num_tokens += 1
             progress(num_tokens, len(ids), flash.mode)
     wall_s = time.perf_counter() - started_s
-    records = flash.telemetry.records
+    records = session.telemetry.records
     asked = sum(record.hit_rows + record.miss_rows for record in records)
     return ModeEvaluation(
         mode=flash.mode,
@@ -162,25 +160,6 @@ def _evaluate(model: PreTrainedModel, ids: torch.Tensor, window: int, progress: 
         num_reads=sum(record.num_reads for record in records),
         hit_share=sum(record.hit_rows for record in records) / asked if asked else None,
     )
-
-
-@dataclass
-class _Past:
-    """The KV cache of a window."""
-
-    cache: Any = None
-
-
-def _pieces(
-    model: PreTrainedModel, ids: torch.Tensor, window: int, piece: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, _Past]]:
-    """Yield (input ids, the ids that follow each, the window's past); a window's last token is a target only."""
-    for start in range(0, len(ids), window):
-        some = ids[start : start + window]
-        past = _Past()
-        for low in range(0, len(some) - 1, piece):
-            high = min(low + piece, len(some) - 1)
-            yield some[low:high], some[low + 1 : high + 1], past
 
 
 def _num_positions(config: Any) -> int | None:
