@@ -23,11 +23,11 @@ from flashlm.errors import (
 )
 
 if TYPE_CHECKING:
+    from flashlm.conversion.convert import convert
+    from flashlm.conversion.verify import verify
     from flashlm.engine.load import load
     from flashlm.engine.quantizer import FlashConfig
     from flashlm.engine.runtime import FlashRuntime
-    from flashlm.pack.convert import convert
-    from flashlm.pack.verify import verify
 
 __version__ = "0.1.0"
 
@@ -49,9 +49,9 @@ __all__ = [
 _LAZY = {
     "FlashConfig": "flashlm.engine.quantizer",
     "FlashRuntime": "flashlm.engine.runtime",
-    "convert": "flashlm.pack.convert",
+    "convert": "flashlm.conversion.convert",
     "load": "flashlm.engine.load",
-    "verify": "flashlm.pack.verify",
+    "verify": "flashlm.conversion.verify",
 }
 
 

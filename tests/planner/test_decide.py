@@ -14,7 +14,6 @@ from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import MIN_STAGING_BLOCKS, Needs
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.memory.expert_budget import ExpertUse
-from flashlm.pack.layout import LayerLayout
 from flashlm.planner.choices import ResolvedMode
 from flashlm.planner.decide import Decision, decide, decide_experts
 from flashlm.planner.plan import STAGING_SLOTS
@@ -22,6 +21,7 @@ from flashlm.planner.plan_use import PlannedReads, PlanUse
 from flashlm.planner.rates import Rates
 from flashlm.planner.settings import Settings
 from flashlm.planner.shape import ModelShape, SparseShape
+from flashlm.rows.layout import LayerLayout
 from flashlm.sparsity.routing import LayerRouting, PolicyShares, Routing
 
 MIB = 1 << 20

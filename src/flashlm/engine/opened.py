@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashlm.pack.manifest import Manifest, read_manifest
-from flashlm.pack.source import load_pack_config
+from flashlm.structure.model_config import load_pack_config
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 from flashlm.engine.calibrated import Calibration, find_calibration, find_routing
 from flashlm.engine.runtime import UnboundRuntime, apply
 from flashlm.errors import ConfigError
+from flashlm.memory.expert_needs import expert_uses, measure_expert_needs
 from flashlm.memory.limits import read_memory_limits
+from flashlm.memory.needs import DEFAULT_CONTEXT, torch_dtype
 from flashlm.pack.files import check_files
 from flashlm.pack.manifest import Manifest
-from flashlm.pack.structure import check_structure
 from flashlm.planner.decide import Decision, decide, decide_experts
-from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
 from flashlm.planner.machine import stored_rates
-from flashlm.planner.needs import DEFAULT_CONTEXT, torch_dtype
 from flashlm.planner.plan import model_needs
 from flashlm.planner.plan_use import check_plan
 from flashlm.planner.rates import Rates
 from flashlm.planner.settings import Settings
 from flashlm.planner.shape import shape_of_model, sparse_shape
+from flashlm.structure.agreement import check_structure
 
 if TYPE_CHECKING:
     import torch

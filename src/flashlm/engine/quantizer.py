@@ -13,10 +13,10 @@ from typing import Any, Unpack
 from flashlm.engine.opened import OpenedPack
 from flashlm.engine.pack_check import check_pack
 from flashlm.errors import ConfigError, PackError
-from flashlm.pack import activations
 from flashlm.pack.manifest import FORMAT_VERSION, RESIDENT_NAME, read_manifest
 from flashlm.pack.pack_config import QUANT_METHOD
 from flashlm.planner.settings import NAMES, Asked, Settings, make_settings
+from flashlm.structure import activations
 from flashlm.transformers_seam import (
     AUTO_QUANTIZER_MAPPING,
     HfQuantizer,

@@ -26,7 +26,6 @@ from flashlm.engine.expert_loading import connect_experts, take_out_experts
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.forward_pass import Phase
-from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import guard
 from flashlm.engine.linear import fold_linears, widen_linears
 from flashlm.engine.pass_guard import guard_passes
@@ -39,19 +38,20 @@ from flashlm.engine.standin import StreamedActivation
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import PackError
-from flashlm.kernels import MAX_TOKENS
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_policy import CachePolicy
-from flashlm.pack.ffn_probe import find_learned
-from flashlm.pack.layout import LayerLayout
+from flashlm.memory.needs import torch_dtype
 from flashlm.pack.manifest import Manifest, layer_path, resident_path
 from flashlm.pack.reorder import read_order
 from flashlm.planner.choices import CheckChoice, ResolvedMode
 from flashlm.planner.decide import Decision
-from flashlm.planner.needs import torch_dtype
+from flashlm.rows.kernels import MAX_TOKENS
+from flashlm.rows.layout import LayerLayout
+from flashlm.rows.products import BlockGemm
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import File, Reader
+from flashlm.structure.ffn_probe import find_learned
 from flashlm.transformers_seam import given_cache
 
 if TYPE_CHECKING:

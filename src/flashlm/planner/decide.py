@@ -14,9 +14,9 @@ from flashlm.errors import ConfigError
 from flashlm.memory.budget import Needs, Placement, place, place_sparse
 from flashlm.memory.expert_budget import ExpertUse, is_close_to_floor, place_experts
 from flashlm.memory.expert_policy import CachePolicy, make_policy
+from flashlm.memory.needs import DEFAULT_CONTEXT
 from flashlm.planner.choices import ResolvedMode
 from flashlm.planner.expert_estimate import EXPERT_READS
-from flashlm.planner.needs import DEFAULT_CONTEXT
 from flashlm.planner.plan import STREAM_QUEUE_DEPTH, cheapest
 from flashlm.planner.rates import Rates
 from flashlm.planner.settings import Settings

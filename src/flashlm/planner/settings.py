@@ -17,7 +17,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 from flashlm.errors import ConfigError
 from flashlm.planner.choices import CHECKS, EXPERT_POLICIES, MODES, CheckChoice, ExpertPolicyChoice, Mode
-from flashlm.planner.document import Plan, load_plan
+from flashlm.planner.plan_document import Plan, load_plan
 from flashlm.planner.plan_use import PlannedReads, PlanUse, use_plan
 from flashlm.sizes import parse_budget_bytes, parse_size_bytes
 
