@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 
 import flashlm
-from flashlm.cli_options import LoadOptions
+from flashlm.cli.options import LoadOptions
 from flashlm.errors import ConfigError
 from flashlm.planner.choices import MODES, ResolvedMode
 from flashlm.planner.settings import NAMES, VARIABLES, Settings, make_settings, unknown_variables

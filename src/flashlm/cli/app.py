@@ -18,10 +18,10 @@ import typer
 from flashlm.cli import console
 from flashlm.cli.calibrate import calibrate
 from flashlm.cli.evaluate import evaluate
+from flashlm.cli.options import ContextOption, JsonOption, LoadOptions, PackArgument, with_options
 from flashlm.cli.plan import plan as plan_command
 from flashlm.cli.probe import doctor, probe
 from flashlm.cli.pru import app as pru_app
-from flashlm.cli_options import ContextOption, JsonOption, LoadOptions, PackArgument, with_options
 from flashlm.errors import ConfigError, FlashError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class DtypeChoice(StrEnum):
 
 def _version(value: bool) -> None:
     if value:
-        from flashlm import __version__
+        from flashlm._version import __version__
 
         print(f"flashlm {__version__}")
         raise typer.Exit

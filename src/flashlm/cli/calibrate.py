@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from flashlm.cli import console
-from flashlm.cli_options import JsonOption, PackArgument
+from flashlm.cli.options import JsonOption, PackArgument
 from flashlm.errors import ConfigError
 
 # What a pack of experts has no use for: its routers foresee exactly.

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flashlm.cli import console
-from flashlm.cli_options import DramOption, JsonOption, PackArgument
+from flashlm.cli.options import DramOption, JsonOption, PackArgument
 
 
 def evaluate(

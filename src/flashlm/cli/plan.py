@@ -9,7 +9,7 @@ import typer
 
 from flashlm.cli import console
 from flashlm.cli.calibrate import print_columns
-from flashlm.cli_options import JsonOption
+from flashlm.cli.options import JsonOption
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.planner.choices import Mode
 
