@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 MAX_LONE_KV_BYTES = 256 << 20  # a KV cache that one thread of torch reads in passing
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class FlashRuntime:
     """What flashlm knows about a model that it feeds from flash; `model.flash` of a loaded pack.
 
