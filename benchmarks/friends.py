@@ -23,6 +23,7 @@ import flashlm
 from flashlm.calibration.evaluate import read_token_ids
 from flashlm.calibration.order import neuron_order
 from flashlm.engine.ffn import FlashFFN
+from flashlm.engine.opened import open_pack
 
 
 def record(pack: Path, text: Path, num_tokens: int, window_tokens: int = 256) -> list[np.ndarray]:
@@ -36,7 +37,7 @@ def record(pack: Path, text: Path, num_tokens: int, window_tokens: int = 256) ->
 
     for ffn in layers:
         ffn.observer = observe
-    ids = read_token_ids(pack, text, max_tokens=num_tokens)
+    ids = read_token_ids(open_pack(pack, is_checked=True), text, max_tokens=num_tokens)
     runs: list[list[np.ndarray]] = [[] for _ in layers]
     for start in range(0, len(ids) // window_tokens * window_tokens, window_tokens):
         with torch.inference_mode():

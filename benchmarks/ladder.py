@@ -233,10 +233,11 @@ def table(rows: list[Record], title: str) -> str:
 def own_ids(pack: Path, text: Path | None) -> list[int]:
     """Return the tokens of a text for a model of one's own."""
     from flashlm.calibration.evaluate import read_token_ids
+    from flashlm.engine.opened import open_pack
 
     if text is None:
         raise SystemExit("--pack needs --text FILE: tokens that the model has not seen")
-    ids: list[int] = read_token_ids(pack, text, max_tokens=4096).tolist()
+    ids: list[int] = read_token_ids(open_pack(pack, is_checked=True), text, max_tokens=4096).tolist()
     return ids
 
 

@@ -29,6 +29,7 @@ from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.sparse import RowFetch, SparseRows
 from flashlm.memory.cache_plan import plan_capacities
 from flashlm.memory.neuron_cache import LayerCapacity
+from flashlm.planner.shape import sparse_shape
 from flashlm.storage.reader import AlignedBuffer, Reader, RowGeometry, Ticket
 
 
@@ -123,7 +124,8 @@ def rebuild(model: Any, spec: Spec) -> SparseRows:
     old = flash.sparse
     capacities: list[LayerCapacity] = list(old.cache.layers)
     if spec["cache_rows"] is not None:
-        capacities = plan_capacities(flash.calibration.uses, spec["cache_rows"])
+        uses = sparse_shape(flash.calibration.sparsity, flash.manifest, 0).uses
+        capacities = plan_capacities(uses, spec["cache_rows"])
     files = old._files
     flash.sparse = None
     for layer in layers:
@@ -183,7 +185,7 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
     states = []
     for token in range(spec["num_tokens"]):
         if state is not None and token % spec["watch_device"] == 0:
-            flash._stream.settle()  # nothing in flight while the device is measured
+            flash.stream.settle()  # nothing in flight while the device is measured
             states.append(state.measure())
             recorder.note(states=states)
         with torch.inference_mode():

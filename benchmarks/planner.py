@@ -34,7 +34,7 @@ from flashlm.planner.bottleneck import MEMORY_RATES
 from flashlm.planner.cost import TokenCost
 from flashlm.planner.estimate import dense_use, exact_token, sparse_token
 from flashlm.planner.machine import rates_of
-from flashlm.planner.plan import GAPS, Candidate, candidates, model_needs
+from flashlm.planner.plan import GAPS, Candidate, cheapest, model_needs
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import ModelShape, read_shape
 from flashlm.probe.probe import probe
@@ -75,7 +75,7 @@ def told_of_random_weights(shape: ModelShape, mode: str) -> ModelShape:
 
 def plan_share(shape: ModelShape, rates: Rates, mode: str, share: float) -> Candidate:
     """Return the plan for a share of the FFN in memory, whatever the process weighs."""
-    some = min(candidates(shape, rates, 2 << 30, CONTEXT, mode), key=lambda each: each.cost.total_s)
+    some = cheapest(shape, rates, 2 << 30, mode, model_needs(shape, CONTEXT))
     if mode == "sparse":
         num_rows = sum(use.num_rows for use in shape.sparse.uses)
         placement = replace(some.placement, cache=tuple(plan_capacities(shape.sparse.uses, int(num_rows * share))))
@@ -177,7 +177,7 @@ def score_shape(name: str, work: Path, keep: bool, turns: Turns) -> list[Record 
             made = []
             for mode in ("hybrid", "sparse"):
                 told = told_of_random_weights(shape, mode)
-                plan = min(candidates(told, rates, dram_bytes, CONTEXT, mode), key=lambda each: each.cost.total_s)
+                plan = cheapest(told, rates, dram_bytes, mode, model_needs(told, CONTEXT))
                 spec = cell_spec(pack, mode, dram_bytes, plan.max_gap, model.trace, vocab_size)
                 measured = run_cell(folder, f"cell-{mode}-{budget}", spec, dram_bytes)
                 made.append(cell(name, budget, plan, told, rates, measured))

@@ -137,7 +137,7 @@ def test_a_stock_program_opens_a_pack_or_says_why_not(
     )  # fmt: skip
     if works:
         assert done.returncode == 0, done.stderr
-        assert done.stdout == "FlashModel\n"
+        assert done.stdout == "FlashRuntime\n"
     else:
         assert done.returncode == 1
         assert "no file named model.safetensors" in done.stderr

@@ -25,7 +25,7 @@ from small_packs import COMMON
 RESULT = Path(__file__).parents[1] / "results" / "reliability-checking.json"
 LOAD = """
 import json, sys, time
-import flashlm, flashlm.engine.model
+import flashlm, flashlm.engine.runtime
 from transformers.utils import logging
 logging.disable_progress_bar()
 started_s, cpu_s = time.perf_counter(), time.process_time()

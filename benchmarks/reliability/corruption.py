@@ -31,7 +31,8 @@ from small_packs import make_pack
 from transformers.utils import logging as transformers_logging
 
 import flashlm
-from flashlm.engine.generate import read_tokenizer
+from flashlm.engine.opened import open_pack
+from flashlm.engine.prompts import read_tokenizer
 from flashlm.errors import FlashError
 
 RESULT = Path(__file__).parents[1] / "results" / "reliability-corruption.json"
@@ -49,7 +50,7 @@ PROMISED = ("pinned", "held", "check=all")  # ways in which the default, or the 
 
 def answer(pack: Path, **load: Any) -> tuple[bytes, str]:
     """Everything that a user sees of a pack: the tokens of a text, logits, how generation is set."""
-    tokenizer = read_tokenizer(pack)
+    tokenizer = read_tokenizer(open_pack(pack, is_checked=load.get("check") != "none"))
     ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
     model = flashlm.load(pack, dram="4GiB", context=160, **load)
     with torch.no_grad():

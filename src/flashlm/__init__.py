@@ -26,15 +26,16 @@ from flashlm.errors import (
 if TYPE_CHECKING:
     from flashlm.conversion.convert import convert
     from flashlm.conversion.verify import verify
-    from flashlm.engine.model import FlashModel, load
+    from flashlm.engine.load import load
     from flashlm.engine.quantizer import FlashConfig
+    from flashlm.engine.runtime import FlashRuntime
 
 __all__ = [
     "BudgetError",
     "ConfigError",
     "FlashConfig",
     "FlashError",
-    "FlashModel",
+    "FlashRuntime",
     "PackError",
     "StorageError",
     "UnsupportedModelError",
@@ -46,9 +47,9 @@ __all__ = [
 
 _LAZY = {
     "FlashConfig": "flashlm.engine.quantizer",
-    "FlashModel": "flashlm.engine.model",
+    "FlashRuntime": "flashlm.engine.runtime",
     "convert": "flashlm.conversion.convert",
-    "load": "flashlm.engine.model",
+    "load": "flashlm.engine.load",
     "verify": "flashlm.conversion.verify",
 }
 

@@ -17,6 +17,7 @@ from flashlm.calibration.capture import masked, streamed_layers
 from flashlm.calibration.dense import calibrate
 from flashlm.calibration.evaluate import evaluate, read_token_ids
 from flashlm.conversion.verify import verify
+from flashlm.engine.opened import open_pack
 from flashlm.pack.manifest import read_manifest
 from tests.engine.calibrations import write_calibration
 from tests.engine.conftest import TinyPack
@@ -43,7 +44,7 @@ def pack(request: pytest.FixtureRequest, tiny_pack: Callable[..., TinyPack], tmp
 
 
 def _by_hand(pack: Path, text: Path, max_tokens: int, *, is_masked: bool) -> float:
-    ids = read_token_ids(pack, text, max_tokens=max_tokens)
+    ids = read_token_ids(open_pack(pack, is_checked=True), text, max_tokens=max_tokens)
     sparse = flashlm.load(pack, dram="3GiB", mode="sparse", context=160)
     selections = [layer.bound.predict if is_masked else None for layer in streamed_layers(sparse)]
     model = flashlm.load(pack, dram="3GiB", mode="hybrid", context=160)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import flashlm
-from flashlm.engine.config import Settings
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.sparse import SparseRows
 from flashlm.errors import ConfigError, PackError, StorageError
@@ -153,15 +152,10 @@ def test_predictors_of_another_checkpoint_are_refused(
 
 
 def test_auto_takes_sparse_only_after_a_passed_calibration(calibrated: Callable[..., Path]) -> None:
-    from flashlm.engine.calibrated import find_calibration, resolve_mode
-
-    for has_passed, fits, wanted in ((True, False, "sparse"), (True, True, "hybrid"), (False, False, "hybrid")):
+    for has_passed, pin, wanted in ((True, 0, "sparse"), (True, None, "hybrid"), (False, 0, "hybrid")):
         pack = calibrated("opt", evaluation=evaluation(has_passed=has_passed))
-        settings = Settings()
-        found = find_calibration(pack, read_manifest(pack), settings)
-        assert resolve_mode(settings, found, fits=fits) == wanted
+        assert flashlm.load(pack, dram=DRAM, pin=pin).flash.mode == wanted  # unpinned, it does not fit
         shutil.rmtree(pack)
-    assert resolve_mode(Settings(), None, fits=False) == "hybrid"
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "phi3", "gpt2"])

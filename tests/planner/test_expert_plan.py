@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flashlm
-from flashlm.engine.config import make_settings
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.pack.manifest import read_manifest
 from flashlm.planner.cost import Overlap
@@ -23,6 +22,7 @@ from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan
 from flashlm.planner.plan_document import load_plan, save_plan
 from flashlm.planner.rates import Rates, ReadSetting
+from flashlm.planner.settings import make_settings
 from flashlm.planner.shape import read_shape
 from flashlm.probe.experts import expert_overheads_s
 from flashlm.sparsity.calibration_document import fingerprint
@@ -140,7 +140,8 @@ def test_the_plan_is_what_loading_does(tiny_pack: Callable[..., TinyPack], tmp_p
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
     settings = make_settings(plan=tmp_path / "plan.json")
-    assert (settings.mode, settings.queue_depth, settings.piece_bytes) == ("experts", 64, 1 << 20)
+    assert settings.reads is not None
+    assert (settings.mode, settings.reads.queue_depth, settings.reads.piece_bytes) == ("experts", 64, 1 << 20)
     model = flashlm.load(pack, plan=tmp_path / "plan.json")
     assert model.flash.placement.cache_bytes == plan.cache_bytes
     assert model.flash.mode == "experts"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import flashlm
 from flashlm.cli.app import main
-from flashlm.engine.config import make_settings
 from flashlm.errors import BudgetError, ConfigError, PackError, UnsupportedModelError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.memory.neuron_cache import LayerCapacity
@@ -25,6 +24,7 @@ from flashlm.planner.plan import make_plan, row_reads
 from flashlm.planner.plan_document import load_plan, save_plan
 from flashlm.planner.published import assume_sparsity
 from flashlm.planner.rates import Rates, ReadSetting
+from flashlm.planner.settings import make_settings
 from flashlm.planner.shape import ModelShape, SparseShape, read_shape
 from flashlm.probe.device_profile import save_profile
 from tests.engine.conftest import TinyPack
@@ -201,13 +201,14 @@ def test_a_plan_says_nothing_of_another_budget_or_mode(opt_6_7b: ModelShape, tmp
     path = tmp_path / "plan.json"
     save_plan(plan, path)
     same = make_settings(plan=path)
-    assert (same.staging_bytes, same.queue_depth, same.piece_bytes) == (
+    assert same.reads is not None
+    assert (same.reads.staging_bytes, same.reads.queue_depth, same.reads.piece_bytes) == (
         plan.staging_bytes,
         plan.queue_depth,
         plan.piece_bytes,
     )
     for changed in (make_settings(plan=path, dram="8GiB"), make_settings(plan=path, mode="naive")):
-        assert (changed.staging_bytes, changed.queue_depth, changed.max_gap) == (None, None, None)
+        assert changed.reads is None
 
 
 def test_staging_covers_the_pauses_and_no_more(opt_6_7b: ModelShape) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import xxhash
-from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
 from flashlm.calibration.capture import CalibrationText
@@ -30,9 +29,11 @@ from flashlm.calibration.result import write_calibration
 from flashlm.calibration.store import CalibrationStore
 from flashlm.calibration.training import TrainingSettings
 from flashlm.calibration.work import CalibrationWork, Progress
+from flashlm.engine.opened import open_pack
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.files import check_files
 from flashlm.pack.manifest import read_manifest
+from flashlm.planner.settings import make_settings
 from flashlm.sizes import format_size
 from flashlm.sparsity.calibration_document import MAX_WINDOW, fingerprint
 from flashlm.sparsity.presets import paper_preset
@@ -181,12 +182,13 @@ def read_text(pack: Path, text_path: str | Path | None, max_tokens: int) -> Cali
         ConfigError: It can't be read, or is too short.
         PackError: The pack has no tokenizer.
     """
-    positions = getattr(AutoConfig.from_pretrained(pack).get_text_config(decoder=True), "max_position_embeddings", None)
+    opened = open_pack(pack, is_checked=make_settings().is_checked)
+    positions = getattr(opened.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if text_path is not None:
-        ids = read_token_ids(pack, Path(text_path), max_tokens=max_tokens)
+        ids = read_token_ids(opened, Path(text_path), max_tokens=max_tokens)
         return CalibrationText.cut(Path(text_path).name, ids, positions)
     with as_file(files("flashlm.calibration") / SAMPLE_NAME) as sample:
-        ids = read_token_ids(pack, sample, max_tokens=max_tokens)
+        ids = read_token_ids(opened, sample, max_tokens=max_tokens)
     return CalibrationText.cut("flashlm's sample", ids, positions)
 
 

@@ -10,16 +10,19 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashlm.engine.forward_pass import Phase
-from flashlm.engine.generate import read_tokenizer
-from flashlm.engine.model import FlashModel, load
+from flashlm.engine.load import load_opened
+from flashlm.engine.opened import OpenedPack, open_pack
+from flashlm.engine.prompts import read_tokenizer
+from flashlm.engine.runtime import FlashRuntime
+from flashlm.engine.session import Session
 from flashlm.errors import ConfigError
-from flashlm.memory.needs import read_config
+from flashlm.planner.settings import as_mode, make_settings
 from flashlm.sizes import format_size
 
 if TYPE_CHECKING:
@@ -66,7 +69,7 @@ class ModeEvaluation:
         return asdict(self) | {"perplexity": self.perplexity}
 
 
-def read_token_ids(pack: Path, text_path: Path, *, max_tokens: int | None) -> torch.Tensor:
+def read_token_ids(opened: OpenedPack, text_path: Path, *, max_tokens: int | None) -> torch.Tensor:
     """Return the ids of a text, int64 (num_tokens,), with no special tokens.
 
     Raises:
@@ -79,7 +82,7 @@ def read_token_ids(pack: Path, text_path: Path, *, max_tokens: int | None) -> to
         text = text_path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the text can't be read from {text_path}: {error}") from error
-    ids = read_tokenizer(pack)(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    ids = read_tokenizer(opened)(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     if len(ids) < MIN_TOKENS:
         raise ConfigError(f"{text_path} has {len(ids)} tokens: perplexity needs at least {MIN_TOKENS}")
     return torch.tensor(ids, dtype=torch.int64)
@@ -94,7 +97,7 @@ def evaluate(
     window: int = 512,
     max_tokens: int | None = None,
     progress: Progress = lambda done, total, what: None,
-    on_loaded: Callable[[FlashModel], None] | None = None,
+    on_loaded: Callable[[FlashRuntime], None] | None = None,
 ) -> list[ModeEvaluation]:
     """Return the perplexity of `pack` on a text in each of `modes`, one after the other, on the same windows.
 
@@ -114,11 +117,13 @@ def evaluate(
     """
     if window < MIN_TOKENS:
         raise ConfigError(f"window={window} must be at least {MIN_TOKENS} tokens")
-    window = min(window, _num_positions(Path(pack)) or window)
-    ids = read_token_ids(Path(pack), Path(text_path), max_tokens=max_tokens)
+    settings = make_settings(dram=dram)
+    opened = open_pack(pack, is_checked=settings.is_checked)
+    window = min(window, _num_positions(opened.config) or window)
+    ids = read_token_ids(opened, Path(text_path), max_tokens=max_tokens)
     results = []
     for mode in modes:
-        model = load(pack, dram=dram, mode=mode, context=window)
+        model = load_opened(opened, replace(settings, mode=as_mode(mode), context=window))
         if on_loaded is not None:
             on_loaded(model.flash)
         results.append(_evaluate(model, ids, window, progress))
@@ -129,24 +134,20 @@ def evaluate(
 
 
 def _evaluate(model: PreTrainedModel, ids: torch.Tensor, window: int, progress: Progress) -> ModeEvaluation:
-    import torch
-
-    flash: FlashModel = model.flash
+    session = Session(model)
+    flash = session.flash
     phase: Phase = "decode" if flash.mode == "sparse" else "prompt"
     piece = 1 if flash.mode == "sparse" else PIECE_TOKENS
     total_nll, num_tokens = 0.0, 0
     started_s = time.perf_counter()
-    with torch.inference_mode(), flash.phase(phase):
-        for inputs, targets, past in _pieces(model, ids, window, piece):
-            output = model(input_ids=inputs[None], past_key_values=past.cache, use_cache=True)
-            past.cache = output.past_key_values
-            logits = output.logits[0, : len(targets)].float()
-            total_nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-            num_tokens += len(targets)
+    for start in range(0, len(ids), window):
+        session.reset()
+        for step in session.score(ids[start : start + window].tolist(), piece_tokens=piece, phase=phase):
+            total_nll -= step.logprob or 0.0
+            num_tokens += 1
             progress(num_tokens, len(ids), flash.mode)
     wall_s = time.perf_counter() - started_s
-    assert flash.telemetry is not None
-    records = flash.telemetry.records
+    records = session.telemetry.records
     asked = sum(record.hit_rows + record.miss_rows for record in records)
     return ModeEvaluation(
         mode=flash.mode,
@@ -161,27 +162,8 @@ def _evaluate(model: PreTrainedModel, ids: torch.Tensor, window: int, progress: 
     )
 
 
-@dataclass
-class _Past:
-    """The KV cache of a window."""
-
-    cache: Any = None
-
-
-def _pieces(
-    model: PreTrainedModel, ids: torch.Tensor, window: int, piece: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, _Past]]:
-    """Yield (input ids, the ids that follow each, the window's past); a window's last token is a target only."""
-    for start in range(0, len(ids), window):
-        some = ids[start : start + window]
-        past = _Past()
-        for low in range(0, len(some) - 1, piece):
-            high = min(low + piece, len(some) - 1)
-            yield some[low:high], some[low + 1 : high + 1], past
-
-
-def _num_positions(pack: Path) -> int | None:
-    text = read_config(pack).get_text_config(decoder=True)
+def _num_positions(config: Any) -> int | None:
+    text = config.get_text_config(decoder=True)
     return getattr(text, "max_position_embeddings", None)
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import xxhash
-from transformers import AutoConfig
 from transformers.activations import ACT2FN
 
 from flashlm.calibration.capture import (
@@ -35,11 +34,13 @@ from flashlm.calibration.ranks import ranks_of_layer
 from flashlm.calibration.store import CalibrationStore, MeasuredRise, Numbers
 from flashlm.calibration.training import TokenSet, TrainingSettings
 from flashlm.calibration.trigger import read_trigger
-from flashlm.engine.model import load
+from flashlm.engine.load import load_opened
+from flashlm.engine.opened import open_pack
 from flashlm.errors import BudgetError
 from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.manifest import Manifest
-from flashlm.sizes import format_size, parse_budget_bytes
+from flashlm.planner.settings import make_settings
+from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -57,11 +58,12 @@ def loaded_model(
     pack: Path, text: CalibrationText, *, dram: str | int | None, mode: str, aside_bytes: int = 0
 ) -> Iterator[PreTrainedModel]:
     """Load a pack for passes over a text, and close it; logits and `aside_bytes` of the bound are kept free."""
-    dram_bytes = read_memory_limits().default_dram_bytes if dram is None else parse_budget_bytes(dram)
-    config = AutoConfig.from_pretrained(pack).get_text_config(decoder=True)
-    aside_bytes += text.pass_tokens * int(config.vocab_size) * 4
+    settings = make_settings(dram=dram, mode=mode, context=text.pass_tokens)
+    dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
+    opened = open_pack(pack, is_checked=settings.is_checked)
+    aside_bytes += text.pass_tokens * int(opened.config.get_text_config(decoder=True).vocab_size) * 4
     try:
-        model = load(pack, dram=max(dram_bytes - aside_bytes, 1), mode=mode, context=text.pass_tokens)
+        model = load_opened(opened, replace(settings, dram_bytes=max(dram_bytes - aside_bytes, 1)))
     except BudgetError as error:
         raise BudgetError(
             f"{error} (calibrating keeps {format_size(aside_bytes)} of dram={format_size(dram_bytes)} for logits and"

@@ -18,6 +18,7 @@ import typer
 from flashlm.cli import console
 from flashlm.cli.calibrate import calibrate
 from flashlm.cli.evaluate import evaluate
+from flashlm.cli.options import ContextOption, JsonOption, LoadOptions, PackArgument, with_options
 from flashlm.cli.plan import plan as plan_command
 from flashlm.cli.probe import doctor, probe
 from flashlm.cli.pru import app as pru_app
@@ -46,58 +47,6 @@ class DtypeChoice(StrEnum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
-
-
-class ModeChoice(StrEnum):
-    """Modes of the engine."""
-
-    auto = "auto"
-    hybrid = "hybrid"
-    sparse = "sparse"
-    naive = "naive"
-    experts = "experts"
-
-
-class ExpertPolicyChoice(StrEnum):
-    """What an expert cache keeps."""
-
-    auto = "auto"
-    lru = "lru"
-    lfu = "lfu"
-    pinned = "pinned"
-
-
-class CheckChoice(StrEnum):
-    """What is held against a pack's checksums."""
-
-    load = "load"
-    all = "all"
-    none = "none"
-
-
-PackArgument = Annotated[Path, typer.Argument(help="Folder made by `flashlm convert`.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DramOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Bound on the whole process, like 6GiB. Default: FLASHLM_DRAM, else what is free, less a margin.",
-        show_default=False,
-    ),
-]
-ContextOption = Annotated[
-    int | None,
-    typer.Option(help="Tokens that the KV cache may hold, of all sequences and beams together.", show_default=False),
-]
-
-
-CheckOption = Annotated[
-    CheckChoice | None,
-    typer.Option(
-        help="What is held against checksums: load, what is read while loading (the default; FLASHLM_CHECK); all,"
-        " what is streamed later too; none.",
-        show_default=False,
-    ),
-]
 
 
 def _version(value: bool) -> None:
@@ -159,12 +108,13 @@ def info(pack: PackArgument, context: ContextOption = None, as_json: JsonOption 
     from flashlm.memory.smallest import smallest_dram_bytes
     from flashlm.pack.description import describe
     from flashlm.pack.manifest import read_manifest
+    from flashlm.planner.settings import make_settings
     from flashlm.sizes import format_size
     from flashlm.sparsity.calibration_document import read_sparsity
     from flashlm.sparsity.routing import read_routing
 
     described = describe(pack)
-    floor_bytes = smallest_dram_bytes(pack, context)
+    floor_bytes = smallest_dram_bytes(pack, context, is_checked=make_settings().is_checked)
     manifest = read_manifest(pack)
     found = read_routing(pack, manifest) if manifest.experts else read_sparsity(pack, manifest)
     _print_info(described, as_json, floor_bytes=floor_bytes, floor=format_size(floor_bytes), calibration=found)
@@ -201,6 +151,7 @@ def verify(
 
 
 @app.command()
+@with_options
 def generate(
     pack: PackArgument,
     text: Annotated[
@@ -211,23 +162,7 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="File with the text to continue; - reads stdin.", show_default=False)
     ] = None,
-    dram: DramOption = None,
-    mode: Annotated[
-        ModeChoice,
-        typer.Option(help="auto: what suits the pack; sparse only where a calibration met its budget."),
-    ] = ModeChoice.auto,
-    context: ContextOption = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="File that `flashlm plan --save` wrote.", show_default=False)
-    ] = None,
-    expert_policy: Annotated[
-        ExpertPolicyChoice,
-        typer.Option(
-            help="What the cache of a pack of experts keeps; the text is the same with each. auto: what `flashlm"
-            " calibrate` found best, else lru."
-        ),
-    ] = ExpertPolicyChoice.auto,
-    check: CheckOption = None,
+    options: LoadOptions = LoadOptions(),  # noqa: B008  # frozen
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy. Default: the pack's own.", show_default=False)
@@ -275,12 +210,6 @@ def generate(
         result: Generation = run(
             pack,
             _read_prompt(text, prompt, prompt_file),
-            dram=dram,
-            mode=None if mode is ModeChoice.auto else mode.value,
-            context=context,
-            plan=plan,
-            expert_policy=None if expert_policy is ExpertPolicyChoice.auto else expert_policy.value,
-            check=None if check is None else check.value,
             sampling=sampling,
             is_chat=chat,
             on_decided=lambda decoding: _note_decoding(decoding, note),
@@ -288,6 +217,7 @@ def generate(
             on_loading=on_loading,
             on_prompt=on_prompt,
             on_text=None if as_json else _write_text,
+            **options.asked(),
         )
     if as_json:
         console.print_json({"text": result.text, "stats": result.stats})

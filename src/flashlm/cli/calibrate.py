@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from flashlm.cli import console
+from flashlm.cli.options import JsonOption, PackArgument
 from flashlm.errors import ConfigError
 
 # What a pack of experts has no use for: its routers foresee exactly.
@@ -18,7 +19,7 @@ _DENSE_ONLY = ("rank", "recall", "threshold", "window", "preset", "device", "max
 
 def calibrate(
     context: typer.Context,
-    pack: Annotated[Path, typer.Argument(help="Folder made by `flashlm convert`.", show_default=False)],
+    pack: PackArgument,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -64,7 +65,7 @@ def calibrate(
     reorder: Annotated[
         bool, typer.Option(help="Lay the rows down hot ones first, then those that fire together side by side.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Teach a pack which neurons each token needs, so that mode sparse reads only these.
 

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from flashlm.cli import console
+from flashlm.cli.options import DramOption, JsonOption, PackArgument
 
 
 def evaluate(
-    pack: Annotated[Path, typer.Argument(help="Folder made by `flashlm convert`.", show_default=False)],
+    pack: PackArgument,
     text: Annotated[Path, typer.Option(help="UTF-8 text file.", show_default=False)],
     mode: Annotated[
         list[str] | None,
@@ -20,12 +21,12 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    dram: Annotated[str | None, typer.Option(help="Bound on the whole process, like 6GiB.", show_default=False)] = None,
+    dram: DramOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window; each starts without a past.")] = 512,
     max_tokens: Annotated[
         int | None, typer.Option(help="Only so many tokens from the text's start.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text, and the traffic that it took.
 

@@ -9,7 +9,9 @@ import typer
 
 from flashlm.cli import console
 from flashlm.cli.calibrate import print_columns
+from flashlm.cli.options import JsonOption
 from flashlm.errors import BudgetError, ConfigError
+from flashlm.planner.choices import Mode
 
 if TYPE_CHECKING:
     from flashlm.planner.expert_shape import ExpertShape
@@ -33,7 +35,7 @@ def plan(
     context: Annotated[
         int | None, typer.Option(help="Tokens that the KV cache may hold. Default: 2048.", show_default=False)
     ] = None,
-    mode: Annotated[str, typer.Option(help="auto, hybrid, sparse, naive or experts.")] = "auto",
+    mode: Annotated[Mode, typer.Option(help="Plan for this mode alone; auto: the cheapest that is allowed.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the pack, where it is still to be made: bf16, fp16 or fp32.")] = "bf16",
     assume_sparse: Annotated[
         bool,
@@ -53,7 +55,7 @@ def plan(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the source.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Predict speed and memory under one or several budgets, from the model's shape and this machine's measured rates.
 
@@ -65,6 +67,7 @@ def plan(
     from flashlm.planner.plan import check_fits, check_mode, make_plan
     from flashlm.planner.plan_document import save_plan
     from flashlm.planner.published import assume_sparsity
+    from flashlm.planner.settings import as_tokens
     from flashlm.planner.shape import read_shape
     from flashlm.sizes import parse_budget_bytes
 
@@ -73,10 +76,7 @@ def plan(
         if dram is None
         else [parse_budget_bytes(each) for each in dram.split(",")]
     )
-    if mode not in ("auto", "hybrid", "sparse", "naive", "experts"):
-        raise ConfigError(f"mode={mode!r} is unknown: choose auto, hybrid, sparse, naive or experts")
-    if context is not None and context < 1:
-        raise ConfigError(f"context={context} must be a whole number of tokens, at least 1")
+    context = as_tokens(context)
     if save is not None and len(budgets) != 1:
         raise ConfigError("--save takes a plan of one budget: give one --dram SIZE")
     shape = read_shape(source, dtype=dtype, trust_remote_code=trust_remote_code)

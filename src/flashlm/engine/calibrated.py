@@ -8,12 +8,12 @@ from pathlib import Path
 
 from transformers.activations import ACT2FN
 
-from flashlm.engine.config import ResolvedMode, Settings
 from flashlm.errors import ConfigError, PackError
-from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest
-from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, read_tensors, tensors_path
+from flashlm.planner.settings import Settings
+from flashlm.sparsity.calibration_document import PredictorEntry, Sparsity, read_sparsity, read_tensors, tensors_path
 from flashlm.sparsity.predictor import Predictor, load_predictor
+from flashlm.sparsity.routing import Routing, read_routing
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +28,18 @@ class Calibration:
         pack: The pack's folder.
         manifest: Its manifest.
         sparsity: The document.
+        predictors: What it says of each layer's predictor.
     """
 
     pack: Path
     manifest: Manifest
     sparsity: Sparsity
+    predictors: tuple[PredictorEntry, ...]
 
     @property
     def predictor_bytes(self) -> int:
         """DRAM of the predictors."""
         return tensors_path(self.pack).stat().st_size
-
-    @property
-    def uses(self) -> list[LayerUse]:
-        """How each layer is used."""
-        return [
-            LayerUse(num_rows=entry.num_rows, use_curve=layer.use_curve)
-            for entry, layer in zip(self.manifest.layers, self.sparsity.layers, strict=True)
-        ]
-
-    @property
-    def is_trusted(self) -> bool:
-        """Whether an error budget was met."""
-        return self.sparsity.evaluation is not None and self.sparsity.evaluation.has_passed
 
     def exactness(self) -> str:
         """Return one line on how far mode `sparse` is from exact."""
@@ -70,20 +59,17 @@ class Calibration:
             PackError: They are missing, damaged, or do not fit the layers.
         """
         tensors = read_tensors(self.pack, self.sparsity)
-        predictors = []
-        for index, (entry, layer) in enumerate(zip(self.manifest.layers, self.sparsity.layers, strict=True)):
-            assert layer.predictor is not None
-            predictors.append(
-                load_predictor(
-                    index,
-                    layer.predictor,
-                    tensors,
-                    hidden_size=self.manifest.hidden_size,
-                    num_rows=entry.num_rows,
-                    activation=ACT2FN[self.manifest.activation],
-                )
+        return [
+            load_predictor(
+                index,
+                predictor,
+                tensors,
+                hidden_size=self.manifest.hidden_size,
+                num_rows=entry.num_rows,
+                activation=ACT2FN[self.manifest.activation],
             )
-        return predictors
+            for index, (entry, predictor) in enumerate(zip(self.manifest.layers, self.predictors, strict=True))
+        ]
 
 
 def find_calibration(pack: Path, manifest: Manifest, settings: Settings) -> Calibration | None:
@@ -102,19 +88,32 @@ def find_calibration(pack: Path, manifest: Manifest, settings: Settings) -> Cali
             raise
         logger.warning("mode auto does without this pack's calibration: %s", error)
         return None
-    if sparsity is not None and sparsity.has_predictors:
-        return Calibration(pack=pack, manifest=manifest, sparsity=sparsity)
+    predictors = (
+        () if sparsity is None else tuple(each.predictor for each in sparsity.layers if each.predictor is not None)
+    )
+    if sparsity is not None and len(predictors) == len(sparsity.layers):
+        return Calibration(pack=pack, manifest=manifest, sparsity=sparsity, predictors=predictors)
     if settings.mode == "sparse":
         raise ConfigError(f"{pack} has no predictors, which mode sparse needs: run `flashlm calibrate {pack}` first")
     return None
 
 
-def resolve_mode(settings: Settings, calibration: Calibration | None, *, fits: bool) -> ResolvedMode:
-    """Return the mode that runs.
+def find_routing(pack: Path, manifest: Manifest, *, must_exist: bool) -> Routing | None:
+    """Return what the pack's calibration saw of its experts' routing; None without one that can be used.
 
-    `auto` is `hybrid`, which is exact and never slower than `naive`, unless the model does not fit (`fits`) and a
-    calibration has met its error budget.
+    Raises:
+        ConfigError: There is none, and there must be.
+        PackError: There must be one, and it is damaged or of other weights.
     """
-    if settings.mode != "auto":
-        return settings.mode
-    return "sparse" if calibration is not None and calibration.is_trusted and not fits else "hybrid"
+    try:
+        routing = read_routing(pack, manifest)
+    except PackError as error:
+        if must_exist:
+            raise
+        logger.warning("the expert cache does without this pack's routing calibration: %s", error)
+        return None
+    if routing is None and must_exist:
+        raise ConfigError(
+            f"{pack} has no routing calibration, which expert policy pinned needs: run `flashlm calibrate {pack}` first"
+        )
+    return routing

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flashlm.engine.expert_store import ExpertStore
-from flashlm.engine.forward_pass import Where, split_tokens, tiles
+from flashlm.engine.forward_pass import Where, check_wanted, split_tokens, tiles
 from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
 from flashlm.memory.expert_needs import rows_per_product
@@ -104,6 +104,7 @@ def flash_experts_forward(
     bound = getattr(module, "flash_experts", None)
     if not isinstance(bound, BoundExperts):
         raise ConfigError("these experts have no weights yet: load the pack with flashlm.load or from_pretrained")
+    check_wanted()
     check_hidden_states(module, hidden_states)
     if not (top_k_index.is_cpu and top_k_weights.is_cpu):
         raise ConfigError(f"the routing is on {top_k_index.device}, but a pack computes on the CPU: move it there")

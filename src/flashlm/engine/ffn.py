@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from flashlm.engine.adapters import AdapterPass, AdapterShare
-from flashlm.engine.forward_pass import Where, split_tokens, tiles
+from flashlm.engine.forward_pass import Where, check_wanted, split_tokens, tiles
 from flashlm.engine.guards import StreamedModule, check_hidden_states
 from flashlm.engine.seat import Linears, Seat
 from flashlm.engine.sparse import RowFetch, SparseRows
@@ -238,6 +238,7 @@ class FlashFFN(StreamedModule):
             StorageError: A block can't be read.
         """
         bound = self.bound
+        check_wanted()
         check_hidden_states(self, hidden_states)
         adapters = None if self.seat is None else self.seat.begin(hidden_states)
         if adapters is not None and bound.sparse is not None:

@@ -2,7 +2,7 @@
 
 A `Pass` belongs to the context (thread or task) that runs it. Streams and caches count into the pass that runs, found
 through a context variable, so that passes of several threads on one model never mix; what is read outside of any pass
-counts into the model's totals alone.
+counts into the model's totals alone. Whoever runs passes may watch them (`PassWatch`) and break them off between two layers.
 
 A pass is of one of three phases: `prompt` (tokens that are new to the model, also in pieces or after a cache), `decode`
 (one token per sequence) and `verify` (a few drafted tokens per sequence, checked at once). The phase, and a sequence's own
@@ -29,6 +29,24 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 Where = torch.Tensor | slice | None  # which tokens of a layer's input: int64 positions, all, or none
 
 
+class PassCancelledError(Exception):
+    """A pass was broken off since nobody wants its result any more."""
+
+
+class PassWatch:
+    """Sees the passes of one model in a thread or task; does nothing by itself."""
+
+    def next_pass(self, cache: Any) -> None:
+        """Take note that `generate` is about to run a pass, with this KV cache or None. May raise, to end it here."""
+
+    def pass_ended(self, ended: Pass) -> None:
+        """Take note of a pass that has come to its end."""
+
+    def is_cancelled(self) -> bool:
+        """Return whether the running pass is to be broken off; asked in every streamed layer."""
+        return False
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class Pass:
     """One run of a model over some tokens.
@@ -39,6 +57,7 @@ class Pass:
         num_tokens: Tokens per sequence.
         totals: The model's running totals, which get this pass's counts when it ends; they say whose pass it is.
         lengths: Of each token the length of its sequence in this pass, int64; None where all are `num_tokens` long.
+        watch: Who watches it; None: nobody.
         counters: What this pass has read, found and waited for.
         wall_s: Time of the pass, without passes that ran inside it; 0 until it has ended.
     """
@@ -48,6 +67,7 @@ class Pass:
     num_tokens: int
     totals: Counters
     lengths: torch.Tensor | None = None
+    watch: PassWatch | None = None
     counters: Counters = field(default_factory=Counters)
     wall_s: float = 0.0
     _inner_s: float = 0.0
@@ -87,6 +107,17 @@ def counting(totals: Counters) -> Counters:
     """Return where to count: the running pass of the model with these totals, or the totals themselves outside of one."""
     running = _running.get()
     return running.counters if running is not None and running.totals is totals else totals
+
+
+def check_wanted() -> None:
+    """Break the running pass off where nobody wants it any more; every streamed layer begins with this.
+
+    Raises:
+        PassCancelledError: It is so.
+    """
+    running = _running.get()
+    if running is not None and running.watch is not None and running.watch.is_cancelled():
+        raise PassCancelledError
 
 
 class Split(NamedTuple):

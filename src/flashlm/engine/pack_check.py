@@ -9,21 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flashlm.engine.opened import OpenedPack
 from flashlm.engine.resident import check_header
 from flashlm.errors import ConfigError, FlashError, PackError, UnsupportedModelError
-from flashlm.pack.files import check_resident_file, check_small_files
-from flashlm.pack.manifest import FORMAT_VERSION, read_manifest, resident_path
+from flashlm.pack.files import check_resident_file, check_small_files, warn_of_changes
+from flashlm.pack.manifest import FORMAT_VERSION, Manifest, read_manifest, resident_path
 from flashlm.pack.pack_config import LOCAL_IMPLEMENTATIONS
 from flashlm.structure.model_config import check_config
 
 
-def check_pack(config: Any, check: str, format_version: object = FORMAT_VERSION) -> None:
+def check_pack(
+    config: Any, opened: OpenedPack | None, *, is_checked: bool, format_version: object = FORMAT_VERSION
+) -> tuple[Path | None, Manifest | None]:
     """Look at the pack that `config` was read from, where that is known, and at what `config` asks for.
 
     Args:
         config: The transformers config of the model that is about to be built.
-        check: "none" does without checksums.
+        opened: The pack, where it has been opened: manifest and config.json are then not read again.
+        is_checked: False does without checksums.
         format_version: What the config says of the pack's format.
+
+    Returns:
+        The folder and its manifest; None for both where it is not known which folder it is.
 
     Raises:
         PackError: The pack is damaged, of an older format, or of another model than `config`.
@@ -39,13 +46,18 @@ def check_pack(config: Any, check: str, format_version: object = FORMAT_VERSION)
                 f"the pack has format version {format_version!r}, this flashlm reads version {FORMAT_VERSION}:"
                 " convert the model again"
             )
-        return
-    manifest = read_manifest(folder)
-    check_small_files(folder, manifest, is_checked=check != "none")
+        return None, None
+    if opened is not None and opened.folder == folder:
+        manifest = opened.manifest
+        warn_of_changes(folder, manifest, is_checked=is_checked)
+    else:
+        manifest = read_manifest(folder)
+        check_small_files(folder, manifest, is_checked=is_checked)
     check_config(config, manifest, folder)
     check_resident_file(folder, manifest)
-    if check != "none":
+    if is_checked:
         check_header(resident_path(folder), manifest.resident)
+    return folder, manifest
 
 
 @contextmanager

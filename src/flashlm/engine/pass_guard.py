@@ -28,6 +28,7 @@ from flashlm.engine.cache_room import LiveCaches, cache_room, past_tokens
 from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
 from flashlm.engine.generation_guard import Wishes, generation_members
 from flashlm.engine.kv_pass import begin_pass, end_pass
+from flashlm.engine.turn import Turn
 from flashlm.errors import BudgetError
 from flashlm.memory.expert_needs import expert_pass_facts, expert_uses
 from flashlm.memory.limits import process_bytes, room_bytes
@@ -44,6 +45,8 @@ from flashlm.memory.pass_memory import (
     logits_bytes,
     pass_items,
 )
+from flashlm.pack.manifest import Manifest
+from flashlm.planner.decide import Decision
 from flashlm.sizes import format_size
 from flashlm.storage.platform import release_free_memory
 from flashlm.transformers_seam import attention_implementation, given_cache, made_cache
@@ -51,12 +54,10 @@ from flashlm.transformers_seam import attention_implementation, given_cache, mad
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from flashlm.engine.model import FlashModel
-
 ROOM_MARGIN_BYTES = 16 << 20  # what the allocator may round up or keep in a pass
 ROOM_LASTS_S = 0.2  # for which what the kernel had left is taken to be there still, less what this process has taken
 AMPLE_BYTES = 512 << 20  # so much beyond a pass's needs: others on the machine may take some meanwhile
-ROOM_WAIT_S = 1.0  # between looks, where another thread's pass is waited for
+ROOM_WAIT_S = 0.01  # between looks, where another thread's pass is waited for
 MAX_LOSS_PIECE_BYTES = 24 << 20  # the heaps of threads hold 64 MiB each, and larger buffers leave holes in them
 
 
@@ -64,18 +65,18 @@ class PassGuard:
     """What one model's passes may allocate, and what they are doing now.
 
     Args:
-        flash: The loaded model's placement and manifest.
+        manifest: The pack's.
+        decision: How it runs: placement and context.
         config: Its transformers config.
     """
 
-    def __init__(self, flash: FlashModel, config: Any) -> None:
-        manifest = flash.manifest
+    def __init__(self, manifest: Manifest, decision: Decision, config: Any) -> None:
         if manifest.experts:
             facts = expert_pass_facts(config, expert_uses(manifest))
         else:
             facts = pass_facts(config, [manifest.layout(layer) for layer in range(len(manifest.layers))])
-        placement, needs = flash.placement, flash.placement.needs
-        self.context = flash.context
+        placement, needs = decision.placement, decision.placement.needs
+        self.context = decision.context
         self.caches = LiveCaches()
         self.chunked = ChunkedLoss()
         self.wishes = Wishes()
@@ -84,7 +85,7 @@ class PassGuard:
         self._attention = attention_implementation(self._text)
         self._config = config
         self._threads = threading.local()
-        self._condition = threading.Condition()
+        self._turn = Turn()
         self._in_flight: dict[int, int] = {}  # bytes of running passes, by thread
         self._reserved_bytes = needs.kv_cache_bytes + needs.working_bytes
         self._fixed_bytes = needs.process_bytes + needs.resident_bytes + needs.predictor_bytes
@@ -260,22 +261,30 @@ class PassGuard:
         finally:
             self._threads.is_inside = before
             if not before:
-                with self._condition:
-                    self._in_flight.pop(threading.get_ident(), None)
-                    self._condition.notify_all()
+                self._in_flight.pop(threading.get_ident(), None)
 
     def _await_room(self) -> None:
         """Wait until the passes of other threads leave room for the one that this thread has checked last."""
         items: dict[str, int] = self._threads.__dict__.get("items", {})
         needed_bytes = sum(items.values()) + PASS_SLACK_BYTES
         held = (OTHER_CACHES, CACHE, STATIC_CACHE)  # they outlive the pass, and are counted as live caches
-        with self._condition:
-            while self._in_flight and sum(self._in_flight.values()) + needed_bytes > self.available_bytes():
-                self._condition.wait(ROOM_WAIT_S)
-            self._in_flight[threading.get_ident()] = sum(size for name, size in items.items() if name not in held)
-            if len(self._in_flight) > 1 or self._threads.__dict__.get("is_tight", True):
-                # a thread's own heap keeps what is freed
-                release_free_memory()
+        mine_bytes = sum(size for name, size in items.items() if name not in held)
+        has_room = False
+        while not has_room:
+            # A native turn, and no lock of Python's, which an interrupt between two instructions could leave locked.
+            with self._turn.take(self._enter, lambda *_: None, needed_bytes, mine_bytes) as has_room:
+                if has_room and (len(self._in_flight) > 1 or self._threads.__dict__.get("is_tight", True)):
+                    release_free_memory()  # a thread's own heap keeps what is freed
+            if not has_room:
+                time.sleep(ROOM_WAIT_S)
+
+    def _enter(self, needed_bytes: int, mine_bytes: int) -> bool:
+        """Let this thread's pass in where the running ones of others leave room for it; return whether they do."""
+        others = list(self._in_flight.values())
+        if others and sum(others) + needed_bytes > self.available_bytes():
+            return False
+        self._in_flight[threading.get_ident()] = mine_bytes
+        return True
 
     @property
     def is_inside(self) -> bool:
@@ -309,9 +318,9 @@ class PassGuard:
         return num_positions, left_bytes
 
 
-def guard_passes(model: PreTrainedModel, flash: FlashModel) -> PassGuard:
+def guard_passes(model: PreTrainedModel, manifest: Manifest, decision: Decision) -> PassGuard:
     """Make every pass of `model` and of its decoder ask a guard before it allocates; return the guard."""
-    guard = PassGuard(flash, model.config)
+    guard = PassGuard(manifest, decision, model.config)
     decoder = model.get_decoder()
     if decoder is not model:
         _guard_module(decoder, guard, _guarded_decoder)

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flashlm.engine.counters import Counters
-from flashlm.engine.forward_pass import PHASES, Pass, Phase, running_pass
+from flashlm.engine.forward_pass import PHASES, Pass, PassWatch, Phase, running_pass
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import ConfigError
 from flashlm.transformers_seam import given_cache
@@ -46,6 +46,15 @@ class _Chosen:
     phase: Phase
 
 
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """Who watches the passes of one model."""
+
+    passes: Passes
+    watch: PassWatch
+
+
+_watched: ContextVar[_Watched | None] = ContextVar("flashlm_watch", default=None)
 _chosen: ContextVar[tuple[_Chosen, ...]] = ContextVar("flashlm_phase", default=())
 
 
@@ -94,6 +103,19 @@ class Passes:
             # By identity, not by token: generators may leave in another order, or in another context, than they came.
             _chosen.set(tuple(each for each in _chosen.get() if each is not mine))
 
+    @contextmanager
+    def watched(self, watch: PassWatch) -> Iterator[None]:
+        """Let `watch` see this model's passes in the calling thread or task."""
+        token = _watched.set(_Watched(self, watch))
+        try:
+            yield
+        finally:
+            _watched.reset(token)
+
+    def _watch(self) -> PassWatch | None:
+        watched = _watched.get()
+        return watched.watch if watched is not None and watched.passes is self else None
+
     def attach(
         self, model: nn.Module, streamed: Sequence[str], measure: Callable[[Any, Any, dict[str, Any]], CallSize]
     ) -> None:
@@ -134,6 +156,8 @@ class Passes:
             with self._lock:
                 self.totals.add(mine.counters)
         self.telemetry.add(mine)
+        if mine.watch is not None:
+            mine.watch.pass_ended(mine)
         return output
 
     def new_pass(self, size: CallSize, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
@@ -148,7 +172,12 @@ class Passes:
                 lengths = torch.tensor(packed).repeat_interleave(torch.tensor(packed))
             phase = "decode" if num_tokens == 1 else "prompt"
         return Pass(
-            phase=phase, num_sequences=num_sequences, num_tokens=num_tokens, totals=self.totals, lengths=lengths
+            phase=phase,
+            num_sequences=num_sequences,
+            num_tokens=num_tokens,
+            totals=self.totals,
+            lengths=lengths,
+            watch=self._watch(),
         )
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Phase | None:
@@ -164,6 +193,8 @@ class Passes:
 
     def _prepare(self, prepare: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Prepare inputs, and note what `generate` wants them for."""
+        if (watch := self._watch()) is not None:
+            watch.next_pass(given_cache(kwargs))
         prepared = prepare(*args, **kwargs)
         inputs = prepared.get("input_ids")
         inputs = prepared.get("inputs_embeds") if inputs is None else inputs

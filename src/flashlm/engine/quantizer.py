@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from flashlm.engine.config import Settings, make_settings
+from flashlm.engine.opened import OpenedPack
 from flashlm.engine.pack_check import check_pack
 from flashlm.errors import ConfigError, PackError
-from flashlm.pack.manifest import FORMAT_VERSION, RESIDENT_NAME
+from flashlm.pack.manifest import FORMAT_VERSION, RESIDENT_NAME, read_manifest
 from flashlm.pack.pack_config import QUANT_METHOD
+from flashlm.planner.settings import NAMES, Asked, Settings, make_settings
 from flashlm.structure import activations
 from flashlm.transformers_seam import (
     AUTO_QUANTIZER_MAPPING,
@@ -28,59 +29,57 @@ from flashlm.transformers_seam import check as check_transformers
 
 
 class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
-    """How to load a pack; what is None comes from `FLASHLM_DRAM`, `FLASHLM_MODE`, `FLASHLM_CONTEXT` or the defaults.
+    """How to load a pack: holds one `Settings`, made here once from what was asked for, or handed over by `load`.
+
+    Without either, as transformers makes it from a pack's config.json, the settings are those of the environment
+    (`FLASHLM_DRAM`, `FLASHLM_MODE`, `FLASHLM_CONTEXT`, `FLASHLM_CHECK`) and defaults, made when they are first needed.
 
     Args:
-        dram: Bound on the whole process, like "6GiB" or a number of bytes.
-        mode: "auto", "hybrid", "sparse", "naive" or "experts".
-        context: Tokens that the KV cache may hold, of all sequences and beams together.
-        pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
-        plan: File that `flashlm plan --save` wrote; what is None here comes from it.
-        expert_policy: What the expert cache of a pack of experts keeps: "auto", "lru", "lfu" or "pinned".
-        check: What is held against checksums: "load" (what is read while loading), "all" or "none".
+        settings: Settings that have been made; None makes them.
+        opened: The pack, where it has been opened.
         format_version: Version of the pack's format, as its config.json states it.
+        quant_method: As config.json states it.
+        **asked: What to make settings of: `dram`, `mode`, `context`, `pin`, `plan`, `expert_policy` and `check` of
+            `planner.settings.Asked`.
 
     Raises:
-        ConfigError: A value that can't be read or is out of range.
+        ConfigError: A value that can't be read or is out of range, or an argument that is none of these.
     """
 
     def __init__(
         self,
-        dram: str | int | None = None,
-        mode: str | None = None,
-        context: int | None = None,
-        pin: str | int | None = None,
-        plan: str | Path | None = None,
-        expert_policy: str | None = None,
-        check: str | None = None,
+        settings: Settings | None = None,
+        *,
+        opened: OpenedPack | None = None,
         format_version: int = FORMAT_VERSION,
-        **unknown: Any,
+        quant_method: str = QUANT_METHOD,
+        **asked: Unpack[Asked],
     ) -> None:
-        unknown.pop("quant_method", None)
-        if unknown:
-            raise ConfigError(
-                f"FlashConfig has no {', '.join(sorted(unknown))}: it takes dram, mode, context, pin, plan,"
-                " expert_policy and check"
-            )
+        if unknown := sorted(set(asked) - set(NAMES)):
+            raise ConfigError(f"FlashConfig has no {', '.join(unknown)}: it takes {', '.join(NAMES)}")
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.dram = dram
-        self.mode = mode
-        self.context = context
-        self.pin = pin
-        self.plan = plan
-        self.expert_policy = expert_policy
-        self.check = check
-        self.settings()
+        self.opened = opened
+        self._settings = make_settings(**asked) if settings is None and asked else settings
 
+    @property
     def settings(self) -> Settings:
-        """Return the validated settings, environment variables included."""
-        return make_settings(self.dram, self.mode, self.context, self.pin, self.plan, self.expert_policy, self.check)
+        """What the user chose."""
+        if self._settings is None:
+            self._settings = make_settings()
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return an entry: transformers asks so before it knows whether it has this object or config.json's entry."""
+        return getattr(self, name, default)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Return what `from_pretrained(quantization_config=...)` may change about a pack."""
-        names = ("dram", "mode", "context", "pin", "plan", "expert_policy", "check")
-        return {name: getattr(self, name) for name in names}
+        """Return what `from_pretrained(quantization_config=...)` changes about a pack."""
+        return {"settings": self.settings, "opened": self.opened}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what belongs in a config.json: nothing that depends on the machine."""
@@ -110,14 +109,17 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
         return
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from flashlm.engine.model import FlashModel
+        from flashlm.engine.prepare import prepare  # with torch and models; this module is imported within transformers
 
         pack = _pack_folder(kwargs.get("checkpoint_files"))
-        self._flash = FlashModel.prepare(model, pack, self.quantization_config.settings(), dtype=self._dtype)
+        folder, manifest = self._checked
+        if folder is None or manifest is None or folder.absolute() != pack:  # a name on the hub, or another's config
+            manifest = read_manifest(pack)
+        self._unbound = prepare(model, pack, manifest, self.quantization_config.settings, dtype=self._dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self._flash.bind(model)
+        self._unbound.bind(model)
         return model
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -129,12 +131,15 @@ class FlashQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is unty
             PackError: The pack is damaged, or `config` is of another model.
             ConfigError: An attention implementation that would be fetched was asked for.
         """
-        check_pack(config, self.quantization_config.settings().check, self.quantization_config.format_version)
+        asked = self.quantization_config
+        self._checked = check_pack(
+            config, asked.opened, is_checked=asked.settings.is_checked, format_version=asked.format_version
+        )
         config.transformers_weights = RESIDENT_NAME
         return config
 
     def update_dtype(self, dtype: Any) -> Any:
-        """Remember what was asked: a pack has the dtype that it was converted to, and another is refused."""
+        """Remember what was asked for: a pack has the dtype that it was converted to, and another is refused."""
         self._dtype = dtype
         return dtype
 
@@ -167,7 +172,9 @@ def register() -> None:
     register_quantizer(QUANT_METHOD)(FlashQuantizer)
     accept_loading_attributes(FlashConfig)
     # transformers then warns that it did just that, in words which sound as if the settings were ignored.
-    warnings.filterwarnings("ignore", message=r"(?s)You passed `quantization_config`.*\['dram', ", category=UserWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"(?s)You passed `quantization_config`.*\['settings', ", category=UserWarning
+    )
 
 
 register()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +10,8 @@ import torch
 from flashlm.memory.budget import Needs
 from flashlm.memory.limits import process_bytes
 from flashlm.memory.pass_memory import PassFacts, working_bytes
-from flashlm.pack.manifest import read_manifest
 from flashlm.rows.kernels import WIDEN_PIECE_BYTES, choose_strategy
 from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
-from flashlm.structure.model_config import load_pack_config
 from flashlm.transformers_seam import attention_implementation
 
 DEFAULT_CONTEXT = 2048
@@ -33,23 +29,6 @@ _LOGIT_SCALINGS = (
     "logits_soft_cap",
     "output_logit_soft_cap",
 )
-
-
-def read_config(pack: Path, *, is_checked: bool | None = None, **trust: Any) -> Any:
-    """Return the transformers config of a pack.
-
-    Args:
-        pack: The folder.
-        is_checked: Whether config.json is held against its checksum; None: unless `FLASHLM_CHECK` is "none".
-        **trust: `trust_remote_code`, if at all.
-
-    Raises:
-        PackError: Not a finished pack, or its config.json is missing, damaged or (`is_checked`) changed.
-        UnsupportedModelError: A config that this transformers can't use.
-    """
-    if is_checked is None:
-        is_checked = os.environ.get("FLASHLM_CHECK") != "none"
-    return load_pack_config(pack, read_manifest(pack), is_checked=is_checked, **trust)
 
 
 def kv_cache_bytes_per_token(config: Any, dtype_bytes: int) -> int:

@@ -65,6 +65,11 @@ def check_small_files(pack: Path, manifest: Manifest, *, is_checked: bool = True
     """
     read_pack_config(pack, manifest, is_checked=is_checked)
     check_special_files(pack)
+    warn_of_changes(pack, manifest, is_checked=is_checked)
+
+
+def warn_of_changes(pack: Path, manifest: Manifest, *, is_checked: bool) -> None:
+    """Announce small files beside config.json that are not as they were converted."""
     if is_checked:
         for problem in small_file_problems(pack, manifest, but=(CONFIG_NAME, NOTE_NAME)):
             logger.warning("%s; if that was not you, convert the model again", problem)

@@ -17,11 +17,12 @@ from flashlm.memory.expert_budget import place_experts
 from flashlm.memory.expert_needs import measure_expert_needs
 from flashlm.memory.needs import DEFAULT_CONTEXT, measure_needs
 from flashlm.planner.bottleneck import would_help
+from flashlm.planner.choices import ResolvedMode
 from flashlm.planner.cost import TokenCost
 from flashlm.planner.estimate import DenseUse, dense_use, exact_token, prompt_s, sparse_token
 from flashlm.planner.expert_plan import make_expert_plan
 from flashlm.planner.expert_shape import ExpertShape
-from flashlm.planner.plan_document import Mode, Plan
+from flashlm.planner.plan_document import Plan
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH
@@ -53,23 +54,16 @@ ERROR_BAND = 0.25  # of predicted against measured tokens: the worst cell of 7 B
 class Candidate:
     """One way to run, and its cost."""
 
-    mode: Mode
+    mode: ResolvedMode
     max_gap: int
     placement: Placement
     cost: TokenCost
     reads: ReadSetting
 
 
-def model_needs(shape: ModelShape, context: int, *, with_predictors: bool = False) -> Needs:
-    """Return what the model must hold before anything is pinned, in a process like this one."""
-    predictor_bytes = shape.sparse.predictor_bytes if with_predictors and shape.sparse is not None else 0
-    return measure_needs(
-        shape.config,
-        shape.layouts,
-        resident_bytes=shape.resident_bytes,
-        context=context,
-        predictor_bytes=predictor_bytes,
-    )
+def model_needs(shape: ModelShape, context: int) -> Needs:
+    """Return what the model must hold before anything is pinned, predictors aside, in a process like this one."""
+    return measure_needs(shape.config, shape.layouts, resident_bytes=shape.resident_bytes, context=context)
 
 
 def make_plan(
@@ -97,7 +91,8 @@ def make_plan(
     check_mode(shape, mode)
     if isinstance(shape, ExpertShape):
         return make_expert_plan(shape, rates, dram_bytes, context, min(PROMPT_TOKENS, context))
-    best = cheapest(shape, rates, dram_bytes, context, mode)
+    needs = model_needs(shape, context)
+    best = cheapest(shape, rates, dram_bytes, mode, needs)
     num_tokens = min(PROMPT_TOKENS, context)
     return Plan(
         source=shape.name,
@@ -125,7 +120,7 @@ def make_plan(
         cache_bytes=best.placement.cache_bytes,
         disk_bytes=shape.total_bytes,
         would_help=would_help(
-            lambda rates, dram_bytes: cheapest(shape, rates, dram_bytes, context, best.mode).cost.total_s,
+            lambda rates, dram_bytes: cheapest(shape, rates, dram_bytes, best.mode, needs).cost.total_s,
             rates,
             dram_bytes,
         ),
@@ -162,24 +157,31 @@ def check_fits(shape: ModelShape | ExpertShape, dram_bytes: int, context: int | 
         place(shape.layouts, model_needs(shape, context), dram_bytes, max_pinned_bytes=0)
 
 
-def cheapest(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, mode: str) -> Candidate:
-    """Return the candidate that costs least.
+def cheapest(shape: ModelShape, rates: Rates, dram_bytes: int, mode: str, needs: Needs) -> Candidate:
+    """Return the candidate that costs least. Pure, as `candidates` is.
 
     Raises:
         BudgetError: None fits.
     """
-    return min(candidates(shape, rates, dram_bytes, context, mode), key=lambda each: each.cost.total_s)
+    return min(candidates(shape, rates, dram_bytes, mode, needs), key=lambda each: each.cost.total_s)
 
 
-def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, mode: str) -> Iterator[Candidate]:
+def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, mode: str, needs: Needs) -> Iterator[Candidate]:
     """Yield every way to run that is allowed.
+
+    Args:
+        shape: The model.
+        rates: The machine.
+        dram_bytes: Bound on the whole process.
+        mode: "auto", or the one mode to look at.
+        needs: What the model must hold beside what is placed, without predictors.
 
     Raises:
         BudgetError: None fits.
     """
     use = dense_use(shape)
     if mode in ("auto", "hybrid", "naive"):
-        exact = list(_exact(shape, rates, dram_bytes, model_needs(shape, context), use, mode))
+        exact = list(_exact(shape, rates, dram_bytes, needs, use, mode))
         yield from exact
         if mode == "auto" and exact[0].placement.streamed_bytes == 0:
             return  # everything fits, exactly
@@ -187,8 +189,8 @@ def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, m
     if sparse is None or not (mode == "sparse" or (mode == "auto" and sparse.has_passed)):
         return
     try:
-        needs = model_needs(shape, context, with_predictors=True)
-        placement = place_sparse(shape.layouts, sparse.uses, needs, dram_bytes)
+        with_predictors = replace(needs, predictor_bytes=sparse.predictor_bytes)
+        placement = place_sparse(shape.layouts, sparse.uses, with_predictors, dram_bytes)
     except BudgetError:
         if mode == "sparse":
             raise

@@ -9,11 +9,10 @@ from pydantic import Field
 
 from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import ConfigError
+from flashlm.planner.choices import ResolvedMode
 
 PLAN_VERSION: Literal[4] = 4
 MAX_PLAN_BYTES = 1 << 20
-
-Mode = Literal["naive", "hybrid", "sparse", "experts"]
 
 
 class Plan(Strict):
@@ -44,7 +43,7 @@ class Plan(Strict):
     outline: str
     dram_bytes: Annotated[int, Field(gt=0)]
     context: Annotated[int, Field(gt=0)]
-    mode: Mode
+    mode: ResolvedMode
     is_exact: bool
     max_gap: Annotated[int, Field(ge=0, le=64)] = 0
     window: Annotated[int, Field(ge=0)] = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from flashlm.errors import ConfigError
@@ -15,7 +15,21 @@ from flashlm.sizes import format_size
 
 logger = logging.getLogger(__name__)
 
-READ_SETTINGS = ("max_gap", "staging_bytes", "piece_bytes", "queue_depth")  # found for one budget and one mode
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedReads:
+    """How a plan reads; found for one budget and one mode, and of no use for others.
+
+    Attributes:
+        max_gap: Rows between two missing ones that are read through (mode `sparse`).
+        staging_bytes: How far blocks are read ahead.
+        piece_bytes, queue_depth: Size of a read and reads in flight.
+    """
+
+    max_gap: int
+    staging_bytes: int
+    piece_bytes: int
+    queue_depth: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +40,13 @@ class PlanUse:
         path: Its file.
         plan: What it says.
         notes: What of it, or of the environment, does not count, and why; ready for people.
-        reads: The settings that count only for the plan's own budget and mode; empty for another.
+        reads: How it reads; None where another budget or mode was asked for than it was made for.
     """
 
     path: Path
     plan: Plan
     notes: tuple[str, ...]
-    reads: dict[str, int]
+    reads: PlannedReads | None
 
 
 def use_plan(
@@ -53,12 +67,16 @@ def use_plan(
     notes = [
         f"its {_shown(name, getattr(plan, name))} ({_shown(name, asked[name])} was asked for)" for name in differing
     ]
-    reads = {name: getattr(plan, name) for name in READ_SETTINGS}
+    reads: PlannedReads | None = PlannedReads(
+        max_gap=plan.max_gap,
+        staging_bytes=plan.staging_bytes,
+        piece_bytes=plan.piece_bytes,
+        queue_depth=plan.queue_depth,
+    )
     if {"dram_bytes", "mode"} & set(differing):
-        notes.append(
-            "its " + ", ".join(f"{name}={value}" for name, value in reads.items()) + " (found for its own run)"
-        )
-        reads = {}
+        its = ", ".join(f"{each.name}={getattr(plan, each.name)}" for each in fields(PlannedReads))
+        notes.append(f"its {its} (found for its own run)")
+        reads = None
     notes += [f"{name}={value} of the environment (the plan goes before it)" for name, value in environment.items()]
     return PlanUse(path=path, plan=plan, notes=tuple(notes), reads=reads)
 

@@ -1,0 +1,400 @@
+"""A loaded pack beside its transformers model: a decision carried out. Placement, stream or caches, passes and telemetry.
+
+`apply` swaps the streamed layers in before transformers loads weights; `UnboundRuntime.bind` reads the resident weights and
+what is pinned after it, and gives the `FlashRuntime`, which is `model.flash` from then on. Nothing of a pass lives here:
+phase, sequences and counters are the `Pass`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from flashlm.engine import load_progress
+from flashlm.engine.block_check import BlockCheck
+from flashlm.engine.calibrated import EXACT, Calibration
+from flashlm.engine.counters import Counters
+from flashlm.engine.expert_loading import connect_experts, take_out_experts
+from flashlm.engine.expert_store import ExpertStore
+from flashlm.engine.ffn import FlashFFN
+from flashlm.engine.forward_pass import Phase
+from flashlm.engine.guards import guard
+from flashlm.engine.linear import fold_linears, widen_linears
+from flashlm.engine.pass_guard import guard_passes
+from flashlm.engine.phases import CallSize, Passes, num_cached_tokens
+from flashlm.engine.resident import ResidentLoad, load_resident
+from flashlm.engine.row_check import RowCheck
+from flashlm.engine.seat import attach, find_linears
+from flashlm.engine.sparse import SparseRows
+from flashlm.engine.standin import StreamedActivation
+from flashlm.engine.stream import BlockStream
+from flashlm.engine.telemetry import Telemetry
+from flashlm.errors import PackError
+from flashlm.memory.budget import Placement
+from flashlm.memory.expert_policy import CachePolicy
+from flashlm.memory.needs import torch_dtype
+from flashlm.pack.manifest import Manifest, layer_path, resident_path
+from flashlm.pack.reorder import read_order
+from flashlm.planner.choices import CheckChoice, ResolvedMode
+from flashlm.planner.decide import Decision
+from flashlm.rows.kernels import MAX_TOKENS
+from flashlm.rows.layout import LayerLayout
+from flashlm.rows.products import BlockGemm
+from flashlm.sizes import format_size
+from flashlm.sparsity.predictor import Predictor
+from flashlm.storage.reader import File, Reader
+from flashlm.structure.ffn_probe import find_learned
+from flashlm.transformers_seam import given_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+MAX_LONE_KV_BYTES = 256 << 20  # a KV cache that one thread of torch reads in passing
+
+
+@dataclass(kw_only=True, eq=False)
+class FlashRuntime:
+    """What flashlm knows about a model that it feeds from flash; `model.flash` of a loaded pack.
+
+    Attributes:
+        pack: The pack's folder.
+        manifest: Its manifest.
+        decision: How it runs: mode, context, placement, reads.
+        reader: The reader of the streamed layers.
+        passes: Begins a pass for every call of the model.
+        resident_load: What reading the resident part took.
+        check: What is held against checksums: "load", "all" or "none".
+        calibration: What mode `sparse` goes by; None in the others.
+        stream: Blocks of feed-forward layers; None in mode `experts`.
+        sparse: The neuron cache and its reads (mode `sparse`).
+        experts: The expert cache and its reads (mode `experts`).
+    """
+
+    pack: Path
+    manifest: Manifest
+    decision: Decision
+    reader: Reader
+    passes: Passes
+    resident_load: ResidentLoad
+    check: CheckChoice
+    calibration: Calibration | None = None
+    stream: BlockStream | None = None
+    sparse: SparseRows | None = None
+    experts: ExpertStore | None = None
+
+    @property
+    def mode(self) -> ResolvedMode:
+        """The mode in which it runs."""
+        return self.decision.mode
+
+    @property
+    def context(self) -> int:
+        """Tokens that the KV cache may hold, of all sequences and beams together."""
+        return self.decision.context
+
+    @property
+    def placement(self) -> Placement:
+        """Where every block or expert lives."""
+        return self.decision.placement
+
+    @property
+    def max_gap(self) -> int:
+        """Rows between two missing ones that are read through (mode `sparse`)."""
+        return self.decision.max_gap
+
+    @property
+    def expert_policy(self) -> CachePolicy | None:
+        """How the expert cache is run (mode `experts`)."""
+        return self.decision.policy
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """A record per forward pass."""
+        return self.passes.telemetry
+
+    def close(self) -> None:
+        """Let reads in flight land and close the files. The model can't be used afterwards."""
+        if self.stream is not None:
+            self.stream.close()
+        self.reader.close()
+
+    @property
+    def exactness(self) -> str:
+        """One line: exact, or how far from it."""
+        return EXACT if self.calibration is None else self.calibration.exactness()
+
+    def describe(self) -> str:
+        """Return one line: mode, exactness and where the bytes are."""
+        return describe(self.decision, self.manifest, self.exactness, self.reader)
+
+    def phase(self, phase: Phase) -> AbstractContextManager[None]:
+        """Name what calls of the model are for, in this thread or task: `with model.flash.phase("verify"):`.
+
+        `generate` names it by itself. A call that nobody names is `decode` with one token per sequence, else `prompt`.
+
+        Args:
+            phase: "prompt" (exact in every mode), "decode" or "verify" (rows predicted in mode `sparse`).
+
+        Raises:
+            ConfigError: There is no such phase.
+        """
+        return self.passes.phase(phase)
+
+
+def apply(
+    model: PreTrainedModel,
+    pack: Path,
+    manifest: Manifest,
+    decision: Decision,
+    *,
+    calibration: Calibration | None,
+    check: CheckChoice,
+) -> UnboundRuntime:
+    """Swap the streamed layers of `model`, whose weights are still to come, for ours.
+
+    Args:
+        model: As transformers built it.
+        pack: The folder.
+        manifest: Its manifest.
+        decision: How it will run.
+        calibration: What mode `sparse` goes by; None in the others.
+        check: What is held against checksums.
+
+    Raises:
+        PackError: The pack does not belong to the model.
+    """
+    if manifest.experts:
+        take_out_experts(model, manifest)
+    else:
+        _swap_layers(model, manifest)
+    reader = Reader(queue_depth=decision.queue_depth, piece_bytes=decision.piece_bytes)
+    exactness = EXACT if calibration is None else calibration.exactness()
+    logger.info("%s", describe(decision, manifest, exactness, reader))
+    return UnboundRuntime(
+        pack=pack, manifest=manifest, decision=decision, reader=reader, calibration=calibration, check=check
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UnboundRuntime:
+    """A decision of which the first half is carried out: the layers are ours, and no weight has been read yet.
+
+    Attributes are those of `FlashRuntime`.
+    """
+
+    pack: Path
+    manifest: Manifest
+    decision: Decision
+    reader: Reader
+    calibration: Calibration | None
+    check: CheckChoice
+
+    def bind(self, model: PreTrainedModel) -> FlashRuntime:
+        """Read the resident weights and what is pinned, connect the layers, and return the runtime.
+
+        Raises:
+            StorageError: A file can't be read, or is not of the size that the manifest states.
+            PackError: What was read is damaged.
+        """
+        manifest, placement, passes = self.manifest, self.decision.placement, Passes()
+        load_progress.expect(manifest.resident.num_bytes + placement.pinned_bytes)
+        load_progress.expect(0 if placement.experts is None else placement.cache_bytes)
+        resident_load = load_resident(
+            model, resident_path(self.pack), manifest.resident, self.reader, is_checked=self.check != "none"
+        )
+        files = [self._open_layer(layer_path(self.pack, entry), layout) for entry, layout in manifest.files]
+        gemm = BlockGemm(manifest.dtype)
+        stream, sparse, experts = None, None, None
+        if self.decision.policy is not None:
+            experts = connect_experts(
+                model,
+                manifest,
+                self.reader,
+                files,
+                placement,
+                self.decision.policy,
+                gemm,
+                passes.totals,
+                self._block_check(),
+            )
+        else:
+            stream, sparse = self._bind_layers(model, files, gemm, passes.totals)
+        load_progress.finish()
+        model.requires_grad_(False)
+        if gemm.strategy == "widen":
+            widen_linears(model)
+        fold_linears(model)
+        runtime = FlashRuntime(
+            pack=self.pack,
+            manifest=manifest,
+            decision=self.decision,
+            reader=self.reader,
+            passes=passes,
+            resident_load=resident_load,
+            check=self.check,
+            calibration=self.calibration,
+            stream=stream,
+            sparse=sparse,
+            experts=experts,
+        )
+        model.flash = runtime
+        guard_passes(model, manifest, self.decision)
+        guard(model)
+        passes.attach(model, [entry.module for entry, _ in manifest.files], self._measure)
+        weakref.finalize(model, runtime.close)
+        return runtime
+
+    def _bind_layers(
+        self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters
+    ) -> tuple[BlockStream, SparseRows | None]:
+        """Connect the feed-forward layers to the stream, and in mode `sparse` to the neuron cache."""
+        manifest = self.manifest
+        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
+        stream = BlockStream(
+            self.reader,
+            files,
+            layouts,
+            self.decision.placement,
+            read_ahead=self.decision.mode != "naive",
+            counters=counters,
+            check=self._block_check(),
+        )
+        sparse, predictors = self._bind_sparse(layouts, files, counters)
+        for index, entry in enumerate(manifest.layers):
+            layer = model.get_submodule(entry.module)
+            assert isinstance(layer, FlashFFN)
+            predict = predictors[index].predict if predictors else None
+            stored = read_order(self.pack, entry)
+            order = None if stored is None else torch.from_numpy(stored)
+            layer.bind(stream, gemm, sparse=sparse, predict=predict, order=order)
+            if layer.linears is not None:
+                owner = model.get_submodule(entry.module.rpartition(".")[0])
+                attach(layer, entry, owner, layer.linears, order)
+            if self.calibration is not None:
+                layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
+        return stream, sparse
+
+    def _bind_sparse(
+        self, layouts: list[LayerLayout], files: list[File], counters: Counters
+    ) -> tuple[SparseRows | None, list[Predictor]]:
+        """Make the neuron cache and load the predictors; without a calibration there are none."""
+        capacities = self.decision.placement.cache
+        if self.calibration is None or capacities is None:
+            return None, []
+        sparse = SparseRows(
+            self.reader,
+            files,
+            layouts,
+            capacities,
+            window=self.calibration.sparsity.window,
+            max_gap=self.decision.max_gap,
+            counters=counters,
+        )
+        sparse.warm()
+        if self.check != "none":
+            sparse.use_check(RowCheck(self.reader, files, layouts, self._block_check()), keeps=self.check == "all")
+        return sparse, self.calibration.load_predictors()
+
+    def _block_check(self) -> BlockCheck:
+        entries = [(layer_path(self.pack, entry), entry.checksums) for entry, _ in self.manifest.files]
+        what = "expert" if self.manifest.experts else "block"
+        return BlockCheck(entries, what, at_load=self.check != "none", always=self.check == "all")
+
+    def _open_layer(self, path: Path, layout: LayerLayout) -> File:
+        """Open a layer's file; through the page cache where its rows are no multiple of the device's block and are read."""
+        file = self.reader.open(path, expected_bytes=layout.file_bytes)
+        if self.calibration is None or layout.row_stride_bytes % file.alignment_bytes == 0:
+            return file
+        file.close()
+        return self.reader.open(path, expected_bytes=layout.file_bytes, direct=False)
+
+    def _measure(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSize:
+        """Return how large a call is, before it becomes a pass.
+
+        A small pass keeps torch to one thread: after every small product its others would spin on the cores that our
+        kernels want.
+        """
+        num_sequences, num_tokens = _input_shape(args, kwargs)
+        cached = num_sequences * (num_cached_tokens(given_cache(kwargs)) + num_tokens)
+        kv_bytes = cached * self.decision.placement.needs.kv_cache_bytes // self.decision.context
+        is_small = num_sequences * num_tokens <= MAX_TOKENS and kv_bytes <= MAX_LONE_KV_BYTES
+        return CallSize(num_sequences=num_sequences, num_tokens=num_tokens, is_small=is_small)
+
+
+def describe(decision: Decision, manifest: Manifest, exactness: str, reader: Reader) -> str:
+    """Return one line on a decision: mode, exactness and where the bytes are."""
+    placement = decision.placement
+    streamed = f"streamed {format_size(placement.streamed_bytes)} a token"
+    if placement.cache is not None:
+        streamed = (
+            f"predictors {format_size(placement.needs.predictor_bytes)}, neuron cache"
+            f" {format_size(placement.cache_bytes)} of {format_size(placement.streamed_bytes)}"
+        )
+    elif placement.experts is not None:
+        num_experts = sum(entry.num_experts for entry in manifest.experts)
+        streamed = (
+            f"expert cache {format_size(placement.cache_bytes)}: {sum(placement.experts)} of {num_experts}"
+            f" experts of {format_size(placement.slot_bytes)}{_describe_policy(decision)}"
+        )
+    return (
+        f"mode {decision.mode} ({exactness.split(':')[0]}), dram {format_size(placement.dram_bytes)}:"
+        f" resident {format_size(placement.needs.resident_bytes)}, pinned {format_size(placement.pinned_bytes)},"
+        f" {streamed}, staging {format_size(placement.staging_bytes)},"
+        f" context {decision.context} tokens; reader: {reader.describe()}"
+    )
+
+
+def _describe_policy(decision: Decision) -> str:
+    policy = decision.policy
+    if policy is None or decision.placement.num_slots == 0:  # all are held
+        return ""
+    num_pinned = sum(len(experts) for experts in policy.pinned)
+    return f", {policy.name}" + (f" ({num_pinned} pinned)" if num_pinned else "")
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Return sequences and tokens per sequence of a forward call of a transformers model."""
+    for candidate in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+        if candidate is not None:
+            return int(candidate.shape[0]), int(candidate.shape[1])
+    return 0, 0
+
+
+def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
+    """Put a `FlashFFN` in the place of every streamed layer, and identities where it does another module's work."""
+    if manifest.activation not in ACT2FN:
+        raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
+    for layer, entry in enumerate(manifest.layers):
+        try:
+            learned = find_learned(model.get_submodule(entry.module), manifest.activation)
+            ffn = FlashFFN(
+                layer=layer,
+                layout=manifest.layout(layer),
+                activation=ACT2FN[manifest.activation] if learned is None else learned[1].__call__,
+                dtype=torch_dtype(manifest.dtype),
+                has_up_bias=entry.has_up_bias,
+                has_gate_bias=entry.has_gate_bias,
+                has_down_bias=entry.has_down_bias,
+            )
+            if learned is not None:  # its weights are resident, under the names that they have in the model
+                ffn.add_module(*learned)
+            ffn.linears = find_linears(model, entry)
+            model.set_submodule(entry.module, ffn)
+            for name in entry.identities:
+                model.get_submodule(name)
+                model.set_submodule(name, StreamedActivation(name))
+        except AttributeError as error:
+            raise PackError(
+                f"the pack streams {entry.module}, which {type(model).__name__} does not have ({error}):"
+                " convert the model again with this version of transformers"
+            ) from error

@@ -1,0 +1,16 @@
+"""What can be chosen by name, listed once: modes, expert policies, checks. Imports nothing, so that `--help` may read it."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+ResolvedMode = Literal["hybrid", "sparse", "naive", "experts"]
+"""How a pack runs."""
+Mode = Literal["auto", ResolvedMode]
+"""What may be asked for; `auto` leaves the choice to `decide`."""
+ExpertPolicyChoice = Literal["auto", "lru", "lfu", "pinned"]
+CheckChoice = Literal["load", "all", "none"]
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+EXPERT_POLICIES: tuple[ExpertPolicyChoice, ...] = get_args(ExpertPolicyChoice)
+CHECKS: tuple[CheckChoice, ...] = get_args(CheckChoice)
