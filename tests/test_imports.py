@@ -15,6 +15,7 @@ ROOT = Path(flashlm.__file__).parent
 ORDER = (
     "native",
     "transformers_seam",
+    "rows",
     "kernels",
     "pru",
     "storage",

@@ -26,6 +26,7 @@ from flashlm.pack.manifest import Manifest
 from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
 from flashlm.sparsity.routing import Routing, read_routing
 from flashlm.storage.reader import File, Reader
+from flashlm.storage.slab import SlabAllocator
 from flashlm.transformers_seam import keep_from_initialising, lead_experts_to
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def connect_experts(
     gemm: BlockGemm,
     counters: Counters,
     check: BlockCheck,
+    slabs: SlabAllocator,
 ) -> ExpertStore:
     """Fill the expert cache and connect every experts module to it.
 
@@ -143,7 +145,7 @@ def connect_experts(
         PackError: An expert is damaged.
     """
     layouts = [manifest.experts_layout(index) for index in range(len(manifest.experts))]
-    store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters, check=check)
+    store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters, check=check, slabs=slabs)
     store.warm()
     for index, entry in enumerate(manifest.experts):
         module = model.get_submodule(entry.module)

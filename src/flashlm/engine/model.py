@@ -62,6 +62,7 @@ from flashlm.planner.shape import shape_of_model, sparse_shape
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH, File, Reader
+from flashlm.storage.slab import Budget, SlabAllocator
 from flashlm.transformers_seam import given_cache
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ class FlashModel:
         )
         files = [self._open_layer(layer_path(self.pack, entry), layout) for entry, layout in manifest.files]
         counters, self.telemetry = self.passes.totals, self.passes.telemetry
+        slabs = SlabAllocator(Budget(placement.dram_bytes - placement.needs.total_bytes))
         gemm = BlockGemm(manifest.dtype)
         if self.expert_policy is not None:
             self.experts = connect_experts(
@@ -229,9 +231,10 @@ class FlashModel:
                 gemm,
                 counters,
                 self._block_check(),
+                slabs,
             )
         else:
-            self._bind_layers(model, files, gemm, counters)
+            self._bind_layers(model, files, gemm, counters, slabs)
         load_progress.finish()
         model.requires_grad_(False)
         if gemm.strategy == "widen":
@@ -243,7 +246,9 @@ class FlashModel:
         self.passes.attach(model, [entry.module for entry, _ in manifest.files], self._measure)
         weakref.finalize(model, self.close)
 
-    def _bind_layers(self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters) -> None:
+    def _bind_layers(
+        self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters, slabs: SlabAllocator
+    ) -> None:
         """Connect the feed-forward layers to the stream, and in mode `sparse` to the neuron cache."""
         manifest = self.manifest
         layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
@@ -255,8 +260,9 @@ class FlashModel:
             read_ahead=self.mode != "naive",
             counters=counters,
             check=self._block_check(),
+            slabs=slabs,
         )
-        predictors = self._bind_sparse(layouts, files, counters)
+        predictors = self._bind_sparse(layouts, files, counters, slabs)
         for index, entry in enumerate(manifest.layers):
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
@@ -283,13 +289,22 @@ class FlashModel:
         file.close()
         return self.reader.open(path, expected_bytes=layout.file_bytes, direct=False)
 
-    def _bind_sparse(self, layouts: list[LayerLayout], files: list[File], counters: Counters) -> list[Predictor]:
+    def _bind_sparse(
+        self, layouts: list[LayerLayout], files: list[File], counters: Counters, slabs: SlabAllocator
+    ) -> list[Predictor]:
         """Make the neuron cache and load the predictors; without a calibration there are none."""
         if self.calibration is None or self.placement.cache is None:
             return []
         window = self.calibration.sparsity.window
         self.sparse = SparseRows(
-            self.reader, files, layouts, self.placement.cache, window=window, max_gap=self.max_gap, counters=counters
+            self.reader,
+            files,
+            layouts,
+            self.placement.cache,
+            window=window,
+            max_gap=self.max_gap,
+            counters=counters,
+            slabs=slabs,
         )
         self.sparse.warm()
         if self.check != "none":
