@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from flashlm import _native, kernels
+from flashlm import _native
 from flashlm.errors import ConfigError
+from flashlm.rows import kernels
 
 FP32 = 2
 

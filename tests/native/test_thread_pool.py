@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashlm import _native
-from flashlm.kernels import matrix_rows
+from flashlm.rows.kernels import matrix_rows
 
 _SETUP = """
 import os  # no torch: a fork of its own pool hangs, and its import is slow

@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flashlm import _native, kernels
+from flashlm import _native
 from flashlm.errors import ConfigError
+from flashlm.rows import kernels
 from flashlm.rows.encodings import ENCODINGS, encoding_of
 
 EPS = 2.0**-24  # unit roundoff of fp32

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashlm import kernels
 from flashlm.errors import BudgetError, ConfigError
+from flashlm.rows import kernels
 from flashlm.storage.slab import Budget, SlabAllocator
 
 MIB = 1 << 20
