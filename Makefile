@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
 DEV := $(VENV)/.dev
-NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/*.h native/kernels/*)
+NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/*.h native/rows/* native/gates/* native/simd/*)
 PIP_INSTALL = -m pip install --quiet --constraint constraints.txt
 
 # The oldest and the newest that pyproject.toml allows (tests/test_transformers_seam.py compares); `make test` has another.

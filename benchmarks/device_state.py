@@ -80,14 +80,12 @@ class DeviceState:
 
     def _matrix(self) -> float:
         """Return the rate of one token with square matrices, as the probe measures it."""
-        stride_bytes = WIDTH * 2
         times = []
         for _ in range(5):
             started_s = time.perf_counter()
             for start in range(0, NUM_MATRIX_ROWS, WIDTH):
                 out = torch.empty(1, WIDTH)
-                address = self._weights.data_ptr() + start * stride_bytes
-                matrix = kernels.RowBlock(address, WIDTH, stride_bytes, WIDTH, torch.bfloat16, 1)
+                matrix = kernels.matrix_rows(self._weights[start : start + WIDTH])
                 kernels.project(self._token.to(torch.float32).contiguous(), matrix, 0, out)
                 out.to(torch.bfloat16)
             times.append(time.perf_counter() - started_s)

@@ -59,7 +59,7 @@ class ExpertState:
             return NUM_READS * num_bytes / (time.perf_counter() - started_s) / 1e9
 
     def _multiply(self) -> float:
-        rows = kernels.RowBlock(self._weights.data_ptr(), NUM_MATRIX_ROWS, WIDTH * 2, WIDTH, torch.bfloat16, 1)
+        rows = kernels.matrix_rows(self._weights)
         out = torch.empty(1, NUM_MATRIX_ROWS)
         times = []
         for _ in range(4):

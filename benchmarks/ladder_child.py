@@ -75,8 +75,8 @@ class Unbundled:
                 geometry,
                 (apart * num_parts + part).to(torch.int32),
                 (slots[order] * num_parts + part).contiguous(),
-                self._slab,
-                buffer_offset=self._offsets[layer],
+                self._places[layer].buffer,
+                buffer_offset=self._places[layer].buffer_offset,
                 max_gap=0,
                 ticket=ticket,
             )

@@ -41,7 +41,7 @@ def fast(times: list[float]) -> float:
 
 
 def row_block(block: torch.Tensor) -> kernels.RowBlock:
-    return kernels.RowBlock(block.data_ptr(), ROWS, PARTS * HIDDEN * block.element_size(), HIDDEN, block.dtype, PARTS)
+    return kernels.matrix_rows(block, num_parts=PARTS)
 
 
 def check(block: torch.Tensor) -> None:

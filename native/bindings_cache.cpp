@@ -1,4 +1,4 @@
-// Python face of the neuron cache's bookkeeping: addresses of int32 arrays; `flashlm.memory.neuron_cache` checks them.
+// Python face of the neuron cache's bookkeeping: int32 arrays, whose types and shapes are checked here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings_arrays.h"
 #include "row_cache.h"
 
 namespace nb = nanobind;
@@ -17,7 +18,26 @@ namespace {
 using std::size_t;
 using Spec = std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>;
 
-const std::int32_t* rows_at(size_t address) { return reinterpret_cast<const std::int32_t*>(address); }
+// Contiguous int32 (count,); any number of them where `count` is null.
+std::int32_t* checked(const Array& array, const char* name, const size_t* count = nullptr) {
+    const bool fits = array.is_plain<std::int32_t>() && array.num_dims() == 1 && (!count || array.size(0) == *count);
+    if (!fits) throw Refused(std::string(name) + " must be contiguous int32 (num_rows,), got " + array.described());
+    return array.data<std::int32_t>();
+}
+
+size_t acquire(RowCache& self, size_t layer, nb::handle rows, nb::handle slots, nb::handle order, bool is_same_step) {
+    const Array asked(rows, "rows"), given(slots, "slots"), ordered(order, "order");
+    const std::int32_t* first = checked(asked, "rows");
+    const size_t count = asked.size(0);
+    return self.acquire(layer, first, count, checked(given, "slots", &count), checked(ordered, "order", &count),
+                        is_same_step);
+}
+
+void forget(RowCache& self, size_t layer, nb::handle rows) {
+    const Array lost(rows, "rows");
+    const std::int32_t* first = checked(lost, "rows");
+    self.forget(layer, first, lost.size(0));
+}
 
 }  // namespace
 
@@ -33,14 +53,8 @@ void bind_cache(nb::module_& m) {
         .def_prop_ro("num_layers", &RowCache::num_layers)
         .def("room", &RowCache::room, "layer"_a)
         .def("occupancy", &RowCache::occupancy, "layer"_a)
-        .def("acquire",
-             [](RowCache& self, size_t layer, size_t rows, size_t num_rows, size_t slots, size_t order, bool same_step) {
-                 return self.acquire(layer, rows_at(rows), num_rows, reinterpret_cast<std::int32_t*>(slots),
-                                     reinterpret_cast<std::int32_t*>(order), same_step);
-             },
-             "layer"_a, "rows_address"_a, "num_rows"_a, "slots_address"_a, "order_address"_a, "is_same_step"_a)
-        .def("forget", [](RowCache& self, size_t layer, size_t rows, size_t n) { self.forget(layer, rows_at(rows), n); },
-             "layer"_a, "rows_address"_a, "num_rows"_a);
+        .def("acquire", &acquire, "layer"_a, "rows"_a, "slots"_a, "order"_a, "is_same_step"_a)
+        .def("forget", &forget, "layer"_a, "rows"_a);
 }
 
 }  // namespace flashlm

@@ -1,17 +1,18 @@
 // Python face of the reader: numbers in, numbers out; `flashlm.storage.reader` gives them types and errors.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <tuple>
 
+#include "bindings_arrays.h"
 #include "buffer.h"
 #include "reader.h"
 #include "row_reads.h"
@@ -22,7 +23,6 @@ using namespace nb::literals;
 namespace flashlm {
 namespace {
 
-using Bytes = nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>;
 // File id, offset, length, buffer, offset in the buffer.
 using RawRequest = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, const AlignedBuffer*, std::uint64_t>;
 
@@ -154,21 +154,37 @@ void submit_one(ReaderHandle& handle, const TicketHandle& ticket, std::uint64_t 
     begin(handle, ticket, {{file_id, offset, length, address_in(&buffer, at, length)}}, {buffer.share()});
 }
 
-// Rows to buffer + buffer_offset + slot * row_stride, gaps to buffer + scratch_offset. Raises ValueError like `begin`.
+// Rows to buffer + buffer_offset + slot * row_stride, gaps to the buffer's last row_stride bytes. Raises ValueError like `begin`.
 void submit_rows(ReaderHandle& handle, TicketHandle& ticket, std::uint64_t file_id, std::uint64_t row_stride,
-                 std::uint64_t block_rows, std::uint64_t block_stride, std::size_t rows, std::size_t slots,
-                 std::size_t num_rows, const AlignedBuffer& buffer, std::uint64_t buffer_offset,
-                 std::uint64_t scratch_offset, std::size_t max_gap, std::size_t max_bytes) {
+                 std::uint64_t block_rows, std::uint64_t block_stride, nb::handle rows, nb::handle slots,
+                 const AlignedBuffer& buffer, std::uint64_t buffer_offset, std::size_t max_gap, std::size_t max_bytes) {
     const std::shared_ptr<Reader> reader = handle.get();
     if (!row_stride || !block_rows) throw std::invalid_argument("row_stride and block_rows must be above zero");
+    const Array wanted(rows, "rows"), places(slots, "slots");
+    for (const auto& [array, name] : {std::pair(&wanted, "rows"), std::pair(&places, "slots")}) {
+        if (array->is_plain<std::int32_t>() && array->num_dims() == 1) continue;
+        throw Refused(std::string(name) + " must be contiguous int32 (num_rows,), got " + array->described());
+    }
+    const std::size_t num_rows = wanted.size(0);
+    if (places.size(0) != num_rows || !num_rows) {
+        throw Refused(std::to_string(num_rows) + " rows and " + std::to_string(places.size(0)) +
+                      " slots: they must be as many, and at least one");
+    }
+    const auto* row = wanted.data<const std::int32_t>();
+    const auto* slot = places.data<const std::int32_t>();
+    const auto [low, high] = std::minmax_element(slot, slot + num_rows);
+    const std::uint64_t before_scratch = buffer.num_bytes() >= row_stride ? buffer.num_bytes() - row_stride : 0;
+    const std::uint64_t room = buffer_offset <= before_scratch ? (before_scratch - buffer_offset) / row_stride : 0;
+    if (*low < 0 || static_cast<std::uint64_t>(*high) >= room) {
+        throw Refused("slots " + std::to_string(*low) + " to " + std::to_string(*high) + " do not fit a buffer of " +
+                      std::to_string(buffer.num_bytes()) + " bytes");
+    }
     const std::uint64_t slab = address_in(&buffer, buffer_offset, 0);
-    const std::uint64_t scratch = address_in(&buffer, scratch_offset, row_stride);
+    const std::uint64_t scratch = address_in(&buffer, before_scratch, row_stride);
     try {
         nb::gil_scoped_release release;
         RowReads reads = plan_row_reads({file_id, row_stride, block_rows, block_stride},
-                                        reinterpret_cast<const std::int32_t*>(rows),
-                                        reinterpret_cast<const std::int32_t*>(slots), num_rows,
-                                        reinterpret_cast<unsigned char*>(slab),
+                                        row, slot, num_rows, reinterpret_cast<unsigned char*>(slab),
                                         reinterpret_cast<unsigned char*>(scratch), max_gap, max_bytes);
         const std::size_t num_reads = reads.requests.size();
         reader->submit_scatter(ticket.state, std::move(reads.requests), {buffer.share()});
@@ -207,12 +223,6 @@ nb::object wait(ReaderHandle& handle, const TicketHandle& ticket) {
 }  // namespace
 
 void bind_reader(nb::module_& m) {
-    nb::class_<AlignedBuffer>(m, "AlignedBuffer")
-        .def(nb::init<std::size_t, bool>(), "num_bytes"_a, "huge_pages"_a = true)
-        .def_prop_ro("address", [](const AlignedBuffer& self) { return reinterpret_cast<std::size_t>(self.data()); })
-        .def_prop_ro("num_bytes", &AlignedBuffer::num_bytes)
-        .def("numpy", [](AlignedBuffer& self) { return Bytes(self.data(), {self.num_bytes()}, nb::find(&self)); },
-             nb::rv_policy::reference_internal, "The memory as uint8 (num_bytes,), without a copy.");
     nb::class_<TicketHandle>(m, "Ticket")
         .def(nb::init<>())
         .def_prop_ro("is_in_flight", [](const TicketHandle& self) { return self.state->pieces_left != 0; })
@@ -231,8 +241,7 @@ void bind_reader(nb::module_& m) {
         .def("submit", &submit, "ticket"_a, "requests"_a)
         .def("submit_one", &submit_one, "ticket"_a, "file_id"_a, "offset"_a, "length"_a, "buffer"_a, "buffer_offset"_a)
         .def("submit_rows", &submit_rows, "ticket"_a, "file_id"_a, "row_stride"_a, "block_rows"_a, "block_stride"_a,
-             "rows_address"_a, "slots_address"_a, "num_rows"_a, "buffer"_a, "buffer_offset"_a, "scratch_offset"_a,
-             "max_gap"_a, "max_bytes"_a)
+             "rows"_a, "slots"_a, "buffer"_a, "buffer_offset"_a, "max_gap"_a, "max_bytes"_a)
         .def("is_done", &is_done, "ticket"_a)
         .def("wait", &wait, "ticket"_a)
         .def("close", &ReaderHandle::close);

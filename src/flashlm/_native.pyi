@@ -1,122 +1,148 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar, TypeVarTuple
 
-from numpy import uint8
+from numpy import float32, uint8
 from numpy.typing import NDArray
+from torch import Tensor
 
 _Args = TypeVarTuple("_Args")
 _Value = TypeVar("_Value")
 
-# --- row kernels (native/bindings_kernels.cpp): addresses of float32 x, h, y, out, bias, dst; uint32 slots; 0: none ---
-# dtype of the rows: 0 bfloat16, 1 float16, 2 float32. ValueError where a number is out of range.
+# --- row kernels (native/bindings_rows.cpp); flashlm.rows.kernels is their documented face ---
+# Tensors are looked at here: type, shape, layout, device. ConfigError where one is not as it must be. numpy's do, too.
+
+_Array = Tensor | NDArray[float32]
 
 MAX_TOKENS: int
 
-def project(
-    dtype: int,
-    block_address: int,
-    num_rows: int,
-    row_stride_bytes: int,
-    part_offset_bytes: int,
-    hidden_size: int,
-    x_address: int,
-    num_tokens: int,
-    out_address: int,
-    out_stride: int,
-    bias_address: int = 0,
-    slots_address: int = 0,
-) -> None: ...
-def project_many(dtype: int, table_address: int, num_products: int, num_tokens: int) -> None: ...
-def linear(
-    dtype: int,
-    weight_address: int,
-    num_rows: int,
-    hidden_size: int,
-    x_address: int,
-    num_tokens: int,
-    out_address: int,
-    bias_address: int = 0,
-) -> None: ...
-def accumulate_many(
-    dtype: int,
-    table_address: int,
-    num_products: int,
-    num_tokens: int = 1,
-    h_stride: int = 0,
-    takes_zeros: bool = False,
-) -> None: ...
-def lstm_gates(
-    input_address: int,
-    context_address: int,
-    c_address: int,
-    h_next_address: int,
-    c_next_address: int,
-    batch: int,
-    size: int,
-) -> None: ...
-def lstm_forward(
-    dtype: int,
-    gates_address: int,
-    c_address: int,
-    activations_address: int,
-    h_next_address: int,
-    c_next_address: int,
-    h_low_address: int,
-    batch: int,
-    size: int,
-) -> None: ...
-def lstm_backward(
-    dtype: int,
-    activations_address: int,
-    c_address: int,
-    c_next_address: int,
-    grad_h_address: int,
-    grad_h_next_address: int,
-    grad_c_address: int,
-    grad_gates_address: int,
-    grad_c_before_address: int,
-    batch: int,
-    size: int,
-) -> None: ...
-def accumulate(
-    dtype: int,
-    block_address: int,
-    num_rows: int,
-    row_stride_bytes: int,
-    part_offset_bytes: int,
-    hidden_size: int,
-    h_address: int,
-    h_stride: int,
-    num_tokens: int,
-    y_address: int,
-    slots_address: int = 0,
-) -> None: ...
-def widen(
-    dtype: int,
-    block_address: int,
-    num_rows: int,
-    row_stride_bytes: int,
-    part_offset_bytes: int,
-    hidden_size: int,
-    dst_address: int,
-    slots_address: int = 0,
-) -> None: ...
+class RowBlock:
+    """Rows in memory, which the block keeps; whatever a kernel reads of them was checked to lie inside.
+
+    Args:
+        memory: Where row 0 starts: a place in a slab, or the first element of a tensor.
+        num_rows: Rows to work on: as many as `slots` has.
+        row_stride_bytes: From one row to the next.
+        width: Elements of each part.
+        encoding: Code of the rows' encoding.
+        num_parts: 3 for `[gate | up | down]`, 2 for `[up | down]`; down is the last.
+        slots: Which rows, by position in the memory: int32 `(num_rows,)`, contiguous. None: all, in order.
+
+    Raises:
+        ConfigError: A number does not fit the others, or a row ends beyond the memory.
+    """
+
+    def __init__(
+        self,
+        memory: SlotRef | _Array,
+        num_rows: int,
+        row_stride_bytes: int,
+        width: int,
+        encoding: int,
+        num_parts: int,
+        slots: Tensor | None = None,
+    ) -> None: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def row_stride_bytes(self) -> int: ...
+    @property
+    def num_parts(self) -> int: ...
+    @property
+    def encoding(self) -> int: ...
+
+class ProductTable:
+    def __init__(
+        self, weights: Sequence[Tensor], starts: Sequence[tuple[int, int]], biases: Sequence[Tensor | None]
+    ) -> None: ...
+    def project(self, x: Tensor, out: Tensor) -> None: ...
+
+class GroupTable:
+    def __init__(self, weight: Tensor) -> None: ...
+    def accumulate(self, x: Tensor, out: Tensor) -> None: ...
+
+def encodings() -> list[tuple[str, int, int]]: ...
+def project(x: Tensor, rows: RowBlock, part: int, out: Tensor, bias: Tensor | None = None) -> None: ...
+def accumulate(h: Tensor, rows: RowBlock, y: Tensor) -> None: ...
+def widen(rows: RowBlock, part: int, dst: _Array) -> None: ...
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+def project_blocks(x: Tensor, blocks: Sequence[RowBlock], part: int, out: Tensor, biases: Sequence[Tensor]) -> None: ...
+def accumulate_blocks(h: Tensor, blocks: Sequence[RowBlock], y: Tensor) -> None: ...
 def simd_level() -> str: ...
 def simd_levels() -> list[str]: ...
 def set_simd_level(name: str | None) -> None: ...
 def num_threads() -> int: ...
 def set_num_threads(num_threads: int) -> None: ...
 
-# --- reader (native/bindings_reader.cpp); flashlm.storage.reader is its typed face ---
+# --- gates of the recurrent unit (native/bindings_gates.cpp); flashlm.pru.gate_kernels is their documented face ---
+
+def lstm_gates(input_gates: Tensor, context_gates: Tensor, c: Tensor, h_next: Tensor, c_next: Tensor) -> None: ...
+def lstm_forward(
+    gates: Tensor, c: Tensor, activations: Tensor | None, h_next: Tensor, c_next: Tensor, h_low: Tensor | None
+) -> None: ...
+def lstm_backward(
+    activations: Tensor,
+    c: Tensor,
+    c_next: Tensor,
+    grad_h: Tensor,
+    grad_h_next: Tensor,
+    grad_c: Tensor,
+    grad_gates: Tensor,
+    grad_c_before: Tensor,
+) -> None: ...
+
+# --- memory (native/bindings_slab.cpp); flashlm.storage.slab makes slabs ---
+
+class Account:
+    def __init__(self) -> None: ...
+    @property
+    def held_bytes(self) -> int: ...
 
 class AlignedBuffer:
-    def __init__(self, num_bytes: int, huge_pages: bool = True) -> None: ...
-    @property
-    def address(self) -> int: ...
+    def __init__(self, num_bytes: int, huge_pages: bool = True, account: Account | None = None) -> None: ...
     @property
     def num_bytes(self) -> int: ...
     def numpy(self) -> NDArray[uint8]: ...
+
+class SlotRef:
+    """A place in a slab, which it keeps: `offset_bytes` after the beginning of slot `slot`."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def offset_bytes(self) -> int: ...
+    @property
+    def buffer(self) -> AlignedBuffer: ...
+    @property
+    def buffer_offset(self) -> int: ...
+    def at(self, offset_bytes: int) -> SlotRef:
+        """Return the place so many bytes on, in this slot or a later one."""
+    def numpy(self, num_bytes: int) -> NDArray[uint8]:
+        """Return the bytes from here on, without a copy."""
+
+class Slab:
+    """Slots of one size, one behind the other, in a buffer; the last one may be cut short.
+
+    Raises:
+        ConfigError: They do not fit the buffer, or no memory can be had on the device.
+    """
+
+    def __init__(
+        self, buffer: AlignedBuffer, buffer_offset: int, num_bytes: int, slot_bytes: int, device: str = "cpu"
+    ) -> None: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    def slot(self, slot: int) -> SlotRef: ...
+
+# --- reader (native/bindings_reader.cpp); flashlm.storage.reader is its typed face ---
 
 class Ticket:
     def __init__(self) -> None: ...
@@ -151,12 +177,10 @@ class Reader:
         row_stride: int,
         block_rows: int,
         block_stride: int,
-        rows_address: int,
-        slots_address: int,
-        num_rows: int,
+        rows: Tensor,
+        slots: Tensor,
         buffer: AlignedBuffer,
         buffer_offset: int,
-        scratch_offset: int,
         max_gap: int,
         max_bytes: int,
     ) -> None: ...
@@ -180,10 +204,8 @@ class RowCache:
     def num_layers(self) -> int: ...
     def room(self, layer: int) -> int: ...
     def occupancy(self, layer: int) -> int: ...
-    def acquire(
-        self, layer: int, rows_address: int, num_rows: int, slots_address: int, order_address: int, is_same_step: bool
-    ) -> int: ...
-    def forget(self, layer: int, rows_address: int, num_rows: int) -> None: ...
+    def acquire(self, layer: int, rows: Tensor, slots: Tensor, order: Tensor, is_same_step: bool) -> int: ...
+    def forget(self, layer: int, rows: Tensor) -> None: ...
 
 class ThreadHold:
     def __init__(

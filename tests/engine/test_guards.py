@@ -274,8 +274,9 @@ def test_no_address_of_another_device_reaches_native_code(tiny_pack: Make) -> No
             _logits(model, tokens)
     x, y = torch.zeros(1, 8), torch.zeros(1, 4)
     weight = torch.zeros(4, 8)
-    rows = kernels.RowBlock(weight.data_ptr(), 4, 32, 8, torch.float32, 1)
+    rows = kernels.matrix_rows(weight)
     for call in (
+        lambda: kernels.matrix_rows(weight.to("meta")),
         lambda: kernels.project(x.to("meta"), rows, 0, y),
         lambda: kernels.project(x, rows, 0, y.to("meta")),
         lambda: kernels.project(x, rows, 0, y, torch.zeros(4, device="meta")),

@@ -108,17 +108,18 @@ def test_both_matrix_products_agree_with_float64(strategy, dtype, tiny_pack):
     """The way that this processor would not choose is right too."""
     model = flashlm.load(tiny_pack("llama", dtype).pack, pin=0)
     layer = model.get_submodule(model.flash.manifest.layers[0].module)
-    tokens = torch.randn(24, layer.layout.hidden_size, generator=torch.Generator().manual_seed(0)).to(layer._dtype)
+    element = getattr(torch, dtype)
+    tokens = torch.randn(24, layer.layout.hidden_size, generator=torch.Generator().manual_seed(0)).to(element)
     gemm = BlockGemm(dtype, strategy)
     with layer._bound.stream.layer(0) as runs:
-        address = next(runs).address
-        gate, up, down = (part.clone() for part in gemm.parts(layer.layout, address, layer.layout.block_rows))
+        place = next(runs).place
+        gate, up, down = (part.clone() for part in gemm.parts(layer.layout, place, layer.layout.block_rows))
         hidden = gemm.project(gemm.prepare(tokens), up, None)
         output = torch.zeros(tokens.shape)
         gemm.accumulate(hidden, down, output)
     assert gate.shape == up.shape
     exact_hidden = tokens.double() @ up.double().T
-    eps = torch.finfo(torch.float32 if strategy == "widen" else layer._dtype).eps
+    eps = torch.finfo(torch.float32 if strategy == "widen" else element).eps
     size = layer.layout.hidden_size + layer.layout.block_rows
     bound = size * eps * (tokens.double().abs() @ up.double().abs().T)
     assert ((hidden.double() - exact_hidden).abs() <= bound).all()

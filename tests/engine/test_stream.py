@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ def test_runs_hold_the_files_bytes_in_order(
                     start, last = layout.offset_of(next_block), run.blocks[-1]
                     num_bytes = layout.offset_of(last) + layout.read_bytes(last) - start
                     assert num_bytes <= max(RUN_BYTES, layout.block_stride_bytes)
-                    assert ctypes.string_at(run.address, num_bytes) == contents[layer][start : start + num_bytes]
+                    assert run.place.numpy(num_bytes).tobytes() == contents[layer][start : start + num_bytes]
                     longest = max(longest, len(run.blocks))
                     next_block = run.blocks.stop
             assert next_block == layout.num_blocks

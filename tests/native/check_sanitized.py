@@ -14,16 +14,17 @@ import numpy as np
 from flashlm import _native
 
 NUM_ELEMENTS = 64
-FP32 = 0
+FP32 = 2
 # What this process does when it is asked for it: a product one element longer than its destination.
 FAULTS = {"none": NUM_ELEMENTS, "overflow": NUM_ELEMENTS + 1}
 
 
 def widen(num_elements: int) -> None:
     """Copy `num_elements` fp32 into room for `NUM_ELEMENTS`."""
-    rows = np.zeros(2 * NUM_ELEMENTS, dtype=np.float32)
+    rows = np.zeros((1, 2 * NUM_ELEMENTS), dtype=np.float32)
     room = np.zeros(NUM_ELEMENTS, dtype=np.float32)
-    _native.widen(FP32, rows.ctypes.data, 1, rows.nbytes, 0, num_elements, room.ctypes.data)
+    claimed = np.lib.stride_tricks.as_strided(room, (1, num_elements))  # an array that says more than it has
+    _native.widen(_native.RowBlock(rows, 1, rows.nbytes, num_elements, FP32, 1), 0, claimed)
 
 
 def main() -> int:

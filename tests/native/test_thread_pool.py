@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from flashlm import _native
+from flashlm.rows.kernels import matrix_rows
 
 _SETUP = """
-import ctypes, os  # no torch: a fork of its own pool hangs, and its import is slow
+import os  # no torch: a fork of its own pool hangs, and its import is slow
+import numpy
 from flashlm import _native
-Floats = ctypes.c_float * (512 * 1024)
-source = Floats(*[1.0] * 512 * 1024)
+source = numpy.ones((512, 1024), numpy.float32)
+rows = _native.RowBlock(source, 512, 4096, 1024, 2, 1)
 def run():
-    dst = Floats()
-    _native.widen(2, ctypes.addressof(source), 512, 4096, 0, 1024, ctypes.addressof(dst))
-    return bytes(dst) == bytes(source)
+    dst = numpy.zeros_like(source)
+    _native.widen(rows, 0, dst)
+    return bool((dst == source).all())
 _native.set_num_threads(3)
 assert run()
 """
@@ -44,10 +46,10 @@ def test_callers_on_several_threads_get_their_own_results():
 
     def work(value: int) -> None:
         source = torch.full((64, 4096), float(value))
-        dst = torch.empty(64, 4096)
+        dst, rows = torch.empty(64, 4096), matrix_rows(source)
         for _ in range(50):
             dst.zero_()
-            _native.widen(2, source.data_ptr(), 64, 16384, 0, 4096, dst.data_ptr())
+            _native.widen(rows, 0, dst)
             if not bool((dst == value).all()):
                 wrong.append(value)
 

@@ -100,7 +100,14 @@ def test_what_it_refuses() -> None:
     with pytest.raises(ConfigError, match="context_gates must be"):
         lstm_gates(torch.ones(1, 8), torch.ones(1, 7), torch.ones(1, 2))
     assert not has_native_gates(torch.ones(1, dtype=torch.float16), torch.ones(1))
-    with pytest.raises(ValueError, match="dtype must be 0"):
-        _native.lstm_forward(1, 8, 8, 8, 8, 8, 0, 1, 1)
-    with pytest.raises(ValueError, match="an address is null"):
-        _native.lstm_backward(2, 8, 8, 8, 8, 8, 8, 8, 0, 1, 1)
+    steps = StepGates(torch.float32, torch.zeros(1, 2), torch.zeros(1, 2), 1)
+    with pytest.raises(ConfigError, match="gates must be float32 or bfloat16"):
+        steps.forward(0, torch.ones(1, 8).half())
+    with pytest.raises(ConfigError, match="gates must be contiguous float32 of 8 elements"):
+        steps.forward(0, torch.ones(1, 7))
+    good = [torch.ones(1, 8), *(torch.ones(1, 2) for _ in range(5)), torch.empty(1, 8), torch.empty(1, 2)]
+    names = ("activations", "c_next", "grad_h", "grad_h_next", "grad_c", "grad_gates", "grad_c_before")
+    for position, name in zip((0, 2, 3, 4, 5, 6, 7), names, strict=True):
+        for bad in (good[position].double(), good[position][:, :1], good[position].to("meta")):
+            with pytest.raises(ConfigError, match="gates must be" if name == "grad_gates" else name):
+                backward_step(*good[:position], bad, *good[position + 1 :])

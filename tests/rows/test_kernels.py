@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from flashlm import _native
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
+from flashlm.rows.encodings import encoding_of
 from flashlm.rows.kernels import RowBlock
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 2.0**-24  # unit roundoff of fp32
-
-pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 
 
 @pytest.fixture(autouse=True, params=_native.simd_levels())
@@ -39,13 +38,22 @@ def restore_threads() -> Iterator[None]:
 
 @dataclass
 class Case:
-    """A block with its storage kept alive; everything beyond the parts is NaN, so that a stray read shows."""
+    """A block of `storage`'s rows, in which everything beyond the parts is NaN, so that a stray read shows."""
 
     storage: torch.Tensor  # (num_rows, stride elements)
-    rows: RowBlock
+    hidden_size: int
+    num_parts: int
+    num_rows: int
     x: torch.Tensor
     h: torch.Tensor
     bias: torch.Tensor
+    slots: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> RowBlock:
+        dtype = self.storage.dtype
+        stride_bytes, code = self.storage.stride(0) * dtype.itemsize, encoding_of(dtype).code
+        return RowBlock(self.storage, self.num_rows, stride_bytes, self.hidden_size, code, self.num_parts, self.slots)
 
 
 def make_case(
@@ -56,47 +64,38 @@ def make_case(
     stride = used + 5
     storage = torch.full((num_rows + 1, stride), float("nan"), dtype=dtype)
     storage[:num_rows, :used] = torch.randn(num_rows, used, generator=generator).to(dtype)
-    rows = RowBlock(storage.data_ptr(), num_rows, stride * dtype.itemsize, hidden_size, dtype, num_parts)
     return Case(
         storage,
-        rows,
+        hidden_size,
+        num_parts,
+        num_rows,
         torch.randn(num_tokens, hidden_size, generator=generator),
         torch.randn(num_tokens, num_rows, generator=generator),
         torch.randn(num_rows, generator=generator),
     )
 
 
-def part_view(rows: RowBlock, part: int) -> torch.Tensor:
+def part_view(case: Case, part: int) -> torch.Tensor:
     """Return a part of the rows as a (num_rows, hidden_size) view of their memory; a copy where there are slots."""
-    num_stored = rows.num_rows if rows.slots is None else int(rows.slots.max()) + 1 if rows.num_rows else 0
-    itemsize = rows.dtype.itemsize
-    if num_stored == 0:
-        return torch.empty(0, rows.hidden_size, dtype=rows.dtype)
-    num_bytes = (num_stored - 1) * rows.row_stride_bytes + rows.num_parts * rows.hidden_size * itemsize
-    memory = torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(rows.address), dtype=rows.dtype)
-    view = memory.as_strided(
-        (num_stored, rows.hidden_size), (rows.row_stride_bytes // itemsize, 1), part * rows.hidden_size
-    )
-    return view if rows.slots is None else view[rows.slots.long()]
+    view = case.storage[:, part * case.hidden_size : (part + 1) * case.hidden_size]
+    return view[: case.num_rows] if case.slots is None else view[case.slots.long()]
 
 
-def project_reference(
-    x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
+def project_reference(case: Case, part: int, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """Do what `kernels.project` does, in torch and float64."""
-    product = x.double() @ part_view(rows, part).double().T
+    product = case.x.double() @ part_view(case, part).double().T
     out.copy_(product if bias is None else product + bias.double())
 
 
-def accumulate_reference(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
+def accumulate_reference(case: Case, y: torch.Tensor) -> None:
     """Do what `kernels.accumulate` does, in torch and float64, skipping the same rows."""
-    is_active = (h != 0).any(dim=0)
-    down = part_view(rows, rows.num_parts - 1)
-    y.copy_(y.double() + h[:, is_active].double() @ down[is_active].double())
+    is_active = (case.h != 0).any(dim=0)
+    down = part_view(case, case.num_parts - 1)
+    y.copy_(y.double() + case.h[:, is_active].double() @ down[is_active].double())
 
 
 def projected(case: Case, part: int = 0, bias: torch.Tensor | None = None) -> torch.Tensor:
-    out = torch.full((len(case.x), case.rows.num_rows), float("nan"))
+    out = torch.full((len(case.x), case.num_rows), float("nan"))
     kernels.project(case.x, case.rows, part, out, bias)
     return out
 
@@ -108,8 +107,7 @@ def accumulated(case: Case, y: torch.Tensor) -> torch.Tensor:
 
 
 def cut(case: Case, begin: int, end: int) -> RowBlock:
-    address = case.rows.address + begin * case.rows.row_stride_bytes
-    return replace(case.rows, address=address, num_rows=end - begin)
+    return replace(case, storage=case.storage[begin:], num_rows=end - begin).rows
 
 
 shapes = st.tuples(
@@ -130,11 +128,11 @@ quick = settings(
 def test_project_is_within_the_rounding_of_its_sum(shape: tuple[torch.dtype, int, int, int, int, int], with_bias: bool):
     case = make_case(*shape)
     bias = case.bias if with_bias else None
-    for part in range(case.rows.num_parts):
-        exact = torch.empty(len(case.x), case.rows.num_rows, dtype=torch.float64)
-        project_reference(case.x, case.rows, part, exact, bias)
-        magnitude = case.x.double().abs() @ part_view(case.rows, part).double().abs().T
-        tolerance = 2 * (case.rows.hidden_size + 1) * EPS * (magnitude + case.bias.double().abs())
+    for part in range(case.num_parts):
+        exact = torch.empty(len(case.x), case.num_rows, dtype=torch.float64)
+        project_reference(case, part, exact, bias)
+        magnitude = case.x.double().abs() @ part_view(case, part).double().abs().T
+        tolerance = 2 * (case.hidden_size + 1) * EPS * (magnitude + case.bias.double().abs())
         assert ((projected(case, part, bias).double() - exact).abs() <= tolerance).all()
 
 
@@ -143,10 +141,10 @@ def test_project_is_within_the_rounding_of_its_sum(shape: tuple[torch.dtype, int
 def test_accumulate_is_within_the_rounding_of_its_sum(shape: tuple[torch.dtype, int, int, int, int, int]):
     case = make_case(*shape)
     exact = case.x.double()
-    accumulate_reference(case.h, case.rows, exact)
-    down = part_view(case.rows, case.rows.num_parts - 1).double()
+    accumulate_reference(case, exact)
+    down = part_view(case, case.num_parts - 1).double()
     magnitude = case.x.double().abs() + case.h.double().abs() @ down.abs()
-    tolerance = 2 * (case.rows.num_rows + 1) * EPS * magnitude
+    tolerance = 2 * (case.num_rows + 1) * EPS * magnitude
     assert ((accumulated(case, case.x).double() - exact).abs() <= tolerance).all()
 
 
@@ -157,7 +155,7 @@ def test_widen_is_exact(dtype: torch.dtype, hidden_size: int):
     for part in range(3):
         dst = torch.empty(19, hidden_size)
         kernels.widen(case.rows, part, dst)
-        assert torch.equal(dst, part_view(case.rows, part).float())
+        assert torch.equal(dst, part_view(case, part).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -165,7 +163,7 @@ def test_widen_is_exact_for_every_bit_pattern(dtype: torch.dtype):
     storage = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype).reshape(256, 256)
     dst = torch.empty(256, 128)
     for part in range(2):
-        kernels.widen(RowBlock(storage.data_ptr(), 256, 512, 128, dtype, 2), part, dst)
+        kernels.widen(kernels.matrix_rows(storage, num_parts=2), part, dst)
         expected = storage[:, part * 128 : (part + 1) * 128].float()
         assert torch.equal(dst.isnan(), expected.isnan())
         is_number = ~expected.isnan()
@@ -205,8 +203,8 @@ def test_slots_equal_a_gather(dtype: torch.dtype, num_tokens: int):
     case = make_case(dtype, 133, 40, num_tokens)
     slots = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:23].to(torch.int32)
     picked = case.storage[slots.long()].contiguous()
-    by_slot = replace(case, rows=replace(case.rows, num_rows=23, slots=slots), h=case.h[:, :23])
-    gathered = replace(by_slot, rows=replace(case.rows, num_rows=23, address=picked.data_ptr()))
+    by_slot = replace(case, num_rows=23, slots=slots, h=case.h[:, :23])
+    gathered = replace(by_slot, storage=picked, slots=None)
     assert torch.equal(projected(by_slot, 1), projected(gathered, 1))
     assert torch.equal(accumulated(by_slot, case.x), accumulated(gathered, case.x))
     dst = torch.empty(23, 133)
@@ -233,27 +231,42 @@ def test_an_unsupported_instruction_set_is_refused(simd_level: str):
     assert _native.simd_level() == simd_level
 
 
-def test_the_native_calls_check_their_arguments():
-    x, y = torch.zeros(1, 8), torch.zeros(1, 8)
-    block = torch.zeros(2, 16, dtype=torch.bfloat16)
-    good = (0, block.data_ptr(), 2, 32, 16, 8, x.data_ptr(), 1, y.data_ptr(), 2)
-    _native.project(*good)
-    for position, bad, message in (
-        (0, 3, "dtype"),
-        (1, 0, "null"),
-        (4, 17, "beyond the row stride"),
-        (5, 0, "hidden_size"),
-        (6, 0, "null"),
-        (7, 17, "num_tokens"),
-        (7, 0, "num_tokens"),
-        (8, 0, "null"),
+def test_a_block_of_rows_lies_in_its_memory():
+    block = torch.zeros(4, 16, dtype=torch.bfloat16)
+    slots = torch.tensor([3, 0], dtype=torch.int32)
+    RowBlock(block, 4, 32, 8, 0, 2)
+    RowBlock(block, 2, 32, 8, 0, 2, slots)
+    for arguments, message in (
+        ((block, 5, 32, 8, 0, 2), "5 rows ends beyond its memory of 128 bytes"),
+        ((block[1:], 4, 32, 8, 0, 2), "beyond its memory of 96 bytes"),
+        ((block, 2, 32, 8, 0, 2, slots + 1), "5 rows ends beyond"),
+        ((block, 2, 32, 8, 0, 2, slots - 1), "beyond its memory"),
+        ((block, 2, 32, 8, 0, 2, slots[:1]), r"slots must be contiguous int32 \(2,\)"),
+        ((block, 2, 32, 8, 0, 2, slots.long()), "slots must be contiguous int32"),
+        ((block, 2, 31, 8, 0, 2), "a row of 32 bytes does not fit a row stride of 31 bytes"),
+        ((block, 1, 32, 0, 0, 1), "whole groups"),
+        ((block, 1, 32, 8, 9, 1), "encoding must be"),
+        ((block, 1, 32, 8, 0, 0), "num_parts"),
+        ((block.to("meta"), 4, 32, 8, 0, 2), "rows must be on the CPU.*meta"),
+        ((3, 4, 32, 8, 0, 2), "rows must be a tensor"),
+        ((block, 1, 2**63, 2**60, 0, 2), "whole groups|does not fit"),
+        ((block, 2**62, 2**40, 8, 0, 2), "beyond its memory"),
     ):
-        with pytest.raises(ValueError, match=message):
-            _native.project(*good[:position], bad, *good[position + 1 :])
-    with pytest.raises(ValueError, match="h_stride"):
-        _native.accumulate(0, block.data_ptr(), 2, 32, 16, 8, x.data_ptr(), 1, 2, y.data_ptr())
+        with pytest.raises(ConfigError, match=message):
+            RowBlock(*arguments)
+    with pytest.raises(TypeError):
+        RowBlock(block, -1, 32, 8, 0, 2)
     with pytest.raises(ValueError, match="at least 1"):
         _native.set_num_threads(0)
+
+
+def test_a_block_keeps_its_memory():
+    rows, dst = kernels.matrix_rows(torch.full((64, 1000), 7.0)), torch.empty(64, 1000)
+    gc.collect()
+    others = [torch.zeros(64, 1000) for _ in range(8)]
+    kernels.widen(rows, 0, dst)
+    assert (dst == 7.0).all()
+    assert len(others) == 8
 
 
 def test_the_tensor_calls_check_their_arguments():
@@ -265,14 +278,17 @@ def test_the_tensor_calls_check_their_arguments():
         ((torch.zeros(17, 8), case.rows, 0, torch.empty(17, 4)), "at most 16 tokens, got 17"),
         ((case.x, case.rows, 0, out.T.contiguous().T), "out must be float32"),
         ((case.x, case.rows, 0, out[:, :3]), r"out must be float32 \(2, 4\)"),
+        ((case.x, case.rows, 0, torch.empty(1, 4).expand(2, 4)), r"out must be float32 \(2, 4\)"),
         ((case.x, case.rows, 3, out), "part must be 0 to 2, got 3"),
         ((case.x, case.rows, 0, out, case.bias[:3]), r"bias must be contiguous float32 \(4,\)"),
-        ((case.x, replace(case.rows, dtype=torch.int8), 0, out), "rows must be bfloat16"),
-        ((case.x, replace(case.rows, num_parts=4), 0, out), "does not fit a row stride"),
-        ((case.x, replace(case.rows, slots=torch.arange(4)), 0, out), "slots must be contiguous int32"),
+        (([0.0] * 8, case.rows, 0, out), "x must be a tensor"),
     ):
         with pytest.raises(ConfigError, match=message):
             kernels.project(*arguments)
+    with pytest.raises(ConfigError, match="rows must be bfloat16"):
+        kernels.matrix_rows(torch.zeros(4, 8, dtype=torch.int8))
+    with pytest.raises(ConfigError, match="does not fit a row stride"):
+        kernels.matrix_rows(case.storage.as_strided((4, 24), (20, 1)))
     with pytest.raises(ConfigError, match="h must be float32"):
         kernels.accumulate(out[:1], case.rows, case.x)
     with pytest.raises(ConfigError, match="dst must be contiguous float32"):
@@ -301,7 +317,7 @@ def test_many_products_in_one_job_are_those_of_single_ones(sizes, num_tokens, nu
     table.project(torch.cat([part.flatten() for part in parts]), out)
     for weight, part, bias, start in zip(weights, parts, biases, out_starts, strict=False):
         alone = torch.empty(num_tokens, len(weight))
-        rows = RowBlock(weight.data_ptr(), len(weight), weight.stride(0) * dtype.itemsize, weight.shape[1], dtype, 1)
+        rows = kernels.matrix_rows(weight)
         kernels.project(part, rows, 0, alone, bias)
         assert torch.equal(out[:, start : start + len(weight)], alone)
 
@@ -354,5 +370,5 @@ def test_what_blocks_in_one_job_refuse() -> None:
         kernels.project_blocks(case.x, [case.rows, case.rows], 0, torch.empty(1, 4))
     with pytest.raises(ConfigError, match=r"\(2, 8\) expected"):
         kernels.accumulate_blocks(torch.empty(2, 4), [case.rows, case.rows], torch.empty(1, 8))
-    with pytest.raises(ConfigError, match="biases"):
+    with pytest.raises(ConfigError, match="bias must be"):
         kernels.project_blocks(case.x, [case.rows], 0, torch.empty(1, 4), [torch.empty(3)])

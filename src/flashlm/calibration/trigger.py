@@ -14,7 +14,9 @@ from flashlm.errors import PackError
 from flashlm.pack.checksums import check_bytes
 from flashlm.pack.manifest import Manifest, layer_path, resident_path
 from flashlm.rows import kernels
-from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest
+from flashlm.rows.encodings import encoding_of
+from flashlm.storage.reader import Reader, ReadRequest
+from flashlm.storage.slab import SlabAllocator
 
 
 def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,15 +32,15 @@ def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tens
     weight = torch.empty(layout.num_rows, layout.hidden_size, dtype=torch.float32)
     with Reader() as reader:
         file = reader.open(layer_path(pack, entry), expected_bytes=layout.file_bytes)
-        buffer = AlignedBuffer(max(layout.read_bytes(block) for block in range(layout.num_blocks)))
+        place = SlabAllocator().slab(layout.block_stride_bytes, 1).slot(0)
         for block in range(layout.num_blocks):
-            reader.read([ReadRequest(file, layout.offset_of(block), layout.read_bytes(block), buffer, 0)])
-            content = buffer.numpy()[: layout.read_bytes(block)]
+            reader.read([ReadRequest(file, layout.offset_of(block), layout.read_bytes(block), place.buffer)])
+            content = place.numpy(layout.read_bytes(block))
             check_bytes(content, entry.checksums[block], layer_path(pack, entry), f"block {block}")
             span = layout.rows_of(block)
-            dtype = getattr(torch, layout.dtype)
+            code = encoding_of(layout.dtype).code
             rows = kernels.RowBlock(
-                buffer.address, len(span), layout.row_stride_bytes, layout.hidden_size, dtype, layout.num_parts
+                place, len(span), layout.row_stride_bytes, layout.hidden_size, code, layout.num_parts
             )
             kernels.widen(rows, 0, weight[span.start : span.stop])
     has_bias = entry.has_gate_bias if layout.has_gate else entry.has_up_bias

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from flashlm.engine.load_progress import advance
 from flashlm.pack.checksums import check_bytes
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest, Ticket
+from flashlm.storage.slab import SlotRef
 
 GROUP_BYTES = 32 << 20  # of reads that are waited for together
 GROUPS_AHEAD = 8  # a queue stays full while this thread computes, or waits for a core
@@ -87,14 +88,14 @@ class BlockCheck:
         if self._at_load:
             self.read(reader, [request], [(layer, block)])
 
-    def streamed(self, layer: int, block: int, buffer: AlignedBuffer, offset: int, num_bytes: int) -> None:
-        """Check a block that was streamed into `buffer`, where that is wanted.
+    def streamed(self, layer: int, block: int, place: SlotRef, num_bytes: int) -> None:
+        """Check a block that was streamed to `place`, where that is wanted.
 
         Raises:
             PackError: It is damaged.
         """
         if self._always:
-            self.check(layer, block, content_of(buffer, offset, num_bytes))
+            self.check(layer, block, place.numpy(num_bytes))
 
 
 def content_of(buffer: AlignedBuffer, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:

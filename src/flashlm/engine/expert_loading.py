@@ -19,6 +19,7 @@ from flashlm.memory.expert_policy import CachePolicy
 from flashlm.pack.manifest import Manifest
 from flashlm.rows.products import BlockGemm
 from flashlm.storage.reader import File, Reader
+from flashlm.storage.slab import SlabAllocator
 from flashlm.structure.experts import OUT_WEIGHT_NAME, in_weight_name
 from flashlm.transformers_seam import keep_from_initialising, lead_experts_to
 
@@ -61,6 +62,7 @@ def connect_experts(
     gemm: BlockGemm,
     counters: Counters,
     check: BlockCheck,
+    slabs: SlabAllocator,
 ) -> ExpertStore:
     """Fill the expert cache and connect every experts module to it.
 
@@ -69,7 +71,7 @@ def connect_experts(
         PackError: An expert is damaged.
     """
     layouts = [manifest.experts_layout(index) for index in range(len(manifest.experts))]
-    store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters, check=check)
+    store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters, check=check, slabs=slabs)
     store.warm()
     for index, entry in enumerate(manifest.experts):
         module = model.get_submodule(entry.module)

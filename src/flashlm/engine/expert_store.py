@@ -28,7 +28,8 @@ from flashlm.memory.budget import Placement
 from flashlm.memory.expert_cache import ExpertCache, ExpertStep
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.rows.layout import LayerLayout
-from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
+from flashlm.storage.reader import File, Reader, ReadRequest, Ticket
+from flashlm.storage.slab import SlabAllocator, SlotRef
 
 WARM_BYTES = 256 << 20  # of reads begun together when the cache is filled at loading
 
@@ -71,6 +72,7 @@ class ExpertStore:
         policy: What goes when room is needed, what never goes, and what is there in the beginning.
         counters: The model's totals; what a forward pass causes is counted in the pass.
         check: What is held against checksums; None: nothing.
+        slabs: Gives the memory of the slots; None: without a bound.
 
     Attributes:
         traffic: Hits and misses of each layer since loading.
@@ -86,6 +88,7 @@ class ExpertStore:
         policy: CachePolicy,
         counters: Counters | None = None,
         check: BlockCheck | None = None,
+        slabs: SlabAllocator | None = None,
     ) -> None:
         self._check = check or BlockCheck()
         assert placement.experts is not None
@@ -100,7 +103,7 @@ class ExpertStore:
         self._files = files
         self._layouts = layouts
         self._slot_bytes = placement.slot_bytes
-        self._slab = AlignedBuffer(self.cache.num_slots * placement.slot_bytes)
+        self._slab = (slabs or SlabAllocator()).slab(placement.slot_bytes, self.cache.num_slots)
         self._turn = Turn()
         self._open: _Note | None = None
 
@@ -123,8 +126,8 @@ class ExpertStore:
 
     def experts(
         self, layer: int, needed: Sequence[int], by_recency: Sequence[int], *, held_first: bool
-    ) -> AbstractContextManager[Iterator[list[tuple[int, int]]]]:
-        """Give groups of (expert, address of its block), of all `needed` ones; addresses are valid until the next group.
+    ) -> AbstractContextManager[Iterator[list[tuple[int, SlotRef]]]]:
+        """Give groups of (expert, place of its block), of all `needed` ones; places are valid until the next group.
 
         Only one forward pass at a time gets a layer; others wait. An error or an interrupt leaves no expert in the cache
         that did not land.
@@ -147,7 +150,7 @@ class ExpertStore:
 
     def _enter(
         self, note: _Note, layer: int, needed: Sequence[int], by_recency: Sequence[int], held_first: bool
-    ) -> Iterator[list[tuple[int, int]]]:
+    ) -> Iterator[list[tuple[int, SlotRef]]]:
         started_s = time.perf_counter()
         self._settle()
         step = self.cache.begin(layer, needed, by_recency)
@@ -162,7 +165,7 @@ class ExpertStore:
         self._begin(layer, running)
         return self._serve_held_first(layer, running) if held_first else self._serve(layer, running, needed)
 
-    def _leave(self, note: _Note, groups: Iterator[list[tuple[int, int]]] | None, has_failed: bool) -> None:
+    def _leave(self, note: _Note, groups: Iterator[list[tuple[int, SlotRef]]] | None, has_failed: bool) -> None:
         if self._open is note:  # it has not come to its end, and was not overtaken
             self._settle()
 
@@ -174,7 +177,7 @@ class ExpertStore:
             self.cache.break_off(note.misses)
             self._open = None
 
-    def _serve(self, layer: int, running: _Pass, needed: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    def _serve(self, layer: int, running: _Pass, needed: Sequence[int]) -> Iterator[list[tuple[int, SlotRef]]]:
         for expert in needed:
             if expert in running.begun:
                 self._wait(layer, running, expert)
@@ -182,7 +185,7 @@ class ExpertStore:
             self._end(layer, running, [expert])
         self._finish(layer, running)
 
-    def _serve_held_first(self, layer: int, running: _Pass) -> Iterator[list[tuple[int, int]]]:
+    def _serve_held_first(self, layer: int, running: _Pass) -> Iterator[list[tuple[int, SlotRef]]]:
         landing = running.step.misses
         if hits := running.step.hits:
             yield self._group(running, hits)
@@ -214,11 +217,11 @@ class ExpertStore:
         ticket = running.begun.get(expert)
         return ticket is not None and self._reader.is_done(ticket)
 
-    def _group(self, running: _Pass, experts: Sequence[int]) -> list[tuple[int, int]]:
+    def _group(self, running: _Pass, experts: Sequence[int]) -> list[tuple[int, SlotRef]]:
         self._check_is_open(running)
         if not running.ready.issuperset(experts):
             raise StorageError(f"experts {sorted({*experts} - running.ready)} have not been read: start anew", path="")
-        return [(each, self._slab.address + running.step.slot(each) * self._slot_bytes) for each in experts]
+        return [(each, self._slab.slot(running.step.slot(each))) for each in experts]
 
     def _end(self, layer: int, running: _Pass, experts: Sequence[int]) -> None:
         """Note that a group is used, and begin what has waited for its slots."""
@@ -249,15 +252,14 @@ class ExpertStore:
         self.counters.submit_s += time.perf_counter() - started_s
 
     def _request(self, layer: int, expert: int, slot: int) -> ReadRequest:
-        layout = self._layouts[layer]
-        num_bytes = layout.read_bytes(expert)
-        return ReadRequest(self._files[layer], layout.offset_of(expert), num_bytes, self._slab, slot * self._slot_bytes)
+        layout, place = self._layouts[layer], self._slab.slot(slot)
+        return ReadRequest.into(place, self._files[layer], layout.offset_of(expert), layout.read_bytes(expert))
 
     def _wait(self, layer: int, running: _Pass, expert: int) -> None:
         started_s = time.perf_counter()
         self._reader.wait(running.begun[expert])
         num_bytes = self._layouts[layer].read_bytes(expert)
-        self._check.streamed(layer, expert, self._slab, running.step.slot(expert) * self._slot_bytes, num_bytes)
+        self._check.streamed(layer, expert, self._slab.slot(running.step.slot(expert)), num_bytes)
         del running.begun[expert]
         running.ready.add(expert)
         self.counters.wait_s += time.perf_counter() - started_s

@@ -27,6 +27,7 @@ from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
 from flashlm.memory.expert_needs import rows_per_product
 from flashlm.rows import kernels
+from flashlm.rows.encodings import encoding_of
 from flashlm.rows.layout import LayerLayout, round_up
 from flashlm.rows.products import BlockGemm
 from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
@@ -161,10 +162,10 @@ def _run_tokens(
     shares: dict[int, torch.Tensor] = {}
     with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as groups:
         for group in groups:
-            for expert, address in group:
+            for expert, place in group:
                 mine = routing.tokens[expert]
                 share = _run_expert(
-                    module, bound, expert, address, tokens[mine], None if is_long is None else is_long[mine]
+                    module, bound, expert, place, tokens[mine], None if is_long is None else is_long[mine]
                 )
                 if is_small:
                     shares[expert] = share
@@ -199,7 +200,7 @@ def _run_expert(
     module: nn.Module,
     bound: BoundExperts,
     expert: int,
-    address: int,
+    place: kernels.SlotRef,
     tokens: torch.Tensor,
     is_long: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -208,13 +209,13 @@ def _run_expert(
     output = torch.zeros(tokens.shape, dtype=torch.float32)
     num_long = 0 if is_long is None or len(tokens) <= MAX_KERNEL_TOKENS else int(is_long.sum())
     if is_long is None or num_long <= MAX_KERNEL_TOKENS:
-        _add_by_rows(module, bound, address, biases, tokens, output)
+        _add_by_rows(module, bound, place, biases, tokens, output)
     elif num_long == len(tokens):
-        _add_by_products(module, bound, address, biases, tokens, output)
+        _add_by_products(module, bound, place, biases, tokens, output)
     else:  # a long prompt and others side by side
         for is_mine, add in ((is_long, _add_by_products), (~is_long, _add_by_rows)):
             part = output[is_mine]
-            add(module, bound, address, biases, tokens[is_mine], part)
+            add(module, bound, place, biases, tokens[is_mine], part)
             output[is_mine] = part
     return _finish(module, output, [] if biases.outer is None else [biases.outer])
 
@@ -222,7 +223,7 @@ def _run_expert(
 def _add_by_rows(
     module: nn.Module,
     bound: BoundExperts,
-    address: int,
+    place: kernels.SlotRef,
     biases: _Biases,
     tokens: torch.Tensor,
     output: torch.Tensor,
@@ -230,7 +231,7 @@ def _add_by_rows(
     """Add an expert's products, without outer bias and norm, by row kernels: a token's bits whatever its company."""
     layout = bound.layout
     num_rows = layout.block_rows
-    rows, width = _rows(layout, address, num_rows), round_up(num_rows, WHOLE_VECTORS)
+    rows, width = _rows(layout, place, num_rows), round_up(num_rows, WHOLE_VECTORS)
     for tile in tiles(len(tokens)):
         some = tokens if len(tokens) <= MAX_KERNEL_TOKENS else tokens[tile]
         parts = [torch.zeros(len(some), width, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
@@ -243,7 +244,7 @@ def _add_by_rows(
 def _add_by_products(
     module: nn.Module,
     bound: BoundExperts,
-    address: int,
+    place: kernels.SlotRef,
     biases: _Biases,
     tokens: torch.Tensor,
     output: torch.Tensor,
@@ -255,7 +256,7 @@ def _add_by_products(
     for first in range(0, layout.block_rows, step):
         num_rows = min(step, layout.block_rows - first)
         span = slice(first, first + num_rows)
-        gate, up, down = bound.gemm.parts(layout, address + first * layout.row_stride_bytes, num_rows)
+        gate, up, down = bound.gemm.parts(layout, place.at(first * layout.row_stride_bytes), num_rows)
         inner = [up] if gate is None else [gate, up]
         parts = [
             bound.gemm.project(prepared, part, biases.inner[number][span] if biases.inner else None)
@@ -265,14 +266,14 @@ def _add_by_products(
 
 
 def _run_together(
-    module: nn.Module, bound: BoundExperts, group: list[tuple[int, int]], token: torch.Tensor
+    module: nn.Module, bound: BoundExperts, group: list[tuple[int, kernels.SlotRef]], token: torch.Tensor
 ) -> torch.Tensor:
     """Return the outputs of several experts for one token, fp32 (number of experts, hidden_size); the bits of `_run_expert`.
 
     Alone, an expert's calls from Python take as long as its weights do in small models.
     """
     layout = bound.layout
-    blocks = [_rows(layout, address, layout.block_rows) for _, address in group]
+    blocks = [_rows(layout, place, layout.block_rows) for _, place in group]
     biases = [_biases(module, expert) for expert, _ in group]
     parts = [torch.empty(len(group), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
     for number, part in enumerate(parts):
@@ -304,9 +305,9 @@ def _finish(module: nn.Module, output: torch.Tensor, biases: list[torch.Tensor])
     return output
 
 
-def _rows(layout: LayerLayout, address: int, num_rows: int) -> kernels.RowBlock:
-    dtype = getattr(torch, layout.dtype)
-    return kernels.RowBlock(address, num_rows, layout.row_stride_bytes, layout.hidden_size, dtype, layout.num_parts)
+def _rows(layout: LayerLayout, place: kernels.SlotRef, num_rows: int) -> kernels.RowBlock:
+    code = encoding_of(layout.dtype).code
+    return kernels.RowBlock(place, num_rows, layout.row_stride_bytes, layout.hidden_size, code, layout.num_parts)
 
 
 @dataclass(frozen=True, slots=True)

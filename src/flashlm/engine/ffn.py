@@ -35,6 +35,7 @@ from flashlm.engine.standin import StreamedWeight, Unhookable, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
+from flashlm.rows.encodings import encoding_of
 from flashlm.rows.layout import LayerLayout, round_up
 from flashlm.rows.products import BlockGemm
 
@@ -91,7 +92,7 @@ class _Tile:
     """Tokens that row kernels take at once, and those of the fetched rows that any of them needs.
 
     Attributes:
-        address: Where slot 0 is.
+        place: Where slot 0 is.
         tokens: fp32 (num_tokens, hidden_size).
         rows, slots: int64 and int32 (num_rows,), ascending rows.
         order: int64 (num_rows,): positions in `rows`, the `num_held` that are in memory first.
@@ -99,7 +100,7 @@ class _Tile:
         hidden: fp32 (num_tokens, num_rows), in `order`: hidden activations, once they are computed.
     """
 
-    address: int
+    place: kernels.SlotRef
     tokens: torch.Tensor
     rows: torch.Tensor
     slots: torch.Tensor
@@ -118,7 +119,7 @@ class _Tile:
             order = (is_needed.cumsum(0) - 1)[order[is_needed[order]]]
             rows, slots = rows[is_needed], slots[is_needed]
         return cls(
-            address=fetch.address,
+            place=fetch.place,
             tokens=tokens,
             rows=rows.long(),
             slots=slots,
@@ -171,6 +172,7 @@ class FlashFFN(StreamedModule):
         self.gate_bias: nn.Parameter | None
         self.down_bias: nn.Parameter | None
         self._dtype = getattr(torch, layout.dtype)
+        self._code = encoding_of(layout.dtype).code
         self._bound: _Bound | None = None
         for name, is_present, size in (
             ("up_bias", has_up_bias, layout.num_rows),
@@ -313,7 +315,7 @@ class FlashFFN(StreamedModule):
         layout = self.layout
         span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
         rows = kernels.RowBlock(
-            run.address, len(span), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts
+            run.place, len(span), layout.row_stride_bytes, layout.hidden_size, self._code, layout.num_parts
         )
         parts = tiles(len(tokens))
         hidden = torch.empty(len(tokens), len(span), dtype=torch.float32)
@@ -341,7 +343,7 @@ class FlashFFN(StreamedModule):
     ) -> None:
         """Add what a block gives to `share.output` by matrix products; `prepared` and `plain` are its own tokens."""
         span = self.layout.rows_of(block.blocks[0])
-        gate_part, up_part, down_part = bound.gemm.parts(self.layout, block.address, len(span))
+        gate_part, up_part, down_part = bound.gemm.parts(self.layout, block.place, len(span))
         hidden = bound.gemm.project(prepared, up_part, _part(bound.up_bias, span))
         gate = None
         if gate_part is not None:
@@ -370,7 +372,7 @@ class FlashFFN(StreamedModule):
                     self._project_rows(bound, tile, slice(tile.num_held, len(tile.order)))
                     ascending = torch.empty_like(tile.hidden)
                     ascending[:, tile.order] = tile.hidden
-                    kernels.accumulate(ascending, self._row_block(fetch.address, tile.slots), output[part])
+                    kernels.accumulate(ascending, self._row_block(fetch.place, tile.slots), output[part])
 
     def _project_rows(self, bound: _Bound, tile: _Tile, part: slice) -> None:
         """Write hidden activations of `tile`, of its rows `order[part]`; an inactive row stops at its trigger."""
@@ -382,7 +384,7 @@ class FlashFFN(StreamedModule):
         trigger = torch.empty(len(tokens), len(rows), dtype=torch.float32)
         trigger_bias = bound.gate_bias if has_gate else bound.up_bias
         bias = None if trigger_bias is None else trigger_bias[rows]
-        kernels.project(tokens, self._row_block(tile.address, slots), 0, trigger, bias)
+        kernels.project(tokens, self._row_block(tile.place, slots), 0, trigger, bias)
         activated = _evenly(self.activation, trigger)
         if self.activation_threshold > 0.0:
             activated = activated.masked_fill(activated.abs() <= self.activation_threshold, 0.0)
@@ -394,15 +396,15 @@ class FlashFFN(StreamedModule):
         firing = activated.any(dim=0).nonzero().squeeze(1)
         up = torch.empty(len(tokens), len(firing), dtype=torch.float32)
         up_bias = None if bound.up_bias is None else bound.up_bias[rows[firing]]
-        kernels.project(tokens, self._row_block(tile.address, slots[firing]), 1, up, up_bias)
+        kernels.project(tokens, self._row_block(tile.place, slots[firing]), 1, up, up_bias)
         target = tile.hidden[:, part]
         target.zero_()
         target[:, firing] = up * activated[:, firing]
 
-    def _row_block(self, address: int, slots: torch.Tensor) -> kernels.RowBlock:
+    def _row_block(self, place: kernels.SlotRef, slots: torch.Tensor) -> kernels.RowBlock:
         layout = self.layout
         return kernels.RowBlock(
-            address, len(slots), layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts, slots
+            place, len(slots), layout.row_stride_bytes, layout.hidden_size, self._code, layout.num_parts, slots
         )
 
     def _activate(
@@ -463,7 +465,7 @@ class _LinearFFN(FlashFFN, Unhookable, nn.Linear):
 def _single_blocks(run: BlockRun, layout: LayerLayout) -> Iterator[BlockRun]:
     """Yield the blocks of a run one by one."""
     for index, block in enumerate(run.blocks):
-        yield BlockRun(range(block, block + 1), run.address + index * layout.block_stride_bytes)
+        yield BlockRun(range(block, block + 1), run.place.at(index * layout.block_stride_bytes))
 
 
 def _cut(tensor: torch.Tensor, part: slice) -> torch.Tensor:

@@ -60,9 +60,7 @@ class WideningLinear(nn.Linear):
         return output
 
     def _rows(self, start: int, stop: int) -> kernels.RowBlock:
-        stride_bytes = self.in_features * self.weight.element_size()
-        address = self.weight.data_ptr() + start * stride_bytes
-        return kernels.RowBlock(address, stop - start, stride_bytes, self.in_features, self.weight.dtype, 1)
+        return kernels.matrix_rows(self.weight.detach()[start:stop])
 
 
 def _is_by_rows(shape: torch.Size) -> bool:

@@ -18,6 +18,7 @@ from flashlm.errors import PackError
 from flashlm.pack.checksums import ADVICE
 from flashlm.rows.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest
+from flashlm.storage.slab import Slab
 
 Bytes = npt.NDArray[np.uint8]
 _BUFFER_BYTES = 64 << 20
@@ -42,15 +43,14 @@ class RowCheck:
         self._blocks = blocks
         self._sums: list[npt.NDArray[np.uint64]] = []
 
-    def held(self, layer: int, rows: torch.Tensor, slots: torch.Tensor, slab: AlignedBuffer, offset: int) -> None:
+    def held(self, layer: int, rows: torch.Tensor, slots: torch.Tensor, slab: Slab) -> None:
         """Check rows that were read while loading.
 
         Args:
             layer: Whose they are.
             rows: int32 (num_rows,), ascending.
-            slots: int32 (num_rows,): row i lies at `offset + slots[i] * row_stride_bytes`.
-            slab: Where they are.
-            offset: Where slot 0 of the layer is.
+            slots: int32 (num_rows,): row i lies in slot `slots[i]`.
+            slab: The layer's, a row a slot.
 
         Raises:
             PackError: A block that they belong to is damaged, or a row is not as its block has it.
@@ -61,7 +61,7 @@ class RowCheck:
         for block in sorted({row // layout.block_rows for row in slot_of}):
             span = layout.rows_of(block)
             held = [(row, slot_of[row]) for row in span if row in slot_of]
-            views = {row: _row(slab, offset, slot, layout) for row, slot in held}
+            views = {row: _row(slab, slot) for row, slot in held}
             if len(held) == len(span):
                 content = np.zeros(layout.read_bytes(block), dtype=np.uint8)
                 for index, row in enumerate(span):
@@ -87,15 +87,15 @@ class RowCheck:
                     sums[row] = xxhash.xxh3_64_intdigest(content.data)
             self._sums.append(sums)
 
-    def streamed(self, layer: int, rows: torch.Tensor, slots: torch.Tensor, slab: AlignedBuffer, offset: int) -> None:
+    def streamed(self, layer: int, rows: torch.Tensor, slots: torch.Tensor, slab: Slab) -> None:
         """Check rows that have just landed; arguments as for `held`.
 
         Raises:
             PackError: One is damaged.
         """
-        layout, sums = self._layouts[layer], self._sums[layer]
+        sums = self._sums[layer]
         for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
-            if xxhash.xxh3_64_intdigest(_row(slab, offset, slot, layout).data) != sums[row]:
+            if xxhash.xxh3_64_intdigest(_row(slab, slot).data) != sums[row]:
                 raise self._damaged(layer, row)
 
     def _read(self, layer: int, blocks: Sequence[int]) -> Iterator[tuple[int, Bytes]]:
@@ -125,5 +125,5 @@ class RowCheck:
         return PackError(f"{self._files[layer].path}: row {row} is damaged. {ADVICE}")
 
 
-def _row(slab: AlignedBuffer, offset: int, slot: int, layout: LayerLayout) -> Bytes:
-    return content_of(slab, offset + slot * layout.row_stride_bytes, layout.row_stride_bytes)
+def _row(slab: Slab, slot: int) -> Bytes:
+    return slab.slot(slot).numpy(slab.slot_bytes)

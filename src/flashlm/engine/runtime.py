@@ -51,6 +51,7 @@ from flashlm.rows.products import BlockGemm
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import File, Reader
+from flashlm.storage.slab import Budget, SlabAllocator
 from flashlm.structure.ffn_probe import find_learned
 from flashlm.transformers_seam import given_cache
 
@@ -213,6 +214,7 @@ class UnboundRuntime:
             model, resident_path(self.pack), manifest.resident, self.reader, is_checked=self.check != "none"
         )
         files = [self._open_layer(layer_path(self.pack, entry), layout) for entry, layout in manifest.files]
+        slabs = SlabAllocator(Budget(placement.dram_bytes - placement.needs.total_bytes))
         gemm = BlockGemm(manifest.dtype)
         stream, sparse, experts = None, None, None
         if self.decision.policy is not None:
@@ -226,9 +228,10 @@ class UnboundRuntime:
                 gemm,
                 passes.totals,
                 self._block_check(),
+                slabs,
             )
         else:
-            stream, sparse = self._bind_layers(model, files, gemm, passes.totals)
+            stream, sparse = self._bind_layers(model, files, gemm, passes.totals, slabs)
         load_progress.finish()
         model.requires_grad_(False)
         if gemm.strategy == "widen":
@@ -255,7 +258,7 @@ class UnboundRuntime:
         return runtime
 
     def _bind_layers(
-        self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters
+        self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters, slabs: SlabAllocator
     ) -> tuple[BlockStream, SparseRows | None]:
         """Connect the feed-forward layers to the stream, and in mode `sparse` to the neuron cache."""
         manifest = self.manifest
@@ -268,8 +271,9 @@ class UnboundRuntime:
             read_ahead=self.decision.mode != "naive",
             counters=counters,
             check=self._block_check(),
+            slabs=slabs,
         )
-        sparse, predictors = self._bind_sparse(layouts, files, counters)
+        sparse, predictors = self._bind_sparse(layouts, files, counters, slabs)
         for index, entry in enumerate(manifest.layers):
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
@@ -285,7 +289,7 @@ class UnboundRuntime:
         return stream, sparse
 
     def _bind_sparse(
-        self, layouts: list[LayerLayout], files: list[File], counters: Counters
+        self, layouts: list[LayerLayout], files: list[File], counters: Counters, slabs: SlabAllocator
     ) -> tuple[SparseRows | None, list[Predictor]]:
         """Make the neuron cache and load the predictors; without a calibration there are none."""
         capacities = self.decision.placement.cache
@@ -299,6 +303,7 @@ class UnboundRuntime:
             window=self.calibration.sparsity.window,
             max_gap=self.decision.max_gap,
             counters=counters,
+            slabs=slabs,
         )
         sparse.warm()
         if self.check != "none":

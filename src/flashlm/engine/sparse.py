@@ -23,7 +23,8 @@ from flashlm.engine.row_check import RowCheck
 from flashlm.engine.turn import Turn, overtaken
 from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache
 from flashlm.rows.layout import LayerLayout
-from flashlm.storage.reader import AlignedBuffer, File, Reader, RowGeometry, Ticket
+from flashlm.storage.reader import File, Reader, RowGeometry, Ticket
+from flashlm.storage.slab import SlabAllocator, SlotRef
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +44,7 @@ class RowFetch:
         layer: Whose they are.
         rows: int32 (num_rows,), ascending.
         lookup: Their slots; those that were held come first in `lookup.order`.
-        address: Where slot 0 of the layer is.
+        place: Where slot 0 of the layer is.
         ticket: The reads under way; None once they have landed.
         note: What the store goes by where the pass is broken off.
     """
@@ -51,7 +52,7 @@ class RowFetch:
     layer: int
     rows: torch.Tensor
     lookup: Lookup
-    address: int
+    place: SlotRef
     ticket: Ticket | None
     note: _Note
 
@@ -67,8 +68,10 @@ class SparseRows:
         window: Policy `window(k)`; None is LRU.
         max_gap: Rows between two missing ones that are read through rather than begin another read.
         counters: The model's totals; what a forward pass causes is counted in the pass.
+        slabs: Gives the memory of the slots; None: without a bound.
 
     Raises:
+        BudgetError: The slots outgrow what slabs may take.
         StorageError: A pinned row can't be read.
     """
 
@@ -82,6 +85,7 @@ class SparseRows:
         window: int | None = None,
         max_gap: int = 0,
         counters: Counters | None = None,
+        slabs: SlabAllocator | None = None,
     ) -> None:
         self._totals = counters or Counters()
         self.cache = NeuronCache(capacities, window=window)
@@ -91,12 +95,16 @@ class SparseRows:
         self._layouts = layouts
         self._turn = Turn()
         self._open: _Note | None = None
-        self._offsets = [0]
-        for capacity, layout in zip(capacities, layouts, strict=True):
-            self._offsets.append(self._offsets[-1] + capacity.num_slots * layout.row_stride_bytes)
-        # Huge pages: a row then lies in one piece of physical memory, and scattered reads are up to twice as fast
-        # (docs/experiments.md).
-        self._slab = AlignedBuffer(slab_bytes(layouts, capacities))
+        # One piece of memory, a slab a layer, and a row more that gaps are read into. Huge pages: a row then lies in one
+        # piece of physical memory, and scattered reads are up to twice as fast (docs/experiments.md).
+        self._slabs = (slabs or SlabAllocator()).slabs(
+            [
+                (layout.row_stride_bytes, capacity.num_slots * layout.row_stride_bytes)
+                for layout, capacity in zip(layouts, capacities, strict=True)
+            ],
+            spare_bytes=max(layout.row_stride_bytes for layout in layouts),
+        )
+        self._places = [slab.slot(0) for slab in self._slabs]
         self._geometries = [
             RowGeometry(
                 row_stride_bytes=layout.row_stride_bytes,
@@ -125,7 +133,7 @@ class SparseRows:
             filled = [(rows, slots) for each, rows, slots in self._filled if each == layer]
             if filled:
                 rows, slots = (torch.cat(parts) for parts in zip(*filled, strict=True))
-                check.held(layer, rows, slots, self._slab, self._offsets[layer])
+                check.held(layer, rows, slots, self._slabs[layer])
         self._filled.clear()
         if keeps:
             check.learn()
@@ -146,8 +154,8 @@ class SparseRows:
             self._geometries[layer],
             rows,
             slots,
-            self._slab,
-            buffer_offset=self._offsets[layer],
+            self._places[layer].buffer,
+            buffer_offset=self._places[layer].buffer_offset,
             max_gap=self.max_gap,
             ticket=ticket,
         )
@@ -200,7 +208,7 @@ class SparseRows:
             self._submit(layer, note.rows, lookup.slots[missing], note.ticket)
             counters.submit_s += time.perf_counter() - managed_s
         ticket = note.ticket if len(missing) else None
-        return RowFetch(layer, rows, lookup, self._slab.address + self._offsets[layer], ticket, note)
+        return RowFetch(layer, rows, lookup, self._places[layer], ticket, note)
 
     def _leave(self, fetch: RowFetch, has_failed: bool) -> None:
         try:
@@ -232,8 +240,8 @@ class SparseRows:
         self._reader.wait(fetch.ticket)
         if self._check is not None:
             missing = fetch.lookup.order[fetch.lookup.num_held :]
-            place = fetch.address - self._slab.address
-            self._check.streamed(fetch.layer, fetch.rows[missing], fetch.lookup.slots[missing], self._slab, place)
+            slab = self._slabs[fetch.layer]
+            self._check.streamed(fetch.layer, fetch.rows[missing], fetch.lookup.slots[missing], slab)
         self.counters.wait_s += time.perf_counter() - started_s
         self.counters.bytes_read += fetch.ticket.num_bytes
         self.counters.num_reads += fetch.ticket.num_reads
@@ -247,11 +255,3 @@ class SparseRows:
                 with self.fetch(layer, rows) as fetch:
                     self.wait(fetch)
                     self._filled.append((layer, rows, fetch.lookup.slots))
-
-
-def slab_bytes(layouts: Sequence[LayerLayout], capacities: Sequence[LayerCapacity]) -> int:
-    """Return the memory of the slots of all layers, and of one row more that gaps are read into."""
-    slots_bytes = sum(
-        capacity.num_slots * layout.row_stride_bytes for layout, capacity in zip(layouts, capacities, strict=True)
-    )
-    return slots_bytes + max(layout.row_stride_bytes for layout in layouts)

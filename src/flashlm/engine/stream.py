@@ -30,7 +30,8 @@ from flashlm.engine.turn import Turn, overtaken
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.rows.layout import LayerLayout
-from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
+from flashlm.storage.reader import File, Reader, ReadRequest, Ticket
+from flashlm.storage.slab import SlabAllocator, SlotRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,11 @@ class BlockRun:
 
     Attributes:
         blocks: Their numbers.
-        address: Where the first one's rows begin.
+        place: Where the first one's rows begin.
     """
 
     blocks: range
-    address: int
+    place: SlotRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,10 @@ class BlockStream:
         read_ahead: False begins a layer's reads only when it is reached.
         counters: The model's totals; what a forward pass causes is counted in the pass.
         check: What is held against checksums; None: nothing.
+        slabs: Gives the memory of the ring and the pinned blocks; None: without a bound.
 
     Raises:
+        BudgetError: The placement outgrows what slabs may take.
         StorageError: A pinned block can't be read.
         PackError: A pinned block is damaged.
     """
@@ -93,7 +96,9 @@ class BlockStream:
         read_ahead: bool = True,
         counters: Counters | None = None,
         check: BlockCheck | None = None,
+        slabs: SlabAllocator | None = None,
     ) -> None:
+        slabs = slabs or SlabAllocator()
         self._totals = counters or Counters()
         self._check = check or BlockCheck()
         self._reader = reader
@@ -105,12 +110,13 @@ class BlockStream:
         ]
         self._strides = [layout.block_stride_bytes for layout in layouts]
         self._run_blocks = [layout.run_blocks for layout in layouts]
-        self._pinned, self._pinned_addresses = self._read_pinned(files, layouts, placement)
+        self._pinned = self._read_pinned(files, layouts, slabs)
         self._steps, self._first = _schedule(files, layouts, placement)
         self._files = files
         self._num_blocks = [layout.num_blocks for layout in layouts]
         self._slot_bytes = placement.slot_bytes
-        self._ring = AlignedBuffer(placement.staging_bytes) if placement.num_slots else None
+        ring = slabs.slab(placement.slot_bytes, placement.num_slots) if placement.num_slots else None
+        self._ring = [ring.slot(slot) for slot in range(placement.num_slots)] if ring else []
         self._num_slots = placement.num_slots
         # Reads are numbered since the last restart. Read n is of step (first_step + n) % steps and goes to slot n % slots;
         # those from num_consumed to num_begun hold their slots.
@@ -127,32 +133,36 @@ class BlockStream:
         return counting(self._totals)
 
     def _read_pinned(
-        self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement
-    ) -> tuple[AlignedBuffer | None, list[list[int]]]:
-        """Read every pinned block into one buffer; return it and the address of each layer's blocks."""
-        if not placement.pinned_bytes:
-            return None, [[] for _ in layouts]
-        pool = AlignedBuffer(placement.pinned_bytes, huge_pages=False)  # docs/experiments.md: first touch
-        addresses: list[list[int]] = []
-        requests = []
-        position = 0
-        for file, layout, sizes in zip(files, layouts, self._pinned_bytes, strict=True):
-            addresses.append([])
-            for block, num_bytes in enumerate(sizes):
-                requests.append(ReadRequest(file, layout.offset_of(block), num_bytes, pool, position))
-                addresses[-1].append(pool.address + position)
-                position += num_bytes
+        self, files: Sequence[File], layouts: Sequence[LayerLayout], slabs: SlabAllocator
+    ) -> list[list[SlotRef]]:
+        """Read every pinned block into slabs, one a layer; return where each layer's blocks are."""
+        if not any(self._pinned_bytes):
+            return [[] for _ in layouts]
+        cuts = [(stride, sum(sizes)) for stride, sizes in zip(self._strides, self._pinned_bytes, strict=True)]
+        pinned = [
+            [slab.slot(block) for block in range(len(sizes))]
+            for slab, sizes in zip(
+                slabs.slabs(cuts, huge_pages=False),  # docs/experiments.md: first touch
+                self._pinned_bytes,
+                strict=True,
+            )
+        ]
+        requests = [
+            ReadRequest.into(place, file, layout.offset_of(block), layout.read_bytes(block))
+            for file, layout, places in zip(files, layouts, pinned, strict=True)
+            for block, place in enumerate(places)
+        ]
         blocks = [(layer, block) for layer, sizes in enumerate(self._pinned_bytes) for block in range(len(sizes))]
         self._check.read(self._reader, requests, blocks)
-        return pool, addresses
+        return pinned
 
     def _check_first(self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement) -> None:
         """Check one block of each layer of which none is pinned: a file of another layer or pack is noticed at once."""
-        if self._ring is None:
+        if not self._ring:
             return
         for layer, (file, layout, num_pinned) in enumerate(zip(files, layouts, placement.num_pinned, strict=True)):
             if num_pinned == 0:
-                request = ReadRequest(file, layout.offset_of(0), layout.read_bytes(0), self._ring, 0)
+                request = ReadRequest.into(self._ring[0], file, layout.offset_of(0), layout.read_bytes(0))
                 self._check.sample(self._reader, request, layer, 0)
 
     def layer(self, layer: int) -> AbstractContextManager[Iterator[BlockRun]]:
@@ -189,21 +199,20 @@ class BlockStream:
         layer = current.layer
         self._check_is_open(current)
         counters = self.counters
-        sizes, addresses = self._pinned_bytes[layer], self._pinned_addresses[layer]
+        sizes, places = self._pinned_bytes[layer], self._pinned[layer]
         for start in range(0, len(sizes), self._run_blocks[layer]):
             blocks = range(start, min(start + self._run_blocks[layer], len(sizes)))
             counters.pinned_bytes += sum(sizes[start : blocks.stop])
             counters.num_pinned += len(blocks)
-            yield BlockRun(blocks, addresses[start])
+            yield BlockRun(blocks, places[start])
             self._check_is_open(current)
             if self._num_begun > self._num_consumed:  # asking begins the next pieces where some have landed meanwhile
                 self._reader.is_done(self._ticket(self._num_begun - 1))
         next_block = len(sizes)
         while next_block < self._num_blocks[layer]:
-            assert self._ring is not None
             self._check_is_next(layer, next_block)
             run = range(next_block, next_block + self._land(layer))
-            yield BlockRun(run, self._ring.address + self._num_consumed % self._num_slots * self._slot_bytes)
+            yield BlockRun(run, self._ring[self._num_consumed % self._num_slots])
             self._check_is_open(current)
             self._num_consumed += len(run)
             next_block = run.stop
@@ -213,7 +222,6 @@ class BlockStream:
     def _land(self, layer: int) -> int:
         """Wait for the next block of `layer`; return how many there are by then, in neighbouring slots."""
         counters = self.counters
-        assert self._ring is not None
         joins = self._slot_bytes == self._strides[layer]
         most = min(self._run_blocks[layer], self._num_slots // 4) if joins else 1
         count = 0
@@ -229,8 +237,7 @@ class BlockStream:
                 if count >= most or not follows or step.layer != layer or not self._reader.is_done(ticket):
                     break
                 self._reader.wait(ticket)
-            place = number % self._num_slots * self._slot_bytes
-            self._check.streamed(step.layer, step.block, self._ring, place, step.num_bytes)
+            self._check.streamed(step.layer, step.block, self._ring[number % self._num_slots], step.num_bytes)
             counters.bytes_read += step.num_bytes
             counters.num_reads += 1
             count += 1
@@ -280,13 +287,12 @@ class BlockStream:
 
     def _submit(self, layer: int) -> None:
         """Give every free slot the next read."""
-        assert self._ring is not None
         while self._num_begun - self._num_consumed < self._num_slots:
             step = self._steps[self._position(self._num_begun)]
             if not self._read_ahead and step.layer != layer:
                 return
             slot = self._num_begun % self._num_slots
-            request = ReadRequest(step.file, step.offset, step.num_bytes, self._ring, slot * self._slot_bytes)
+            request = ReadRequest.into(self._ring[slot], step.file, step.offset, step.num_bytes)
             self._tickets[slot] = ticket = Ticket()  # before its read begins: from here on the slot is waited for
             self._reader.submit([request], ticket)
             self._num_begun += 1

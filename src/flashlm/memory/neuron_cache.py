@@ -8,6 +8,7 @@ Rows 0 to num_pinned - 1 of a layer never go. A layer's capacity is fixed; it co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -82,25 +83,15 @@ class NeuronCache:
         Raises:
             ConfigError: They do not fit, or are not as stated; nothing has changed.
         """
-        if not _is_native(rows):
-            raise ConfigError(f"rows must be contiguous int32 (num_rows,), got {rows.dtype} {tuple(rows.shape)}")
         slots = torch.empty_like(rows)
         order = torch.empty_like(rows)
         try:
-            num_held = self._native.acquire(
-                layer, rows.data_ptr(), len(rows), slots.data_ptr(), order.data_ptr(), is_same_step
-            )
+            num_held = self._native.acquire(layer, rows, slots, order, is_same_step)
         except ValueError as error:
             raise ConfigError(f"layer {layer}: {error}") from error
         return Lookup(slots, order, num_held)
 
     def forget(self, layer: int, rows: torch.Tensor) -> None:
         """Drop `rows`, whose slots hold nothing because their read failed; what `acquire` would refuse is not there."""
-        if not _is_native(rows):
-            return
-        self._native.forget(layer, rows.data_ptr(), len(rows))
-
-
-def _is_native(rows: torch.Tensor) -> bool:
-    """Return whether native code can take them: int32 (num_rows,), contiguous."""
-    return rows.dtype == torch.int32 and rows.dim() == 1 and rows.is_contiguous()
+        with suppress(ConfigError):
+            self._native.forget(layer, rows)

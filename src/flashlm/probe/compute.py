@@ -36,7 +36,7 @@ def memory_rates() -> tuple[float, float]:
 def overlap_shares(file: ProbeFile) -> tuple[float, float]:
     """Return the shares of the reading and the computing rate that are left while both run."""
     weights = torch.zeros(16384, HIDDEN, dtype=torch.bfloat16)
-    matrix = kernels.RowBlock(weights.data_ptr(), len(weights), HIDDEN * 2, HIDDEN, weights.dtype, 1)
+    matrix = kernels.matrix_rows(weights)
     x, out = torch.randn(1, HIDDEN), torch.empty(1, len(weights))
     depth = min(STREAM_DEPTH, file.num_bytes // STREAM_BYTES)
     buffer = AlignedBuffer(depth * STREAM_BYTES)
@@ -89,7 +89,7 @@ def block_overhead_s() -> float:
     tokens, output, bias = torch.zeros(1, RUN_WIDTH), torch.zeros(1, RUN_WIDTH), torch.zeros(2 * RUN_ROWS)
 
     def run() -> None:
-        rows = kernels.RowBlock(weights.data_ptr(), RUN_ROWS, 8 * RUN_WIDTH, RUN_WIDTH, torch.float32, 2)
+        rows = kernels.matrix_rows(weights, num_parts=2)
         hidden = torch.empty(1, RUN_ROWS)
         kernels.project(tokens, rows, 0, hidden, bias[RUN_ROWS:])
         kernels.accumulate(relu(hidden), rows, output)

@@ -52,11 +52,7 @@ class _layer:  # noqa: N801  # a function with its tensors
         return output.to(torch.bfloat16)
 
     def _products(self, tokens: torch.Tensor, group: list[int]) -> torch.Tensor:
-        stride_bytes = 2 * 3 * WIDTH
-        blocks = [
-            kernels.RowBlock(self._weights[expert].data_ptr(), NUM_ROWS, stride_bytes, WIDTH, torch.bfloat16, 3)
-            for expert in group
-        ]
+        blocks = [kernels.matrix_rows(self._weights[expert], num_parts=3) for expert in group]
         parts = [torch.empty(len(group), NUM_ROWS) for _ in range(2)]
         for number, part in enumerate(parts):
             kernels.project_blocks(tokens, blocks, number, part)

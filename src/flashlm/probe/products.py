@@ -55,9 +55,8 @@ def product_rates(dtype: str) -> ProductRates:
 
 
 def _rows(weights: torch.Tensor, start: int, num_rows: int, slots: torch.Tensor | None = None) -> kernels.RowBlock:
-    stride_bytes = weights.stride(0) * weights.element_size()
-    address = weights.data_ptr() + start * stride_bytes
-    return kernels.RowBlock(address, num_rows, stride_bytes, HIDDEN, weights.dtype, PARTS, slots)
+    part = weights[start : start + num_rows] if slots is None else weights[start:]
+    return kernels.matrix_rows(part, num_parts=PARTS, slots=slots)
 
 
 def _every_second(num_rows: int) -> torch.Tensor:
@@ -113,11 +112,7 @@ def _row_products(weights: torch.Tensor) -> tuple[Callable[[], object], Callable
 
 def _matrices(weights: torch.Tensor) -> Callable[[], object]:
     """Return products with square matrices, each a call with the conversions of a resident layer."""
-    stride_bytes = HIDDEN * weights.element_size()
-    matrices = [
-        kernels.RowBlock(weights.data_ptr() + start * stride_bytes, HIDDEN, stride_bytes, HIDDEN, weights.dtype, 1)
-        for start in range(0, len(weights) * PARTS, HIDDEN)
-    ]
+    matrices = [kernels.matrix_rows(matrix) for matrix in weights.view(-1, HIDDEN, HIDDEN)]
     narrow = torch.randn(1, HIDDEN).to(weights.dtype)
 
     def multiply() -> None:
@@ -131,15 +126,10 @@ def _matrices(weights: torch.Tensor) -> Callable[[], object]:
 
 def _experts(weights: torch.Tensor) -> Callable[[], object]:
     """Return the products of a token with the experts that the weights make, some of them together."""
-    stride_bytes = EXPERT_PARTS * EXPERT_HIDDEN * weights.element_size()
-    count = weights.numel() * weights.element_size() // (EXPERT_ROWS * stride_bytes)
-    blocks = [
-        kernels.RowBlock(
-            weights.data_ptr() + expert * EXPERT_ROWS * stride_bytes,
-            EXPERT_ROWS, stride_bytes, EXPERT_HIDDEN, weights.dtype, EXPERT_PARTS,
-        )
-        for expert in range(count)
-    ]  # fmt: skip
+    width = EXPERT_PARTS * EXPERT_HIDDEN
+    count = weights.numel() // (EXPERT_ROWS * width)
+    experts = weights.view(-1)[: count * EXPERT_ROWS * width].view(count, EXPERT_ROWS, width)
+    blocks = [kernels.matrix_rows(expert, num_parts=EXPERT_PARTS) for expert in experts]
     groups = [blocks[start : start + EXPERTS_TOGETHER] for start in range(0, count, EXPERTS_TOGETHER)]
     token = torch.ones(1, EXPERT_HIDDEN)
 

@@ -41,7 +41,6 @@ def sparse_layer_overhead_s() -> float:
     """
     cache = NeuronCache([LayerCapacity(num_rows=NUM_ROWS, num_slots=NUM_SLOTS)])
     weights = torch.ones(NUM_SLOTS, 2 * WIDTH)
-    stride_bytes = 2 * WIDTH * weights.element_size()
     (used,) = _used_rows(1)
     lookup = cache.acquire(0, used)
     num_held = NUM_USED // 2
@@ -50,7 +49,7 @@ def sparse_layer_overhead_s() -> float:
     bias, tokens = torch.zeros(NUM_ROWS), torch.ones(1, WIDTH)
 
     def rows_in(slots: torch.Tensor) -> kernels.RowBlock:
-        return kernels.RowBlock(weights.data_ptr(), len(slots), stride_bytes, WIDTH, torch.float32, 2, slots)
+        return kernels.matrix_rows(weights, num_parts=2, slots=slots)
 
     def layer() -> None:
         output = torch.zeros(1, WIDTH)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 
 from flashlm import _native
-from flashlm.errors import ConfigError
 from flashlm.pru.observers import is_in_memory
 
-_CODES = {torch.bfloat16: 0, torch.float32: 2}
+_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def lstm_gates(
@@ -27,30 +26,14 @@ def lstm_gates(
     Raises:
         ConfigError: A shape, dtype or layout is not as stated.
     """
-    batch, size = c.shape
-    for name, tensor, shape in (("input_gates", input_gates, (batch, 4 * size)), ("c", c, (batch, size)),
-                                ("context_gates", context_gates, (batch, 4 * size))):  # fmt: skip
-        if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
-            raise ConfigError(
-                f"{name} must be contiguous float32 {shape}, got {str(tensor.dtype).removeprefix('torch.')}"
-                f" {tuple(tensor.shape)}{'' if tensor.is_contiguous() else ', not contiguous'}"
-            )
     h_next, c_next = torch.empty_like(c), torch.empty_like(c)
-    _native.lstm_gates(
-        input_gates.data_ptr(),
-        context_gates.data_ptr(),
-        c.data_ptr(),
-        h_next.data_ptr(),
-        c_next.data_ptr(),
-        batch,
-        size,
-    )
+    _native.lstm_gates(input_gates, context_gates, c, h_next, c_next)
     return h_next, c_next
 
 
 def has_native_gates(weight: torch.Tensor, state: torch.Tensor) -> bool:
     """Return whether `StepGates` takes recurrent weights and a state of these dtypes and devices."""
-    is_supported = weight.dtype in _CODES and state.dtype == torch.float32
+    is_supported = weight.dtype in _DTYPES and state.dtype == torch.float32
     return is_supported and is_in_memory(weight) and is_in_memory(state) and state.numel() > 0
 
 
@@ -84,20 +67,14 @@ class StepGates:
             self.activations = self.h.new_empty(num_steps, *h0.shape[:-1], 4 * h0.shape[-1])
 
     def forward(self, t: int, gates: torch.Tensor) -> None:
-        """Take step t; gates (..., 4d), contiguous, in the products' dtype, the context's part included."""
-        h, h_low = self.h[t + 1], self.h_low[t + 1]
-        _check(gates, h_low.dtype, 4 * h.numel())
-        _native.lstm_forward(
-            _CODES[h_low.dtype],
-            gates.data_ptr(),
-            self.c[t].data_ptr(),
-            0 if self.activations is None else self.activations[t].data_ptr(),
-            h.data_ptr(),
-            self.c[t + 1].data_ptr(),
-            0 if self.h_low is self.h else h_low.data_ptr(),
-            h[..., 0].numel(),
-            h.shape[-1],
-        )
+        """Take step t; gates (..., 4d), contiguous, in the products' dtype, the context's part included.
+
+        Raises:
+            ConfigError: The gates are not as stated.
+        """
+        activations = None if self.activations is None else self.activations[t]
+        h_low = None if self.h_low is self.h else self.h_low[t + 1]
+        _native.lstm_forward(gates, self.c[t], activations, self.h[t + 1], self.c[t + 1], h_low)
 
 
 def backward_step(
@@ -120,29 +97,8 @@ def backward_step(
         grad_c: fp32 (..., d), by c_next.
         grad_gates: Output, (..., 4d) in the products' dtype.
         grad_c_before: Output, fp32 (..., d), by c.
+
+    Raises:
+        ConfigError: A size, dtype or layout is not as stated.
     """
-    low, size = grad_gates.dtype, c.numel()
-    for tensor in (c, c_next, grad_h, grad_c, grad_c_before):
-        _check(tensor, torch.float32, size)
-    _check(activations, torch.float32, 4 * size)
-    _check(grad_h_next, low, size)
-    _check(grad_gates, low, 4 * size)
-    _native.lstm_backward(
-        _CODES[grad_gates.dtype],
-        activations.data_ptr(),
-        c.data_ptr(),
-        c_next.data_ptr(),
-        grad_h.data_ptr(),
-        grad_h_next.data_ptr(),
-        grad_c.data_ptr(),
-        grad_gates.data_ptr(),
-        grad_c_before.data_ptr(),
-        c[..., 0].numel(),
-        c.shape[-1],
-    )
-
-
-def _check(tensor: torch.Tensor, dtype: torch.dtype, num_elements: int) -> None:
-    """Guard the raw addresses below: a caller's mistake must not become a write beyond an array."""
-    if tensor.dtype != dtype or tensor.numel() != num_elements or not tensor.is_contiguous():
-        raise AssertionError(f"expected contiguous {dtype} of {num_elements}, got {tensor.dtype} {tuple(tensor.shape)}")
+    _native.lstm_backward(activations, c, c_next, grad_h, grad_h_next, grad_c, grad_gates, grad_c_before)

@@ -14,11 +14,11 @@ from flashlm.pru.cell import PRUCell, State
 from flashlm.pru.gate_kernels import lstm_gates
 from flashlm.pru.observers import is_in_memory, is_recorded
 from flashlm.rows.kernels import MAX_TOKENS, GroupTable, ProductTable, one_torch_thread
+from flashlm.rows.places import Place, place_of
 
 MAX_BATCH = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _Tensors = tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor | None]
-_Place = tuple[int, torch.dtype, torch.Size]
 
 
 class NativeWeights:
@@ -106,14 +106,11 @@ def _tensors(cell: PRUCell) -> _Tensors:
     return list(transform.weights), list(transform.biases), context.weight, context.bias
 
 
-def _places(tensors: _Tensors) -> list[_Place | None]:
+def _places(tensors: _Tensors) -> list[Place | None]:
     """Return what a table depends on of each tensor; None for one whose values are not contiguous in memory."""
     levels, level_biases, weight, bias = tensors
     present = [*levels, *level_biases, weight, *([] if bias is None else [bias])]
-    return [
-        (tensor.data_ptr(), tensor.dtype, tensor.shape) if is_in_memory(tensor) and tensor.is_contiguous() else None
-        for tensor in present
-    ]
+    return [place_of(tensor) if is_in_memory(tensor) and tensor.is_contiguous() else None for tensor in present]
 
 
 def _by_gate(weights: list[torch.Tensor], biases: list[torch.Tensor]) -> ProductTable:

@@ -9,12 +9,11 @@ Two ways, chosen by dtype and processor, both summing over blocks in fp32:
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch.nn import functional as F
 
 from flashlm.rows import kernels
+from flashlm.rows.encodings import encoding_of
 from flashlm.rows.kernels import Strategy, choose_strategy
 from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
 
@@ -30,6 +29,7 @@ class BlockGemm:
     def __init__(self, dtype: str, strategy: Strategy | None = None) -> None:
         self.strategy: Strategy = strategy or choose_strategy(dtype)
         self._dtype = getattr(torch, dtype)
+        self._code = encoding_of(dtype).code
         self._compute_dtype = self._dtype if self.strategy == "native" else torch.float32
         self._scratch = torch.empty(0, dtype=torch.float32)
 
@@ -38,32 +38,31 @@ class BlockGemm:
         return tokens.to(self._compute_dtype).contiguous()
 
     def parts(
-        self, layout: LayerLayout, address: int, num_rows: int
+        self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Return the block's gate (or None), up and down parts, each (num_rows, hidden_size), as views or widened."""
         views = (
-            self._views(layout, address, num_rows)
+            self._views(layout, place, num_rows)
             if self.strategy == "native"
-            else self._widened(layout, address, num_rows)
+            else self._widened(layout, place, num_rows)
         )
         return (views[0] if layout.has_gate else None), views[-2], views[-1]
 
-    def _views(self, layout: LayerLayout, address: int, num_rows: int) -> list[torch.Tensor]:
+    def _views(self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int) -> list[torch.Tensor]:
         itemsize = DTYPE_BYTES[layout.dtype]
-        num_bytes = num_rows * layout.row_stride_bytes
-        memory = (ctypes.c_uint8 * num_bytes).from_address(address)
-        rows = torch.frombuffer(memory, dtype=self._dtype).view(num_rows, layout.row_stride_bytes // itemsize)
+        memory = torch.from_numpy(place.numpy(num_rows * layout.row_stride_bytes))
+        rows = memory.view(self._dtype).view(num_rows, layout.row_stride_bytes // itemsize)
         return [
             rows[:, part * layout.hidden_size : (part + 1) * layout.hidden_size] for part in range(layout.num_parts)
         ]
 
-    def _widened(self, layout: LayerLayout, address: int, num_rows: int) -> list[torch.Tensor]:
+    def _widened(self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int) -> list[torch.Tensor]:
         needed = layout.num_parts * num_rows * layout.hidden_size
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed, dtype=torch.float32)
         parts = self._scratch[:needed].view(layout.num_parts, num_rows, layout.hidden_size)
         rows = kernels.RowBlock(
-            address, num_rows, layout.row_stride_bytes, layout.hidden_size, self._dtype, layout.num_parts
+            place, num_rows, layout.row_stride_bytes, layout.hidden_size, self._code, layout.num_parts
         )
         for part in range(layout.num_parts):
             kernels.widen(rows, part, parts[part])

@@ -62,8 +62,8 @@ class Predictor:
         for start in range(0, len(tokens), kernels.MAX_TOKENS):
             some = tokens[start : start + kernels.MAX_TOKENS]
             reduced = torch.empty(len(some), len(self.reduce), dtype=torch.float32)
-            kernels.project(some, _rows(self.reduce), 0, reduced)
-            kernels.project(reduced, _rows(self.expand), 0, scores[start : start + len(some)], self.bias)
+            kernels.project(some, kernels.matrix_rows(self.reduce), 0, reduced)
+            kernels.project(reduced, kernels.matrix_rows(self.expand), 0, scores[start : start + len(some)], self.bias)
         return scores if self.entry.kind == "trained" else self.activation(scores).abs()
 
     def predict(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -97,8 +97,3 @@ def load_predictor(
     if reduce.dtype != expand.dtype:
         raise PackError(f"the predictor of layer {layer} mixes {reduce.dtype} and {expand.dtype}: calibrate again")
     return Predictor(entry=entry, reduce=reduce, expand=expand, bias=bias.float(), activation=activation)
-
-
-def _rows(matrix: torch.Tensor) -> kernels.RowBlock:
-    num_rows, width = matrix.shape
-    return kernels.RowBlock(matrix.data_ptr(), num_rows, width * matrix.element_size(), width, matrix.dtype, 1)

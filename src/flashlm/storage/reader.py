@@ -21,7 +21,7 @@ from typing import Literal, Self, get_args
 import torch
 
 from flashlm import _native
-from flashlm._native import AlignedBuffer, Ticket
+from flashlm._native import AlignedBuffer, SlotRef, Ticket
 from flashlm.errors import ConfigError, StorageError
 
 __all__ = ["AlignedBuffer", "Backend", "File", "ReadRequest", "Reader", "RowGeometry", "Ticket"]
@@ -76,6 +76,11 @@ class ReadRequest:
     num_bytes: int
     buffer: AlignedBuffer
     buffer_offset: int = 0
+
+    @classmethod
+    def into(cls, place: SlotRef, file: File, offset: int, num_bytes: int) -> Self:
+        """Return the request to read into a slot of a slab."""
+        return cls(file, offset, num_bytes, place.buffer, place.buffer_offset)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -236,20 +241,9 @@ class Reader:
             ticket: As in `submit`. It counts the reads that rows become, and their bytes, gaps included.
 
         Raises:
-            StorageError: Not aligned as the file needs, a slot outside the buffer, or the file or the reader is closed.
+            ConfigError: Rows or slots are not as stated, or a slot is outside the buffer.
+            StorageError: Not aligned as the file needs, rows that do not ascend, or the file or the reader is closed.
         """
-        for name, tensor in (("rows", rows), ("slots", slots)):
-            if tensor.dtype != torch.int32 or tensor.dim() != 1 or not tensor.is_contiguous():
-                raise ConfigError(
-                    f"{name} must be contiguous int32 (num_rows,), got {tensor.dtype} {tuple(tensor.shape)}"
-                )
-        if len(rows) != len(slots) or not len(rows):
-            raise ConfigError(f"{len(rows)} rows and {len(slots)} slots: they must be as many, and at least one")
-        stride_bytes = geometry.row_stride_bytes
-        scratch = buffer.num_bytes - stride_bytes
-        low, high = (int(bound) for bound in slots.aminmax())
-        if low < 0 or buffer_offset < 0 or buffer_offset + (high + 1) * stride_bytes > scratch:
-            raise ConfigError(f"slots {low} to {high} do not fit a buffer of {buffer.num_bytes} bytes")
         if file._reader is not self._native:
             raise StorageError(f"{file.path}: the file was opened by another reader", path=str(file.path))
         ticket = Ticket() if ticket is None else ticket
@@ -257,15 +251,13 @@ class Reader:
             self._native.submit_rows(
                 ticket,
                 file._id,
-                stride_bytes,
+                geometry.row_stride_bytes,
                 geometry.block_rows,
                 geometry.block_stride_bytes,
-                rows.data_ptr(),
-                slots.data_ptr(),
-                len(rows),
+                rows,
+                slots,
                 buffer,
                 buffer_offset,
-                scratch,
                 max_gap,
                 MAX_MERGED_BYTES,
             )

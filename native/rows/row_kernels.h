@@ -13,10 +13,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "encodings.h"
+
 namespace flashlm {
 
-enum DType : unsigned { BF16 = 0, FP16 = 1, FP32 = 2 };
-constexpr unsigned NUM_DTYPES = 3;
 constexpr std::size_t MAX_TOKENS = 16;
 
 // One part (gate, up or down) of the rows of a block.
@@ -25,7 +25,7 @@ struct Rows {
     std::size_t stride_bytes;     // from one row to the next
     const std::uint32_t* slots;   // row i is at slots[i]; null: at i
     std::size_t num_rows;
-    std::size_t hidden_size;      // elements of the part
+    std::size_t hidden_size;      // elements of the part, whole groups
 };
 
 // out[t, r] = sum_k x[t, k] * row[r][k] (+ bias[r]); x is [num_tokens, hidden_size] contiguous.
@@ -55,49 +55,25 @@ struct WidenArgs {
     float* dst;
 };
 
-// One step of an LSTM over `[batch, 4 * size]` gates in order i, f, g, o; c and h are [batch, size]. All contiguous; no output
-// is an input. "low" arrays are in the kernel's dtype, the others fp32.
-struct GatesForwardArgs {
-    const void* gates;            // low: before the activations
-    const float* context;         // added to them; may be null
-    const float* c;
-    float* activations;           // what backward needs, as the gates lie; may be null
-    float* h_next;
-    float* c_next;
-    void* h_low;                  // h_next again, low; may be null
-    std::size_t batch, size;
+// One encoding's kernels. Each works on a range: of rows (project, widen) or of columns (accumulate), whose bounds are
+// multiples of every group.
+struct EncodingKernels {
+    void (*project)(const ProjectArgs&, std::size_t row_begin, std::size_t row_end);
+    void (*accumulate)(const AccumulateArgs&, std::size_t col_begin, std::size_t col_end);
+    void (*widen)(const WidenArgs&, std::size_t row_begin, std::size_t row_end);
 };
 
-struct GatesBackwardArgs {
-    const float* activations;
-    const float* c;               // before the step
-    const float* c_next;
-    const float* grad_h;          // of this step's output
-    const void* grad_h_next;      // low: what the next step's product gave
-    const float* grad_c;
-    void* grad_gates;             // low
-    float* grad_c_before;
-    std::size_t batch, size;
+// The kernels of one instruction set, by `EncodingCode`.
+struct RowKernels {
+    EncodingKernels of[NUM_ENCODINGS];
 };
 
-// The kernels of one instruction set, by DType. Each works on a range: of rows (project, widen, gates) or columns (accumulate).
-// There are no gates in fp16.
-struct KernelTable {
-    const char* name;
-    std::size_t lanes;
-    void (*project[NUM_DTYPES])(const ProjectArgs&, std::size_t row_begin, std::size_t row_end);
-    void (*accumulate[NUM_DTYPES])(const AccumulateArgs&, std::size_t col_begin, std::size_t col_end);
-    void (*widen[NUM_DTYPES])(const WidenArgs&, std::size_t row_begin, std::size_t row_end);
-    void (*gates_forward[NUM_DTYPES])(const GatesForwardArgs&, std::size_t row_begin, std::size_t row_end);
-    void (*gates_backward[NUM_DTYPES])(const GatesBackwardArgs&, std::size_t row_begin, std::size_t row_end);
-};
-
-extern const KernelTable generic_kernels;
+extern const RowKernels generic_row_kernels;
 #if defined(__x86_64__)
-extern const KernelTable avx2_kernels;
-extern const KernelTable avx512_kernels;
+extern const RowKernels avx2_row_kernels;
+extern const RowKernels avx512_row_kernels;
 #elif defined(__aarch64__)
-extern const KernelTable neon_kernels;
+extern const RowKernels neon_row_kernels;
 #endif
 
 }  // namespace flashlm

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "../simd/levels.h"
 #include "../thread_pool.h"
-#include "dispatch.h"
 
 namespace flashlm {
 namespace {
@@ -25,8 +25,8 @@ std::size_t task_length(std::size_t length, std::size_t unit, std::size_t cost_b
     return ceil_div(ceil_div(length, num_tasks), unit) * unit;
 }
 
-std::size_t cost_bytes(const Rows& rows, DType dtype, std::size_t num_tokens) {
-    return rows.num_rows * rows.hidden_size * (dtype == FP32 ? 4 : 2) * ceil_div(num_tokens, TOKENS_PER_PASS);
+std::size_t cost_bytes(const Rows& rows, EncodingCode code, std::size_t num_tokens) {
+    return rows.num_rows * part_bytes(code, rows.hidden_size) * ceil_div(num_tokens, TOKENS_PER_PASS);
 }
 
 template <class Args>
@@ -55,14 +55,14 @@ struct Range {
 
 // Several products in one job, in as many tasks as one product of their joint cost would have; each product its share.
 template <class Args, class RangeOf>
-void run_many(DType dtype, const Args* products, std::size_t num_products,
+void run_many(EncodingCode code, const Args* products, std::size_t num_products,
               void (*kernel)(const Args&, std::size_t, std::size_t), std::size_t tasks_per_thread, RangeOf range_of) {
     struct Task {
         const Args* product;
         std::size_t begin, end;
     };
     std::size_t total = 0;
-    for (std::size_t i = 0; i < num_products; ++i) total += cost_bytes(products[i].rows, dtype, products[i].num_tokens);
+    for (std::size_t i = 0; i < num_products; ++i) total += cost_bytes(products[i].rows, code, products[i].num_tokens);
     const std::size_t threads = num_threads(), most = std::max<std::size_t>(total / TASK_BYTES, 1);
     const std::size_t share =
         std::max<std::size_t>(total / (threads == 1 ? 1 : std::min(most, threads * tasks_per_thread)), 1);
@@ -70,7 +70,7 @@ void run_many(DType dtype, const Args* products, std::size_t num_products,
     for (std::size_t i = 0; i < num_products; ++i) {
         const Args& product = products[i];
         const Range range = range_of(product);
-        const std::size_t pieces = ceil_div(cost_bytes(product.rows, dtype, product.num_tokens), share);
+        const std::size_t pieces = ceil_div(cost_bytes(product.rows, code, product.num_tokens), share);
         const std::size_t length =
             ceil_div(ceil_div(range.length, std::max<std::size_t>(pieces, 1)), range.unit) * range.unit;
         for (std::size_t begin = 0; begin < range.length; begin += length) {
@@ -93,42 +93,38 @@ void run_many(DType dtype, const Args* products, std::size_t num_products,
 
 }  // namespace
 
-void run_project(DType dtype, const ProjectArgs& args) {
+void run_project(EncodingCode code, const ProjectArgs& args) {
     const std::size_t num_rows = args.rows.num_rows, unit = args.num_tokens < TOKENS_PER_PASS ? 4 : 6;
     if (num_rows == 0) return;
-    const std::size_t cost = cost_bytes(args.rows, dtype, args.num_tokens);
-    run(Job<ProjectArgs>{args, kernels().project[dtype], num_rows,
+    const std::size_t cost = cost_bytes(args.rows, code, args.num_tokens);
+    run(Job<ProjectArgs>{args, level().rows.of[code].project, num_rows,
                          task_length(num_rows, unit, cost, ROW_TASKS_PER_THREAD)});
 }
 
-void run_projects(DType dtype, const ProjectArgs* products, std::size_t num_products) {
-    run_many(dtype, products, num_products, kernels().project[dtype], ROW_TASKS_PER_THREAD, [](const ProjectArgs& each) {
+void run_projects(EncodingCode code, const ProjectArgs* products, std::size_t num_products) {
+    run_many(code, products, num_products, level().rows.of[code].project, ROW_TASKS_PER_THREAD, [](const ProjectArgs& each) {
         return Range{each.rows.num_rows, each.num_tokens < TOKENS_PER_PASS ? 4u : 6u};
     });
 }
 
-void run_gates(DType dtype, const GatesForwardArgs& args) {
-    run(Job<GatesForwardArgs>{args, kernels().gates_forward[dtype], args.batch, 1});
-}
-
-void run_accumulate(DType dtype, const AccumulateArgs& args) {
+void run_accumulate(EncodingCode code, const AccumulateArgs& args) {
     const std::size_t hidden = args.rows.hidden_size;
     if (args.rows.num_rows == 0) return;
-    const std::size_t cost = cost_bytes(args.rows, dtype, args.num_tokens);
-    run(Job<AccumulateArgs>{args, kernels().accumulate[dtype], hidden,
+    const std::size_t cost = cost_bytes(args.rows, code, args.num_tokens);
+    run(Job<AccumulateArgs>{args, level().rows.of[code].accumulate, hidden,
                             task_length(hidden, COLUMN_UNIT, cost, COLUMN_TASKS_PER_THREAD)});
 }
 
-void run_accumulates(DType dtype, const AccumulateArgs* products, std::size_t num_products) {
-    run_many(dtype, products, num_products, kernels().accumulate[dtype], COLUMN_TASKS_PER_THREAD,
+void run_accumulates(EncodingCode code, const AccumulateArgs* products, std::size_t num_products) {
+    run_many(code, products, num_products, level().rows.of[code].accumulate, COLUMN_TASKS_PER_THREAD,
              [](const AccumulateArgs& each) { return Range{each.rows.hidden_size, COLUMN_UNIT}; });
 }
 
-void run_widen(DType dtype, const WidenArgs& args) {
+void run_widen(EncodingCode code, const WidenArgs& args) {
     const std::size_t num_rows = args.rows.num_rows;
     if (num_rows == 0) return;
-    const std::size_t cost = cost_bytes(args.rows, dtype, 1);
-    run(Job<WidenArgs>{args, kernels().widen[dtype], num_rows, task_length(num_rows, 4, cost, ROW_TASKS_PER_THREAD)});
+    const std::size_t cost = cost_bytes(args.rows, code, 1);
+    run(Job<WidenArgs>{args, level().rows.of[code].widen, num_rows, task_length(num_rows, 4, cost, ROW_TASKS_PER_THREAD)});
 }
 
 }  // namespace flashlm

@@ -1,0 +1,447 @@
+// Python face of the row kernels: blocks of rows, and products with tensors, whose types and shapes are checked here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings_arrays.h"
+#include "rows/run.h"
+#include "simd/levels.h"
+#include "slab.h"
+#include "thread_pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace flashlm {
+namespace {
+
+using std::size_t;
+using std::string;
+using std::to_string;
+
+// Rows in memory that this object keeps, checked once: whatever a kernel reads of them lies inside.
+class RowBlock {
+  public:
+    RowBlock(const SlotRef& at, size_t num_rows, size_t row_stride_bytes, size_t width, unsigned encoding,
+             size_t num_parts, nb::handle slots)
+        : memory_(at.slab->buffer.share()) {
+        if (at.slab->device != Device::cpu) throw Refused("row kernels take slabs in DRAM only");
+        check(at.data(), at.room(), num_rows, row_stride_bytes, width, encoding, num_parts, slots);
+    }
+    RowBlock(nb::handle matrix, size_t num_rows, size_t row_stride_bytes, size_t width, unsigned encoding,
+             size_t num_parts, nb::handle slots)
+        : owner_(nb::borrow(matrix)) {
+        const Array array(matrix, "rows");
+        if (!array.is_on_cpu()) throw Refused("rows must be on the CPU, got " + array.described());
+        check(array.data<unsigned char>(), array.extent_bytes(), num_rows, row_stride_bytes, width, encoding, num_parts,
+              slots);
+    }
+
+    const Rows& rows() const { return rows_; }
+    EncodingCode encoding() const { return encoding_; }
+    size_t num_parts() const { return num_parts_; }
+    size_t stride_bytes() const { return rows_.stride_bytes; }
+    bool has_slots() const { return rows_.slots != nullptr; }
+    bool is_like(const RowBlock& other) const {
+        return encoding_ == other.encoding_ && rows_.num_rows == other.rows_.num_rows &&
+               rows_.hidden_size == other.rows_.hidden_size;
+    }
+    Rows part(size_t part) const {
+        if (part >= num_parts_) {
+            throw Refused("part must be 0 to " + to_string(num_parts_ - 1) + ", got " + to_string(part));
+        }
+        Rows rows = rows_;
+        rows.base += part * part_bytes(encoding_, rows_.hidden_size);
+        return rows;
+    }
+    Rows down() const { return part(num_parts_ - 1); }
+
+  private:
+    void check(const unsigned char* base, size_t room, size_t num_rows, size_t row_stride_bytes, size_t width,
+               unsigned encoding, size_t num_parts, nb::handle slots) {
+        if (encoding >= NUM_ENCODINGS) throw Refused("encoding must be 0 to " + to_string(NUM_ENCODINGS - 1));
+        encoding_ = static_cast<EncodingCode>(encoding);
+        const Encoding& meaning = ENCODINGS[encoding];
+        if (!width || width % meaning.group_elements || width > SIZE_MAX / 16) {
+            throw Refused("a part of " + to_string(width) + " elements is not made of whole groups of " +
+                          to_string(meaning.group_elements) + " (" + meaning.name + ")");
+        }
+        const size_t row_bytes = num_parts * part_bytes(encoding_, width);
+        if (!num_parts || num_parts > 16) throw Refused("num_parts must be 1 to 16, got " + to_string(num_parts));
+        if (row_bytes > row_stride_bytes) {
+            throw Refused("a row of " + to_string(row_bytes) + " bytes does not fit a row stride of " +
+                          to_string(row_stride_bytes) + " bytes");
+        }
+        size_t num_stored = num_rows;
+        const std::uint32_t* places = nullptr;
+        if (!slots.is_none()) {
+            const Array array(slots, "slots");
+            if (!array.is_plain<std::int32_t>() || !array.has_shape({num_rows})) {
+                throw Refused("slots must be contiguous int32 (" + to_string(num_rows) + ",), got " + array.described());
+            }
+            places = array.data<const std::uint32_t>();
+            std::uint32_t last = 0;  // a negative slot counts as a very high one
+            for (size_t i = 0; i < num_rows; ++i) last = std::max(last, places[i]);
+            num_stored = num_rows ? size_t{last} + 1 : 0;
+            slots_ = nb::borrow(slots);
+        }
+        if (num_stored && (row_bytes > room || num_stored - 1 > (room - row_bytes) / row_stride_bytes)) {
+            throw Refused("the block of " + to_string(num_stored) + " rows ends beyond its memory of " +
+                          to_string(room) + " bytes");
+        }
+        num_parts_ = num_parts;
+        rows_ = {base, row_stride_bytes, num_rows ? places : nullptr, num_rows, width};
+    }
+
+    Rows rows_{};
+    EncodingCode encoding_{};
+    size_t num_parts_ = 0;
+    std::shared_ptr<const void> memory_;
+    nb::object owner_, slots_;
+};
+
+void check_tokens(size_t num_tokens) {
+    if (num_tokens > MAX_TOKENS) {
+        throw Refused("the row kernels take at most " + to_string(MAX_TOKENS) + " tokens, got " +
+                      to_string(num_tokens));
+    }
+}
+
+// Tokens (num_tokens, width) that a block's parts meet; returns how many.
+size_t checked_tokens(const Array& tokens, const RowBlock& block) {
+    const size_t width = block.rows().hidden_size;
+    if (!tokens.is_plain<float>() || tokens.num_dims() != 2 || tokens.size(1) != width) {
+        throw Refused("tokens must be contiguous float32 (num_tokens, " + to_string(width) + "), got " +
+                      tokens.described());
+    }
+    check_tokens(tokens.size(0));
+    return tokens.size(0);
+}
+
+// (num_tokens, num_rows) with rows side by side; returns the elements from token to token.
+size_t checked_stride(const char* name, const Array& h, size_t num_tokens, size_t num_rows) {
+    const bool fits = h.holds<float>() && h.has_shape({num_tokens, num_rows});
+    if (!fits || (num_rows > 1 && h.stride(1) != 1) || (num_tokens > 1 && h.stride(0) < num_rows)) {
+        throw Refused(string(name) + " must be float32 " + shape_text({num_tokens, num_rows}) +
+                      " with rows side by side, got " + h.described());
+    }
+    return h.stride(0);
+}
+
+const float* checked_bias(nb::handle bias, size_t num_rows) {
+    if (bias.is_none()) return nullptr;
+    const Array array(bias, "bias");
+    if (!array.is_plain<float>() || !array.has_shape({num_rows})) {
+        throw Refused("bias must be contiguous float32 (" + to_string(num_rows) + ",), got " + array.described());
+    }
+    return array.data<const float>();
+}
+
+void project(nb::handle x, const RowBlock& block, size_t part, nb::handle out, nb::handle bias) {
+    const Array tokens(x, "x"), outputs(out, "out");
+    const size_t num_rows = block.rows().num_rows, num_tokens = checked_tokens(tokens, block);
+    const size_t stride = checked_stride("out", outputs, num_tokens, num_rows);
+    const ProjectArgs args{block.part(part),       tokens.data<const float>(), num_tokens, outputs.data<float>(),
+                           stride, checked_bias(bias, num_rows)};
+    if (!num_tokens || !num_rows) return;
+    nb::gil_scoped_release release;
+    run_project(block.encoding(), args);
+}
+
+void accumulate(nb::handle h, const RowBlock& block, nb::handle y) {
+    const Array hidden(h, "h"), sums(y, "y");
+    const size_t num_rows = block.rows().num_rows, num_tokens = checked_tokens(sums, block);
+    const size_t stride = checked_stride("h", hidden, num_tokens, num_rows);
+    if (!num_tokens || !num_rows) return;
+    const AccumulateArgs args{block.down(), hidden.data<const float>(), stride, num_tokens, sums.data<float>()};
+    nb::gil_scoped_release release;
+    run_accumulate(block.encoding(), args);
+}
+
+void widen(const RowBlock& block, size_t part, nb::handle dst) {
+    const Array target(dst, "dst");
+    const size_t num_rows = block.rows().num_rows, width = block.rows().hidden_size;
+    const WidenArgs args{block.part(part), target.data<float>()};
+    if (!target.is_plain<float>() || !target.has_shape({num_rows, width})) {
+        throw Refused("dst must be contiguous float32 " + shape_text({num_rows, width}) + ", got " + target.described());
+    }
+    if (!num_rows) return;
+    nb::gil_scoped_release release;
+    run_widen(block.encoding(), args);
+}
+
+// x, weight and bias in one type as a resident layer has them, fp32 out; one call, where widening apart takes several.
+void linear(nb::handle x, nb::handle weight, nb::handle bias, nb::handle out) {
+    const Array tokens(x, "x"), matrix(weight, "weight"), outputs(out, "out");
+    const unsigned encoding = matrix.encoding();
+    if (encoding == NUM_ENCODINGS || matrix.num_dims() != 2 || !matrix.is_contiguous()) {
+        throw Refused("weight must be contiguous, of 16 or 32 bits, got " + matrix.described());
+    }
+    const size_t num_rows = matrix.size(0), width = matrix.size(1);
+    const bool fits = tokens.num_dims() && tokens.encoding() == encoding && tokens.size(tokens.num_dims() - 1) == width;
+    const size_t num_tokens = width ? tokens.num_elements() / width : 0;
+    if (!fits || !tokens.is_contiguous() || num_tokens > MAX_TOKENS) {
+        throw Refused("contiguous " + string(ENCODINGS[encoding].name) + " (up to " + to_string(MAX_TOKENS) + ", " +
+                      to_string(width) + ") on the CPU expected, got " + tokens.described());
+    }
+    if (!outputs.is_plain<float>() || outputs.num_elements() != num_tokens * num_rows) {
+        throw Refused("out must be contiguous float32 of " + to_string(num_tokens * num_rows) + " elements, got " +
+                      outputs.described());
+    }
+    const auto code = static_cast<EncodingCode>(encoding);
+    const size_t stride_bytes = part_bytes(code, width);
+    const void* narrow_bias = nullptr;
+    if (!bias.is_none()) {
+        const Array array(bias, "bias");
+        if (array.encoding() != encoding || !array.has_shape({num_rows}) || !array.is_contiguous()) {
+            throw Refused("bias must be contiguous " + string(ENCODINGS[encoding].name) + " (" + to_string(num_rows) +
+                          ",), got " + array.described());
+        }
+        narrow_bias = array.data();
+    }
+    if (!num_tokens || !num_rows) return;
+    nb::gil_scoped_release release;
+    const auto widened = [code](const void* from, size_t count, size_t size, std::vector<float>& to) {
+        if (to.size() < count * size) to.resize(count * size);
+        const auto* base = static_cast<const unsigned char*>(from);
+        level().rows.of[code].widen({{base, part_bytes(code, size), nullptr, count, size}, to.data()}, 0, count);
+        return static_cast<const float*>(to.data());
+    };
+    static thread_local std::vector<float> wide_x, wide_bias;
+    const float* wide = widened(tokens.data(), num_tokens, width, wide_x);
+    const float* added = narrow_bias ? widened(narrow_bias, 1, num_rows, wide_bias) : nullptr;
+    run_project(code, {{matrix.data<const unsigned char>(), stride_bytes, nullptr, num_rows, width}, wide, num_tokens,
+                       outputs.data<float>(), num_rows, added});
+}
+
+// Blocks of one shape without slots, of which `vectors` has `count` rows and `activations` one for each.
+void check_blocks(const std::vector<const RowBlock*>& blocks, const Array& vectors, size_t count,
+                  const Array& activations) {
+    if (blocks.empty()) throw Refused("at least one block is needed");
+    const RowBlock& first = *blocks.front();
+    for (const RowBlock* each : blocks) {
+        if (!each->is_like(first) || each->has_slots()) throw Refused("the blocks must be alike, and without slots");
+    }
+    const auto check = [](const Array& array, size_t rows, size_t columns) {
+        if (array.is_plain<float>() && array.has_shape({rows, columns})) return;
+        throw Refused("contiguous float32 " + shape_text({rows, columns}) + " expected, got " + array.described());
+    };
+    check(vectors, count, first.rows().hidden_size);
+    check(activations, blocks.size(), first.rows().num_rows);
+}
+
+void project_blocks(nb::handle x, const std::vector<const RowBlock*>& blocks, size_t part, nb::handle out,
+                    const std::vector<nb::handle>& biases) {
+    const Array token(x, "x"), outputs(out, "out");
+    check_blocks(blocks, token, 1, outputs);
+    const size_t num_rows = blocks.front()->rows().num_rows;
+    if (!biases.empty() && biases.size() != blocks.size()) {
+        throw Refused(to_string(biases.size()) + " biases for " + to_string(blocks.size()) + " blocks");
+    }
+    std::vector<ProjectArgs> products;
+    products.reserve(blocks.size());
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        products.push_back({blocks[i]->part(part), token.data<const float>(), 1, outputs.data<float>() + i * num_rows,
+                            num_rows, biases.empty() ? nullptr : checked_bias(biases[i], num_rows)});
+    }
+    nb::gil_scoped_release release;
+    run_projects(blocks.front()->encoding(), products.data(), products.size());
+}
+
+void accumulate_blocks(nb::handle h, const std::vector<const RowBlock*>& blocks, nb::handle y) {
+    const Array hidden(h, "h"), sums(y, "y");
+    check_blocks(blocks, sums, blocks.size(), hidden);
+    const size_t num_rows = blocks.front()->rows().num_rows, width = blocks.front()->rows().hidden_size;
+    std::vector<AccumulateArgs> products;
+    products.reserve(blocks.size());
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        products.push_back({blocks[i]->down(), hidden.data<const float>() + i * num_rows, num_rows, 1,
+                            sums.data<float>() + i * width});
+    }
+    nb::gil_scoped_release release;
+    run_accumulates(blocks.front()->encoding(), products.data(), products.size());
+}
+
+// Flat fp32 of at least num_tokens times so many elements.
+float* checked_flat(const char* name, const Array& array, size_t num_tokens, size_t size) {
+    if (!array.is_plain<float>() || array.num_elements() < num_tokens * size) {
+        throw Refused(string(name) + " must be contiguous float32 of " + to_string(num_tokens) + " x " +
+                      to_string(size) + ", got " + array.described());
+    }
+    return array.data<float>();
+}
+
+void check_some_tokens(size_t num_tokens) {
+    if (num_tokens < 1 || num_tokens > MAX_TOKENS) {
+        throw Refused("1 to " + to_string(MAX_TOKENS) + " tokens at a time, got " + to_string(num_tokens));
+    }
+}
+
+// Products with several matrices, whose owner in Python keeps them.
+class ProductTable {
+  public:
+    ProductTable(const std::vector<nb::handle>& weights, const std::vector<std::pair<size_t, size_t>>& starts,
+                 const std::vector<nb::handle>& biases) {
+        if (weights.empty() || starts.size() != weights.size() || biases.size() != weights.size()) {
+            throw Refused("as many starts and biases as matrices are needed, and at least one");
+        }
+        for (size_t i = 0; i < weights.size(); ++i) {
+            const Array weight(weights[i], "weight");
+            const unsigned encoding = weight.encoding();
+            const bool has_rows = weight.num_dims() == 2 && (weight.size(1) <= 1 || weight.stride(1) == 1);
+            if (encoding == NUM_ENCODINGS || !has_rows || (i && encoding != encoding_)) {
+                throw Refused("the matrices must have one dtype and contiguous rows, on the CPU, got " +
+                              weight.described());
+            }
+            encoding_ = static_cast<EncodingCode>(encoding);
+            const size_t num_rows = weight.size(0), width = weight.size(1);
+            const Rows rows{weight.data<const unsigned char>(), weight.stride(0) * weight.element_bytes(), nullptr,
+                            num_rows, width};
+            const float* bias = nullptr;
+            if (!biases[i].is_none()) {
+                const Array array(biases[i], "bias");
+                if (!array.is_plain<float>() || !array.has_shape({num_rows})) {
+                    throw Refused("the biases must be contiguous float32, on the CPU, one for each row, got " +
+                                  array.described());
+                }
+                bias = array.data<const float>();
+            }
+            const auto [x_start, out_start] = starts[i];
+            products_.push_back({rows, x_start, out_start, bias});
+            x_size_ = std::max(x_size_, x_start + width);
+            out_size_ = std::max(out_size_, out_start + num_rows);
+        }
+    }
+
+    void project(nb::handle x, nb::handle out) const {
+        const Array tokens(x, "x"), outputs(out, "out");
+        if (outputs.num_dims() != 2) throw Refused("out must be (num_tokens, all outputs), got " + outputs.described());
+        const size_t num_tokens = outputs.size(0);
+        const float* from = checked_flat("x", tokens, num_tokens, x_size_);
+        float* to = checked_flat("out", outputs, num_tokens, out_size_);
+        check_some_tokens(num_tokens);
+        std::vector<ProjectArgs> products;
+        products.reserve(products_.size());
+        for (const Product& each : products_) {
+            products.push_back({each.rows, from + num_tokens * each.x_start, num_tokens, to + each.out_start,
+                                outputs.size(1), each.bias});
+        }
+        nb::gil_scoped_release release;
+        run_projects(encoding_, products.data(), products.size());
+    }
+
+  private:
+    struct Product {
+        Rows rows;
+        size_t x_start, out_start;
+        const float* bias;
+    };
+    EncodingCode encoding_{};
+    std::vector<Product> products_;
+    size_t x_size_ = 0, out_size_ = 0;
+};
+
+// Products of groups of tokens with a matrix each, (groups, d, n), whose owner in Python keeps them.
+class GroupTable {
+  public:
+    explicit GroupTable(nb::handle weight) {
+        const Array array(weight, "weight");
+        if (array.encoding() == NUM_ENCODINGS || array.num_dims() != 3 || !array.is_contiguous() ||
+            array.num_elements() == 0) {
+            throw Refused("contiguous (groups, d, n) of 16 or 32 bits expected, got " + array.described());
+        }
+        encoding_ = static_cast<EncodingCode>(array.encoding());
+        base_ = array.data<const unsigned char>();
+        groups_ = array.size(0), size_ = array.size(1), width_ = array.size(2);
+    }
+
+    // out[j, t] += x[t, j] @ weight[j]
+    void accumulate(nb::handle x, nb::handle out) const {
+        const Array tokens(x, "x"), sums(out, "out");
+        const size_t num_tokens = tokens.num_dims() ? tokens.size(0) : 0;
+        const auto check = [](const char* name, const Array& array, std::initializer_list<size_t> shape) {
+            if (array.is_plain<float>() && array.has_shape(shape)) return;
+            throw Refused(string(name) + " must be contiguous float32 " + shape_text(shape) + ", got " +
+                          array.described());
+        };
+        check("x", tokens, {num_tokens, groups_ * size_});
+        check("out", sums, {groups_, num_tokens, width_});
+        check_some_tokens(num_tokens);
+        const size_t row_bytes = part_bytes(encoding_, width_);
+        std::vector<AccumulateArgs> products;
+        products.reserve(groups_);
+        for (size_t j = 0; j < groups_; ++j) {
+            // zeros are taken too: an infinite or NaN weight must show, as it does in torch's products
+            products.push_back({{base_ + j * size_ * row_bytes, row_bytes, nullptr, size_, width_},
+                                tokens.data<const float>() + j * size_, groups_ * size_, num_tokens,
+                                sums.data<float>() + j * num_tokens * width_, true});
+        }
+        nb::gil_scoped_release release;
+        run_accumulates(encoding_, products.data(), products.size());
+    }
+
+  private:
+    EncodingCode encoding_{};
+    const unsigned char* base_ = nullptr;
+    size_t groups_ = 0, size_ = 0, width_ = 0;
+};
+
+std::vector<std::tuple<string, size_t, size_t>> encodings() {
+    std::vector<std::tuple<string, size_t, size_t>> all;
+    for (const Encoding& each : ENCODINGS) all.emplace_back(each.name, each.group_elements, each.group_bytes);
+    return all;
+}
+
+}  // namespace
+
+void bind_rows(nb::module_& m) {
+    m.attr("MAX_TOKENS") = MAX_TOKENS;
+    m.def("encodings", &encodings, "(name, elements of a group, bytes of a group) of each, by code.");
+    using Slots = nb::handle;
+    nb::class_<RowBlock>(m, "RowBlock", "Rows in memory, which it keeps.")
+        .def(nb::init<const SlotRef&, size_t, size_t, size_t, unsigned, size_t, Slots>(), "memory"_a, "num_rows"_a,
+             "row_stride_bytes"_a, "width"_a, "encoding"_a, "num_parts"_a, "slots"_a.none() = nb::none())
+        .def(nb::init<nb::handle, size_t, size_t, size_t, unsigned, size_t, Slots>(), "memory"_a, "num_rows"_a,
+             "row_stride_bytes"_a, "width"_a, "encoding"_a, "num_parts"_a, "slots"_a.none() = nb::none())
+        .def_prop_ro("num_rows", [](const RowBlock& self) { return self.rows().num_rows; })
+        .def_prop_ro("width", [](const RowBlock& self) { return self.rows().hidden_size; })
+        .def_prop_ro("row_stride_bytes", &RowBlock::stride_bytes)
+        .def_prop_ro("num_parts", &RowBlock::num_parts)
+        .def_prop_ro("encoding", [](const RowBlock& self) { return static_cast<unsigned>(self.encoding()); });
+    m.def("project", &project, "x"_a, "rows"_a, "part"_a, "out"_a, "bias"_a.none() = nb::none(),
+          "out[t, r] = x[t] . row[r].part (+ bias[r])");
+    m.def("accumulate", &accumulate, "h"_a, "rows"_a, "y"_a, "y[t] += sum over r of h[t, r] * row[r].down");
+    m.def("widen", &widen, "rows"_a, "part"_a, "dst"_a, "dst[r] = row[r].part as float32");
+    m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "out[t, r] = x[t] . weight[r] (+ bias[r])");
+    m.def("project_blocks", &project_blocks, "x"_a, "blocks"_a, "part"_a, "out"_a, "biases"_a,
+          "out[b, r] = x . row[r].part (+ bias[r]) of several blocks, in one job");
+    m.def("accumulate_blocks", &accumulate_blocks, "h"_a, "blocks"_a, "y"_a,
+          "y[b] += sum over r of h[b, r] * row[r].down of several blocks, in one job");
+    nb::class_<ProductTable>(m, "ProductTable")
+        .def(nb::init<const std::vector<nb::handle>&, const std::vector<std::pair<size_t, size_t>>&,
+                      const std::vector<nb::handle>&>(),
+             "weights"_a, "starts"_a, "biases"_a)
+        .def("project", &ProductTable::project, "x"_a, "out"_a);
+    nb::class_<GroupTable>(m, "GroupTable")
+        .def(nb::init<nb::handle>(), "weight"_a)
+        .def("accumulate", &GroupTable::accumulate, "x"_a, "out"_a);
+    m.def("simd_level", [] { return string(level().name); }, "Name of the instruction set in use.");
+    m.def("simd_levels", &simd_levels, "Instruction sets that this machine supports, best first.");
+    m.def("set_simd_level", [](nb::object name) { set_simd_level(name.is_none() ? "" : nb::cast<string>(name)); },
+          "name"_a.none(), nb::sig("def set_simd_level(name: str | None) -> None"),
+          "Use this instruction set; None: the default one again.");
+    m.def("num_threads", &num_threads, "Threads that a kernel may use, the caller included.");
+    m.def("set_num_threads", &set_num_threads, "num_threads"_a, "Set them; at least 1.");
+}
+
+}  // namespace flashlm

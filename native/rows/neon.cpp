@@ -1,0 +1,20 @@
+// The row kernels on neon: see simd/neon.inc.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include "row_kernels.h"
+
+namespace flashlm {
+namespace {
+
+#include "../simd/neon.inc"
+#include "../simd/elements.inc"
+#include "codecs.inc"
+#include "row_kernels.inc"
+
+}  // namespace
+
+const RowKernels neon_row_kernels = row_kernels();
+
+}  // namespace flashlm
+#endif

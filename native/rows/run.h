@@ -1,0 +1,16 @@
+// The kernels over a whole block: cut into tasks for the threads. The cut never changes a result (see kernels.h).
+#pragma once
+
+#include "row_kernels.h"
+
+namespace flashlm {
+
+void run_project(EncodingCode code, const ProjectArgs& args);
+// Several products with as many tokens as one job, so that small ones need not wait for each other.
+void run_projects(EncodingCode code, const ProjectArgs* products, std::size_t num_products);
+void run_accumulate(EncodingCode code, const AccumulateArgs& args);
+// Several, as `run_projects`.
+void run_accumulates(EncodingCode code, const AccumulateArgs* products, std::size_t num_products);
+void run_widen(EncodingCode code, const WidenArgs& args);
+
+}  // namespace flashlm

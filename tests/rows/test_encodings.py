@@ -1,0 +1,153 @@
+"""Encodings: sizes, and the kernels of grouped ones at every instruction set of this machine, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flashlm import _native
+from flashlm.errors import ConfigError
+from flashlm.rows import kernels
+from flashlm.rows.encodings import ENCODINGS, encoding_of
+
+EPS = 2.0**-24  # unit roundoff of fp32
+Q8_0 = ENCODINGS["q8_0"]
+
+
+@pytest.fixture(autouse=True, params=_native.simd_levels())
+def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    _native.set_simd_level(request.param)
+    yield request.param
+    _native.set_simd_level(None)
+
+
+@dataclass
+class Case:
+    """Rows of q8_0 with garbage (bytes of 255: a NaN scale) beyond their parts, and what they mean in float64."""
+
+    rows: kernels.RowBlock
+    weights: torch.Tensor  # float64 (num_rows, num_parts, width)
+    x: torch.Tensor
+    h: torch.Tensor
+
+
+def make_case(num_groups: int, num_rows: int, num_tokens: int, num_parts: int, seed: int, *, by_slot: bool) -> Case:
+    random = np.random.default_rng(seed)
+    num_stored = num_rows + 3
+    shape = (num_stored, num_parts, num_groups)
+    scales = (random.standard_normal(shape) * 10.0 ** random.integers(-6, 3, shape)).astype(np.float16)
+    quants = random.integers(-128, 128, (*shape, 32), dtype=np.int8)
+    parts = np.concatenate([scales[..., None].view(np.uint8), quants.view(np.uint8)], axis=-1)
+    row_bytes = num_parts * num_groups * 34
+    storage = np.full((num_stored, row_bytes + 7), 255, dtype=np.uint8)  # an odd stride: nothing is aligned
+    storage[:, :row_bytes] = parts.reshape(num_stored, row_bytes)
+    slots = torch.from_numpy(random.permutation(num_stored)[:num_rows].astype(np.int32)) if by_slot else None
+    memory = torch.from_numpy(storage)
+    rows = kernels.RowBlock(memory, num_rows, row_bytes + 7, num_groups * 32, Q8_0.code, num_parts, slots)
+    # the reference rounds scale * byte to fp32, as is stated
+    wide = scales.astype(np.float32)[..., None] * quants.astype(np.float32)
+    weights = torch.from_numpy(wide.reshape(num_stored, num_parts, -1)).double()
+    weights = weights[:num_rows] if slots is None else weights[slots.long()]
+    x = torch.from_numpy(random.standard_normal((num_tokens, num_groups * 32)).astype(np.float32))
+    h = torch.from_numpy(random.standard_normal((num_tokens, num_rows)).astype(np.float32))
+    return Case(rows, weights, x, h)
+
+
+cases = st.builds(
+    make_case,
+    st.integers(1, 12),
+    st.integers(0, 40),
+    st.integers(1, 16),
+    st.integers(1, 3),
+    st.integers(0, 2**16),
+    by_slot=st.booleans(),
+)
+quick = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@quick
+@given(case=cases)
+def test_q8_0_is_widened_exactly(case: Case) -> None:
+    for part in range(case.rows.num_parts):
+        dst = torch.empty(case.rows.num_rows, case.rows.width)
+        kernels.widen(case.rows, part, dst)
+        assert torch.equal(dst.double(), case.weights[:, part])
+
+
+@quick
+@given(case=cases)
+def test_q8_0_products_are_within_the_rounding_of_their_sums(case: Case) -> None:
+    x, h = case.x.double(), case.h.double()
+    for part in range(case.rows.num_parts):
+        out = torch.full((len(x), case.rows.num_rows), float("nan"))
+        kernels.project(case.x, case.rows, part, out)
+        weights = case.weights[:, part]
+        bound = 2 * (case.rows.width + 1) * EPS * (x.abs() @ weights.abs().T)
+        assert ((out.double() - x @ weights.T).abs() <= bound).all()
+    y, down = case.x.clone(), case.weights[:, -1]
+    kernels.accumulate(case.h, case.rows, y)
+    bound = 2 * (case.rows.num_rows + 1) * EPS * (x.abs() + h.abs() @ down.abs())
+    assert ((y.double() - (x + h @ down)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 16])
+def test_q8_0_has_the_bits_of_its_values_in_fp32(num_tokens: int) -> None:
+    """Decoding is exact and the order of sums is the width's alone, so the same values in fp32 give the same bits."""
+    case = make_case(24, 45, num_tokens, 3, 7, by_slot=False)
+    wide = case.weights.float().reshape(45, -1)
+    plain = kernels.matrix_rows(wide, num_parts=3)
+    for part in range(3):
+        outputs = [torch.empty(num_tokens, 45) for _ in range(2)]
+        for rows, out in zip((case.rows, plain), outputs, strict=True):
+            kernels.project(case.x, rows, part, out)
+        assert torch.equal(*outputs)
+    sums = [case.x.clone() for _ in range(2)]
+    for rows, y in zip((case.rows, plain), sums, strict=True):
+        kernels.accumulate(case.h, rows, y)
+    assert torch.equal(*sums)
+
+
+def test_threads_and_batching_change_no_bit() -> None:
+    case, before = make_case(40, 203, 9, 2, 3, by_slot=False), _native.num_threads()
+    results = []
+    for num_threads in (1, 2, 3):
+        _native.set_num_threads(num_threads)
+        out, y = torch.empty(9, 203), case.x.clone()
+        kernels.project(case.x, case.rows, 0, out)
+        kernels.accumulate(case.h, case.rows, y)
+        results.append((out, y))
+    _native.set_num_threads(before)
+    alone, y_alone = torch.empty(1, 203), case.x[4:5].clone()
+    kernels.project(case.x[4:5], case.rows, 0, alone)
+    kernels.accumulate(case.h[4:5], case.rows, y_alone)
+    for out, y in results:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(y, results[0][1])
+        assert torch.equal(out[4:5], alone)
+        assert torch.equal(y[4:5], y_alone)
+
+
+def test_sizes() -> None:
+    assert [(each.name, each.bytes_of(64)) for each in ENCODINGS.values()] == [
+        ("bf16", 128),
+        ("fp16", 128),
+        ("fp32", 256),
+        ("q8_0", 68),
+    ]
+    assert encoding_of("bfloat16") == encoding_of(torch.bfloat16) == ENCODINGS["bf16"]
+    assert [each.dtype for each in ENCODINGS.values()] == [torch.bfloat16, torch.float16, torch.float32, None]
+    with pytest.raises(ConfigError, match="33 elements are not whole groups of 32"):
+        Q8_0.bytes_of(33)
+    for other in (torch.int8, "int8", "nothing"):
+        with pytest.raises(ConfigError, match="rows must be bfloat16, float16 or float32"):
+            encoding_of(other)
+    with pytest.raises(ConfigError, match="48 elements is not made of whole groups"):
+        kernels.RowBlock(torch.zeros(1000, dtype=torch.uint8), 1, 100, 48, Q8_0.code, 1)
