@@ -28,6 +28,7 @@ from flashlm.storage.writer import write_small_file
 _SEAL = re.compile(rb',\n "checksum": "([0-9a-f]{16})"\n\}\n\Z')
 _SEAL_BYTES = len(b',\n "checksum": "0123456789abcdef"\n}\n')
 _CLOSED = b"\n}"
+_MAX_SHOWN = 40  # characters of what a document says, in a message
 
 
 class Strict(BaseModel):
@@ -109,19 +110,21 @@ class DocumentKind(Generic[Document]):
         if type(found) is int and found == wanted:  # True == 1
             return
         name = self.version_key.replace("_", " ")
+        shown = repr(found)[:_MAX_SHOWN] if isinstance(found, int | float | str | None) else "of no number"
         newer = "update flashlm, or " if type(found) is int and found > wanted else ""
         advice = newer + self.advice
-        raise self._refused(path, f"has {name} {found!r}, this flashlm reads version {wanted}", advice)
+        raise self._refused(path, f"has {name} {shown}, this flashlm reads version {wanted}", advice)
 
     def _refused(self, path: Path, why: str, advice: str | None = None) -> FlashError:
         return self.error(f"{path} {why}: {advice or self.advice}")
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key[:_MAX_SHOWN]!r} comes twice")
+        content[key] = value
     return content
 
 
