@@ -35,7 +35,8 @@ class RowBlock {
     RowBlock(const SlotRef& at, size_t num_rows, size_t row_stride_bytes, size_t width, unsigned encoding,
              size_t num_parts, nb::handle slots)
         : memory_(at.slab->buffer.share()) {
-        if (at.slab->device != Device::cpu) throw Refused("row kernels take slabs in DRAM only");
+        const Device device = at.slab->device;  // here kernels of other devices will be chosen
+        if (device != Device::cpu) throw Refused(string("there are no row kernels on device ") + name_of(device));
         check(at.data(), at.room(), num_rows, row_stride_bytes, width, encoding, num_parts, slots);
     }
     RowBlock(nb::handle matrix, size_t num_rows, size_t row_stride_bytes, size_t width, unsigned encoding,
@@ -184,12 +185,13 @@ void widen(const RowBlock& block, size_t part, nb::handle dst) {
 void linear(nb::handle x, nb::handle weight, nb::handle bias, nb::handle out) {
     const Array tokens(x, "x"), matrix(weight, "weight"), outputs(out, "out");
     const unsigned encoding = matrix.encoding();
-    if (encoding == NUM_ENCODINGS || matrix.num_dims() != 2 || !matrix.is_contiguous()) {
-        throw Refused("weight must be contiguous, of 16 or 32 bits, got " + matrix.described());
+    if (encoding == NUM_ENCODINGS || matrix.num_dims() != 2 || !matrix.size(1) || !matrix.is_contiguous()) {
+        throw Refused("weight must be contiguous (out_features, in_features) of 16 or 32 bits, got " +
+                      matrix.described());
     }
     const size_t num_rows = matrix.size(0), width = matrix.size(1);
     const bool fits = tokens.num_dims() && tokens.encoding() == encoding && tokens.size(tokens.num_dims() - 1) == width;
-    const size_t num_tokens = width ? tokens.num_elements() / width : 0;
+    const size_t num_tokens = tokens.num_elements() / width;
     if (!fits || !tokens.is_contiguous() || num_tokens > MAX_TOKENS) {
         throw Refused("contiguous " + string(ENCODINGS[encoding].name) + " (up to " + to_string(MAX_TOKENS) + ", " +
                       to_string(width) + ") on the CPU expected, got " + tokens.described());

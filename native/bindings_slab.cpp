@@ -90,7 +90,7 @@ void bind_slab(nb::module_& m) {
         .def("numpy", &bytes_of, "num_bytes"_a, "The bytes from here on as uint8 (num_bytes,), without a copy.");
     nb::class_<SlabHandle>(m, "Slab", "Memory on a device, cut into slots.")
         .def("__init__", &init_slab, "buffer"_a, "buffer_offset"_a, "num_bytes"_a, "slot_bytes"_a, "device"_a = "cpu")
-        .def_prop_ro("device", [](const SlabHandle&) { return "cpu"; })
+        .def_prop_ro("device", [](const SlabHandle& self) { return name_of(self.slab->device); })
         .def_prop_ro("num_bytes", [](const SlabHandle& self) { return self.slab->num_bytes; })
         .def_prop_ro("slot_bytes", [](const SlabHandle& self) { return self.slab->slot_bytes; })
         .def_prop_ro("num_slots", [](const SlabHandle& self) { return self.slab->num_slots; })

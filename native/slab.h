@@ -10,6 +10,7 @@ namespace flashlm {
 
 // Where memory lies. Kernels are chosen by it; memory on CUDA devices can be named, and is refused by name.
 enum class Device : unsigned char { cpu, cuda };
+constexpr const char* name_of(Device device) { return device == Device::cpu ? "cpu" : "cuda"; }
 
 // Slots 0 to num_slots - 1, one behind the other; the last one may be cut short. Several slabs may share one buffer.
 struct Slab {

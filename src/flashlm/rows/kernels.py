@@ -19,7 +19,25 @@ from flashlm import _native
 from flashlm._native import RowBlock, SlotRef
 from flashlm.rows.encodings import encoding_of
 
-__all__ = ["MAX_TOKENS", "WIDEN_PIECE_BYTES", "GroupTable", "ProductTable", "RowBlock", "SlotRef", "Strategy"]
+__all__ = [
+    "MAX_TOKENS",
+    "WIDEN_PIECE_BYTES",
+    "GroupTable",
+    "ProductTable",
+    "RowBlock",
+    "SlotRef",
+    "Strategy",
+    "accumulate",
+    "accumulate_blocks",
+    "choose_strategy",
+    "linear",
+    "matrix_rows",
+    "on_one_torch_thread",
+    "one_torch_thread",
+    "project",
+    "project_blocks",
+    "widen",
+]
 
 MAX_TOKENS: int = _native.MAX_TOKENS
 WIDEN_PIECE_BYTES = 16 << 20  # fp32 scratch of one piece of a resident matrix; as fast as larger ones
