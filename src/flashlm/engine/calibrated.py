@@ -44,7 +44,7 @@ class Calibration:
         """How each layer is used."""
         return [
             LayerUse(num_rows=entry.num_rows, use_curve=layer.use_curve)
-            for entry, layer in zip(self.manifest.layers, self.sparsity.layers, strict=True)
+            for entry, layer in zip(self.manifest.ffns, self.sparsity.layers, strict=True)
         ]
 
     @property
@@ -71,16 +71,16 @@ class Calibration:
         """
         tensors = read_tensors(self.pack, self.sparsity)
         predictors = []
-        for index, (entry, layer) in enumerate(zip(self.manifest.layers, self.sparsity.layers, strict=True)):
+        for index, (entry, layer) in enumerate(zip(self.manifest.ffns, self.sparsity.layers, strict=True)):
             assert layer.predictor is not None
             predictors.append(
                 load_predictor(
                     index,
                     layer.predictor,
                     tensors,
-                    hidden_size=self.manifest.hidden_size,
+                    hidden_size=self.manifest.main.hidden_size,
                     num_rows=entry.num_rows,
-                    activation=ACT2FN[self.manifest.activation],
+                    activation=ACT2FN[self.manifest.main.activation],
                 )
             )
         return predictors

@@ -1,8 +1,9 @@
-"""Loading a pack of experts: the placement, the modules' weights taken out before loading, the store connected after."""
+"""Loading experts: the modules' weights taken out before loading, the cache's policy, the store connected after."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,11 @@ from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.llama4 import lead_experts
 from flashlm.engine.standin import StreamedWeight
 from flashlm.errors import ConfigError, PackError
-from flashlm.memory.budget import Placement
-from flashlm.memory.expert_budget import is_close_to_floor, place_experts
+from flashlm.memory.budget import Placement, is_close_to_floor
 from flashlm.memory.expert_policy import CachePolicy, make_policy
 from flashlm.pack.experts import OUT_WEIGHT_NAME, in_weight_name
 from flashlm.pack.manifest import Manifest
-from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
+from flashlm.pack.units import Unit, of_kind
 from flashlm.sparsity.routing import Routing, read_routing
 from flashlm.storage.reader import File, Reader
 from flashlm.transformers_seam import keep_from_initialising, lead_experts_to
@@ -55,7 +55,6 @@ def choose_policy(pack: Path, manifest: Manifest, settings: Settings, placement:
         ConfigError: `pinned` is asked for, and the pack has no routing calibration.
         PackError: `pinned` is asked for, and the calibration is damaged or of other weights.
     """
-    assert placement.experts is not None
     name = settings.expert_policy
     routing = _find_routing(pack, manifest, must_exist=name == "pinned")
     if name == "auto":
@@ -80,24 +79,14 @@ def _find_routing(pack: Path, manifest: Manifest, *, must_exist: bool) -> Routin
     return routing
 
 
-def place_model(
-    model: PreTrainedModel, manifest: Manifest, settings: Settings, dram_bytes: int, context: int
-) -> Placement:
-    """Decide how many experts of each layer are held.
-
-    Raises:
-        BudgetError: Not even one token's experts fit.
-    """
-    uses = expert_uses(manifest)
-    needs = measure_expert_needs(model.config, uses, manifest.resident.num_bytes, context)
-    placement = place_experts(uses, needs, dram_bytes, max_cache_bytes=settings.pin_bytes)
-    if is_close_to_floor(uses, placement):
+def warn_close_to_floor(units: Sequence[Unit], placement: Placement) -> None:
+    """Say so where the cache is so small that next to nothing will be found in it."""
+    if is_close_to_floor(units, placement):
         logger.warning(
             "the expert cache holds %d experts, a token uses %d: next to nothing will be found in it; raise dram",
-            sum(placement.experts or ()),
-            sum(use.num_active for use in uses),
+            sum(placement.experts),
+            sum(unit.num_active for unit in of_kind(units, "experts")),
         )
-    return placement
 
 
 def take_out_experts(model: PreTrainedModel, manifest: Manifest) -> None:
@@ -109,7 +98,7 @@ def take_out_experts(model: PreTrainedModel, manifest: Manifest) -> None:
     for entry in manifest.experts:
         try:
             module = model.get_submodule(entry.module)
-            names = (in_weight_name(has_gate=manifest.has_gate), OUT_WEIGHT_NAME)
+            names = (in_weight_name(has_gate=entry.layout.has_gate), OUT_WEIGHT_NAME)
             shapes = {name: tuple(module.get_parameter(name).shape) for name in names}
             for name in names:
                 module.register_parameter(name, None)
@@ -142,7 +131,7 @@ def connect_experts(
         StorageError: An expert can't be read.
         PackError: An expert is damaged.
     """
-    layouts = [manifest.experts_layout(index) for index in range(len(manifest.experts))]
+    layouts = [entry.layout for entry in manifest.experts]
     store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters, check=check)
     store.warm()
     for index, entry in enumerate(manifest.experts):
@@ -150,6 +139,6 @@ def connect_experts(
         module.flash_experts = BoundExperts(layer=index, layout=layouts[index], store=store, gemm=gemm)  # type: ignore[assignment]
         shapes: dict[str, tuple[int, ...]] = module.flash_shapes  # type: ignore[assignment]
         for name, shape in shapes.items():
-            weight = StreamedWeight(f"{entry.module}.{name}", shape, getattr(torch, manifest.dtype))
+            weight = StreamedWeight(f"{entry.module}.{name}", shape, getattr(torch, entry.encoding))
             module.register_parameter(name, weight)  # type: ignore[arg-type]  # it counts as one
     return store

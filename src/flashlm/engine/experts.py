@@ -28,7 +28,7 @@ from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
 from flashlm.pack.layout import LayerLayout, round_up
-from flashlm.planner.expert_needs import rows_per_product
+from flashlm.planner.needs import rows_per_product
 from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
 
 IMPLEMENTATION = "flashlm"

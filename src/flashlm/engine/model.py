@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,11 +23,12 @@ from flashlm.engine.expert_loading import (
     check_mode,
     choose_policy,
     connect_experts,
-    place_model,
     take_out_experts,
+    warn_close_to_floor,
 )
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import FlashFFN
+from flashlm.engine.flash_linear import bind_linear, take_out_weight
 from flashlm.engine.forward_pass import Phase
 from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import guard
@@ -42,18 +44,17 @@ from flashlm.engine.sparse import SparseRows
 from flashlm.engine.standin import StreamedActivation
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
-from flashlm.errors import ConfigError, PackError
+from flashlm.errors import BudgetError, ConfigError, PackError
 from flashlm.kernels import MAX_TOKENS
-from flashlm.memory.budget import Placement, place, place_sparse
+from flashlm.memory.budget import Placement, place
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.limits import read_memory_limits
 from flashlm.pack.ffn_probe import find_learned
 from flashlm.pack.files import check_files
-from flashlm.pack.layout import LayerLayout
-from flashlm.pack.manifest import Manifest, layer_path, read_manifest, resident_path
+from flashlm.pack.manifest import Manifest, UnitEntry, read_manifest, resident_path, unit_path
 from flashlm.pack.reorder import read_order
 from flashlm.pack.structure import check_structure
-from flashlm.planner.expert_estimate import EXPERT_READS
+from flashlm.planner.estimate import EXPERT_READS
 from flashlm.planner.machine import stored_rates
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config, torch_dtype
 from flashlm.planner.plan import STREAM_QUEUE_DEPTH, Candidate, cheapest
@@ -133,70 +134,21 @@ class FlashModel:
         check_mode(manifest, settings)
         check_structure(model, manifest, pack)
         context = settings.context or DEFAULT_CONTEXT
-        if manifest.experts:
-            return cls._prepare_experts(model, pack, manifest, settings, context)
-        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
-        needs = measure_needs(model.config, layouts, resident_bytes=manifest.resident.num_bytes, context=context)
         dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
         calibration = find_calibration(pack, manifest, settings)
-        placement = place(
-            layouts,
-            needs,
-            dram_bytes,
-            max_pinned_bytes=settings.max_pinned_bytes,
-            staging_bytes=settings.staging_bytes,
-        )
-        mode, max_gap = resolve_mode(settings, calibration, fits=placement.streamed_bytes == 0), settings.max_gap or 0
-        reads = ReadSetting(
-            piece_bytes=settings.piece_bytes or DEFAULT_PIECE_BYTES,
-            queue_depth=settings.queue_depth or (DEFAULT_QUEUE_DEPTH if mode == "sparse" else STREAM_QUEUE_DEPTH),
-            gb_per_s=0.0,
-        )
-        if settings.queue_depth is None:
-            best = _as_planned(model, pack, manifest, calibration, settings, dram_bytes, context)
-            if best is not None:
-                mode, max_gap, reads = best.mode, best.max_gap, best.reads
-                placement = best.placement if settings.pin_bytes is None else placement
-        if mode == "sparse":
-            assert calibration is not None
-            needs = replace(needs, predictor_bytes=calibration.predictor_bytes)
-            placement = place_sparse(layouts, calibration.uses, needs, dram_bytes)
+        choice = _choose(model, pack, manifest, calibration, settings, dram_bytes, context)
+        policy = choose_policy(pack, manifest, settings, choice.placement) if manifest.experts else None
         check_files(pack, manifest)
-        _swap_layers(model, manifest)
+        _take_out(model, manifest)
         flash = cls(
             pack=pack,
             manifest=manifest,
-            mode=mode,
+            mode=choice.mode,
             context=context,
-            placement=placement,
-            reader=Reader(queue_depth=reads.queue_depth, piece_bytes=reads.piece_bytes),
-            calibration=calibration if mode == "sparse" else None,
-            max_gap=max_gap,
-            check=settings.check,
-        )
-        logger.info("%s", flash.describe())
-        return flash
-
-    @classmethod
-    def _prepare_experts(
-        cls, model: PreTrainedModel, pack: Path, manifest: Manifest, settings: Settings, context: int
-    ) -> FlashModel:
-        dram_bytes = settings.dram_bytes or read_memory_limits().default_dram_bytes
-        placement = place_model(model, manifest, settings, dram_bytes, context)
-        policy = choose_policy(pack, manifest, settings, placement)
-        check_files(pack, manifest)
-        take_out_experts(model, manifest)
-        reader = Reader(
-            queue_depth=settings.queue_depth or EXPERT_READS.queue_depth,
-            piece_bytes=settings.piece_bytes or EXPERT_READS.piece_bytes,
-        )
-        flash = cls(
-            pack=pack,
-            manifest=manifest,
-            mode="experts",
-            context=context,
-            placement=placement,
-            reader=reader,
+            placement=choice.placement,
+            reader=Reader(queue_depth=choice.reads.queue_depth, piece_bytes=choice.reads.piece_bytes),
+            calibration=calibration if choice.mode == "sparse" else None,
+            max_gap=choice.max_gap,
             expert_policy=policy,
             check=settings.check,
         )
@@ -211,11 +163,10 @@ class FlashModel:
         """
         manifest, placement = self.manifest, self.placement
         load_progress.expect(manifest.resident.num_bytes + placement.pinned_bytes)
-        load_progress.expect(0 if placement.experts is None else placement.cache_bytes)
+        load_progress.expect(placement.cache_bytes if placement.experts else 0)
         self.resident_load = load_resident(
             model, resident_path(self.pack), manifest.resident, self.reader, is_checked=self.check != "none"
         )
-        files = [self._open_layer(layer_path(self.pack, entry), layout) for entry, layout in manifest.files]
         counters, self.telemetry = self.passes.totals, self.passes.telemetry
         gemm = BlockGemm(manifest.dtype)
         if self.expert_policy is not None:
@@ -223,15 +174,14 @@ class FlashModel:
                 model,
                 manifest,
                 self.reader,
-                files,
+                [self._open_unit(entry) for entry in manifest.experts],
                 self.placement,
                 self.expert_policy,
                 gemm,
                 counters,
-                self._block_check(),
+                self._block_check(manifest.experts, "expert"),
             )
-        else:
-            self._bind_layers(model, files, gemm, counters)
+        self._bind_dense(model, gemm, counters)
         load_progress.finish()
         model.requires_grad_(False)
         if gemm.strategy == "widen":
@@ -240,60 +190,71 @@ class FlashModel:
         model.flash = self
         guard_passes(model, self)
         guard(model)
-        self.passes.attach(model, [entry.module for entry, _ in manifest.files], self._measure)
+        self.passes.attach(model, [entry.module for entry in manifest.units], self._measure)
         weakref.finalize(model, self.close)
 
-    def _bind_layers(self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters) -> None:
-        """Connect the feed-forward layers to the stream, and in mode `sparse` to the neuron cache."""
-        manifest = self.manifest
-        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
+    def _bind_dense(self, model: PreTrainedModel, gemm: BlockGemm, counters: Counters) -> None:
+        """Connect feed-forward and linear layers to the stream, in mode `sparse` the former to the neuron cache too."""
+        dense = self.manifest.dense
+        files = [self._open_unit(entry) for entry in dense]
         self._stream = BlockStream(
             self.reader,
             files,
-            layouts,
+            [entry.layout for entry in dense],
             self.placement,
             read_ahead=self.mode != "naive",
             counters=counters,
-            check=self._block_check(),
+            check=self._block_check(dense, "block"),
         )
-        predictors = self._bind_sparse(layouts, files, counters)
-        for index, entry in enumerate(manifest.layers):
+        predictors = self._bind_sparse(
+            [file for file, entry in zip(files, dense, strict=True) if entry.kind == "ffn"], counters
+        )
+        index = 0
+        for unit, entry in enumerate(dense):
+            if entry.kind == "linear":
+                bind_linear(model, entry, self._stream, unit)
+                continue
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
             predict = predictors[index].predict if predictors else None
             stored = read_order(self.pack, entry)
             order = None if stored is None else torch.from_numpy(stored)
-            layer.bind(self._stream, gemm, sparse=self.sparse, predict=predict, order=order)
+            layer.bind(self._stream, unit, gemm, sparse=self.sparse, predict=predict, order=order)
             if layer.linears is not None:
                 owner = model.get_submodule(entry.module.rpartition(".")[0])
                 attach(layer, entry, owner, layer.linears, order)
             if self.calibration is not None:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
+            index += 1
 
-    def _block_check(self) -> BlockCheck:
-        entries = [(layer_path(self.pack, entry), entry.checksums) for entry, _ in self.manifest.files]
-        what = "expert" if self.manifest.experts else "block"
-        return BlockCheck(entries, what, at_load=self.check != "none", always=self.check == "all")
+    def _block_check(self, entries: Sequence[UnitEntry], what: str) -> BlockCheck:
+        known = [(unit_path(self.pack, entry), entry.checksums) for entry in entries]
+        return BlockCheck(known, what, at_load=self.check != "none", always=self.check == "all")
 
-    def _open_layer(self, path: Path, layout: LayerLayout) -> File:
-        """Open a layer's file; through the page cache where its rows are no multiple of the device's block and are read."""
+    def _open_unit(self, entry: UnitEntry) -> File:
+        """Open a unit's file; through the page cache where its rows are no multiple of the device's block and are read."""
+        path, layout = unit_path(self.pack, entry), entry.layout
         file = self.reader.open(path, expected_bytes=layout.file_bytes)
-        if self.calibration is None or layout.row_stride_bytes % file.alignment_bytes == 0:
+        reads_rows = self.calibration is not None and entry.kind == "ffn"
+        if not reads_rows or layout.row_stride_bytes % file.alignment_bytes == 0:
             return file
         file.close()
         return self.reader.open(path, expected_bytes=layout.file_bytes, direct=False)
 
-    def _bind_sparse(self, layouts: list[LayerLayout], files: list[File], counters: Counters) -> list[Predictor]:
+    def _bind_sparse(self, files: list[File], counters: Counters) -> list[Predictor]:
         """Make the neuron cache and load the predictors; without a calibration there are none."""
-        if self.calibration is None or self.placement.cache is None:
+        rows = self.placement.rows
+        if self.calibration is None or not rows:
             return []
         window = self.calibration.sparsity.window
+        layouts = [entry.layout for entry in self.manifest.ffns]
         self.sparse = SparseRows(
-            self.reader, files, layouts, self.placement.cache, window=window, max_gap=self.max_gap, counters=counters
+            self.reader, files, layouts, rows, window=window, max_gap=self.max_gap, counters=counters
         )
         self.sparse.warm()
         if self.check != "none":
-            self.sparse.use_check(RowCheck(self.reader, files, layouts, self._block_check()), keeps=self.check == "all")
+            check = RowCheck(self.reader, files, layouts, self._block_check(self.manifest.ffns, "block"))
+            self.sparse.use_check(check, keeps=self.check == "all")
         return self.calibration.load_predictors()
 
     def close(self) -> None:
@@ -310,28 +271,28 @@ class FlashModel:
     def describe(self) -> str:
         """Return one line: mode, exactness and where the bytes are."""
         placement = self.placement
-        streamed = f"streamed {format_size(placement.streamed_bytes)} a token"
-        if placement.cache is not None:
-            streamed = (
+        streamed = [f"streamed {format_size(placement.ring_bytes)} a token"] if placement.dense else []
+        if placement.rows:
+            streamed = [
                 f"predictors {format_size(placement.needs.predictor_bytes)}, neuron cache"
-                f" {format_size(placement.cache_bytes)} of {format_size(placement.streamed_bytes)}"
-            )
-        elif placement.experts is not None:
+                f" {format_size(placement.cache_bytes)} of {format_size(placement.ring_bytes)}"
+            ]
+        if placement.experts:
             num_experts = sum(entry.num_experts for entry in self.manifest.experts)
-            streamed = (
+            streamed.append(
                 f"expert cache {format_size(placement.cache_bytes)}: {sum(placement.experts)} of {num_experts}"
-                f" experts of {format_size(placement.slot_bytes)}{self._describe_policy()}"
+                f" experts of {format_size(placement.expert_bytes)}{self._describe_policy()}"
             )
         return (
             f"mode {self.mode} ({self.exactness.split(':')[0]}), dram {format_size(placement.dram_bytes)}:"
             f" resident {format_size(placement.needs.resident_bytes)}, pinned {format_size(placement.pinned_bytes)},"
-            f" {streamed}, staging {format_size(placement.staging_bytes)},"
+            f" {', '.join(streamed)}, staging {format_size(placement.staging_bytes)},"
             f" context {self.context} tokens; reader: {self.reader.describe()}"
         )
 
     def _describe_policy(self) -> str:
         policy = self.expert_policy
-        if policy is None or self.placement.num_slots == 0:  # all are held
+        if policy is None or self.placement.num_spare == 0:  # all are held
             return ""
         num_pinned = sum(len(experts) for experts in policy.pinned)
         return f", {policy.name}" + (f" ({num_pinned} pinned)" if num_pinned else "")
@@ -362,6 +323,70 @@ class FlashModel:
         return self.passes.phase(phase)
 
 
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """How a pack is run."""
+
+    mode: str
+    max_gap: int
+    placement: Placement
+    reads: ReadSetting
+
+
+def _choose(
+    model: PreTrainedModel,
+    pack: Path,
+    manifest: Manifest,
+    calibration: Calibration | None,
+    settings: Settings,
+    dram_bytes: int,
+    context: int,
+) -> _Choice:
+    """Decide mode, placement and reads.
+
+    Raises:
+        BudgetError: It does not fit.
+    """
+    units = [entry.unit for entry in manifest.units]
+    needs = measure_needs(model.config, units, resident_bytes=manifest.resident.num_bytes, context=context)
+    placement = place(
+        units,
+        needs,
+        dram_bytes,
+        max_pinned_bytes=settings.max_pinned_bytes,
+        staging_bytes=None if manifest.experts else settings.staging_bytes,
+    )
+    if manifest.experts:
+        warn_close_to_floor(units, placement)
+        return _Choice("experts", 0, placement, _reads(settings, EXPERT_READS.queue_depth))
+    mode = resolve_mode(settings, calibration, fits=placement.streamed_bytes == 0)
+    max_gap = settings.max_gap or 0
+    reads = _reads(settings, DEFAULT_QUEUE_DEPTH if mode == "sparse" else STREAM_QUEUE_DEPTH)
+    if settings.queue_depth is None:
+        best = _as_planned(model, pack, manifest, calibration, settings, dram_bytes, context)
+        if best is not None:
+            mode, max_gap, reads = best.mode, best.max_gap, best.reads
+            placement = best.placement if settings.pin_bytes is None else placement
+    if mode == "sparse":
+        assert calibration is not None
+        needs = replace(needs, predictor_bytes=calibration.predictor_bytes)
+        try:
+            placement = place(units, needs, dram_bytes, uses=calibration.uses)
+        except BudgetError:
+            if settings.mode == "sparse":
+                raise
+            mode = "hybrid"  # which needs less
+    return _Choice(mode, max_gap, placement, reads)
+
+
+def _reads(settings: Settings, queue_depth: int) -> ReadSetting:
+    return ReadSetting(
+        piece_bytes=settings.piece_bytes or DEFAULT_PIECE_BYTES,
+        queue_depth=settings.queue_depth or queue_depth,
+        gb_per_s=0.0,
+    )
+
+
 def _as_planned(
     model: PreTrainedModel,
     pack: Path,
@@ -386,6 +411,15 @@ def _as_planned(
     return cheapest(shape, rates, dram_bytes, context, settings.mode)
 
 
+def _take_out(model: PreTrainedModel, manifest: Manifest) -> None:
+    """Take what is streamed out of `model`, whose other weights are still to come."""
+    _swap_layers(model, manifest)
+    take_out_experts(model, manifest)
+    for entry in manifest.dense:
+        if entry.kind == "linear":
+            take_out_weight(model, entry)
+
+
 def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """Return sequences and tokens per sequence of a forward call of a transformers model."""
     for candidate in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
@@ -396,19 +430,19 @@ def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, in
 
 def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
     """Put a `FlashFFN` in the place of every streamed layer, and identities where it does another module's work."""
-    if manifest.activation not in ACT2FN:
-        raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
-    for layer, entry in enumerate(manifest.layers):
+    for layer, entry in enumerate(manifest.ffns):
+        if entry.activation not in ACT2FN:
+            raise PackError(f"activation {entry.activation!r} is unknown to this transformers: update it")
         try:
-            learned = find_learned(model.get_submodule(entry.module), manifest.activation)
+            learned = find_learned(model.get_submodule(entry.module), entry.activation)
             ffn = FlashFFN(
                 layer=layer,
-                layout=manifest.layout(layer),
-                activation=ACT2FN[manifest.activation] if learned is None else learned[1].__call__,
-                dtype=torch_dtype(manifest.dtype),
-                has_up_bias=entry.has_up_bias,
-                has_gate_bias=entry.has_gate_bias,
-                has_down_bias=entry.has_down_bias,
+                layout=entry.layout,
+                activation=ACT2FN[entry.activation] if learned is None else learned[1].__call__,
+                dtype=torch_dtype(entry.encoding),
+                has_up_bias="up" in entry.biases,
+                has_gate_bias="gate" in entry.biases,
+                has_down_bias="down" in entry.biases,
             )
             if learned is not None:  # its weights are resident, under the names that they have in the model
                 ffn.add_module(*learned)

@@ -42,7 +42,6 @@ from flashlm.memory.pass_memory import (
     logits_bytes,
     pass_items,
 )
-from flashlm.planner.expert_needs import expert_pass_facts, expert_uses
 from flashlm.planner.needs import SLACK_BYTES, pass_facts, writes_scores
 from flashlm.sizes import format_size
 from flashlm.transformers_seam import attention_implementation, given_cache, made_cache
@@ -69,10 +68,7 @@ class PassGuard:
 
     def __init__(self, flash: FlashModel, config: Any) -> None:
         manifest = flash.manifest
-        if manifest.experts:
-            facts = expert_pass_facts(config, expert_uses(manifest))
-        else:
-            facts = pass_facts(config, [manifest.layout(layer) for layer in range(len(manifest.layers))])
+        facts = pass_facts(config, [entry.unit for entry in manifest.units])
         placement, needs = flash.placement, flash.placement.needs
         self.context = flash.context
         self.caches = LiveCaches()

@@ -2,7 +2,7 @@
 
 Candidates are costed with `estimate`, not chosen by rule; what the engine can do and what is allowed bound the search.
 `naive` is never better than `hybrid` and is planned only where it is asked for. Mode `sparse` is a candidate where a
-calibration has met its error budget, or where it is asked for.
+calibration has met its error budget, or where it is asked for. A mixture of experts has one mode, `experts`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flashlm.errors import BudgetError, ConfigError
-from flashlm.memory.budget import Needs, Placement, place, place_sparse
-from flashlm.memory.expert_budget import place_experts
+from flashlm.memory.budget import Needs, Placement, place
+from flashlm.pack.units import dense_units
 from flashlm.planner.cost import TokenCost
 from flashlm.planner.document import Mode, Plan
-from flashlm.planner.estimate import DenseUse, dense_use, exact_token, prompt_s, sparse_token
-from flashlm.planner.expert_needs import measure_expert_needs
-from flashlm.planner.expert_plan import make_expert_plan
-from flashlm.planner.expert_shape import ExpertShape
+from flashlm.planner.estimate import EXPERT_READS, DenseUse, dense_use, exact_token, hit_share, prompt_s, sparse_token
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape
@@ -65,7 +62,7 @@ def model_needs(shape: ModelShape, context: int, *, with_predictors: bool = Fals
     predictor_bytes = shape.sparse.predictor_bytes if with_predictors and shape.sparse is not None else 0
     return measure_needs(
         shape.config,
-        shape.layouts,
+        shape.units,
         resident_bytes=shape.resident_bytes,
         context=context,
         predictor_bytes=predictor_bytes,
@@ -73,7 +70,7 @@ def model_needs(shape: ModelShape, context: int, *, with_predictors: bool = Fals
 
 
 def make_plan(
-    shape: ModelShape | ExpertShape,
+    shape: ModelShape,
     rates: Rates,
     dram_bytes: int,
     *,
@@ -95,8 +92,6 @@ def make_plan(
     """
     context = context or DEFAULT_CONTEXT
     check_mode(shape, mode)
-    if isinstance(shape, ExpertShape):
-        return make_expert_plan(shape, rates, dram_bytes, context, min(PROMPT_TOKENS, context))
     best = cheapest(shape, rates, dram_bytes, context, mode)
     num_tokens = min(PROMPT_TOKENS, context)
     return Plan(
@@ -108,6 +103,7 @@ def make_plan(
         is_exact=best.mode != "sparse",
         max_gap=best.max_gap,
         window=_window(shape, best.placement),
+        hit_share=hit_share(shape, best.cost, best.placement),
         staging_bytes=best.placement.staging_bytes,
         piece_bytes=best.reads.piece_bytes,
         queue_depth=best.reads.queue_depth,
@@ -132,13 +128,13 @@ def make_plan(
     )
 
 
-def check_mode(shape: ModelShape | ExpertShape, mode: str) -> None:
+def check_mode(shape: ModelShape, mode: str) -> None:
     """Refuse a mode that is not the model's.
 
     Raises:
         ConfigError: Why not.
     """
-    if isinstance(shape, ExpertShape):
+    if shape.experts:
         if mode not in ("auto", "experts"):
             raise ConfigError(f"mode={mode!r}: {shape.name} is a mixture of experts; leave mode out, or choose experts")
     elif mode == "experts":
@@ -147,19 +143,14 @@ def check_mode(shape: ModelShape | ExpertShape, mode: str) -> None:
         raise ConfigError(f"nothing is known of the sparsity of {shape.name}: convert it and run `flashlm calibrate`")
 
 
-def check_fits(shape: ModelShape | ExpertShape, dram_bytes: int, context: int | None) -> None:
+def check_fits(shape: ModelShape, dram_bytes: int, context: int | None) -> None:
     """Refuse a budget in which no mode has room. Needs no machine's rates.
 
     Raises:
         BudgetError: It says what is needed and for what.
     """
     context = context or DEFAULT_CONTEXT
-    if isinstance(shape, ExpertShape):
-        place_experts(
-            shape.uses, measure_expert_needs(shape.config, shape.uses, shape.resident_bytes, context), dram_bytes
-        )
-    else:
-        place(shape.layouts, model_needs(shape, context), dram_bytes, max_pinned_bytes=0)
+    place(shape.units, model_needs(shape, context), dram_bytes, max_pinned_bytes=0)
 
 
 def cheapest(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, mode: str) -> Candidate:
@@ -178,6 +169,11 @@ def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, m
         BudgetError: None fits.
     """
     use = dense_use(shape)
+    if shape.experts:
+        placement = place(shape.units, model_needs(shape, context), dram_bytes)
+        cost = exact_token(shape, placement, rates, use, reads_ahead=True)
+        yield Candidate(mode="experts", max_gap=0, placement=placement, cost=cost, reads=EXPERT_READS)
+        return
     if mode in ("auto", "hybrid", "naive"):
         exact = list(_exact(shape, rates, dram_bytes, model_needs(shape, context), use, mode))
         yield from exact
@@ -188,15 +184,14 @@ def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, context: int, m
         return
     try:
         needs = model_needs(shape, context, with_predictors=True)
-        placement = place_sparse(shape.layouts, sparse.uses, needs, dram_bytes)
+        placement = place(shape.units, needs, dram_bytes, uses=sparse.uses)
     except BudgetError:
         if mode == "sparse":
             raise
         return  # hybrid needs less
-    assert placement.cache is not None
     reads = row_reads(rates, max(layout.row_stride_bytes for layout in shape.layouts))
     for max_gap in GAPS:
-        cost = sparse_token(shape, sparse, placement.cache, rates, max_gap=max_gap)
+        cost = sparse_token(shape, sparse, placement, rates, max_gap=max_gap)
         yield Candidate(mode="sparse", max_gap=max_gap, placement=placement, cost=cost, reads=reads)
 
 
@@ -204,15 +199,15 @@ def _exact(
     shape: ModelShape, rates: Rates, dram_bytes: int, needs: Needs, use: DenseUse, mode: str
 ) -> Iterator[Candidate]:
     """Yield `hybrid` with every staging worth trying, or `naive`."""
-    slot_bytes = max(layout.block_stride_bytes for layout in shape.layouts)
+    slot_bytes = max(unit.layout.block_stride_bytes for unit in dense_units(shape.units))
     reads = stream_reads(rates)
     if mode == "naive":
-        placement = place(shape.layouts, needs, dram_bytes, max_pinned_bytes=0)
+        placement = place(shape.units, needs, dram_bytes, max_pinned_bytes=0)
         cost = exact_token(shape, placement, rates, use, reads_ahead=False)
         yield Candidate(mode="naive", max_gap=0, placement=placement, cost=cost, reads=reads)
         return
     for num_slots in STAGING_SLOTS:
-        placement = place(shape.layouts, needs, dram_bytes, staging_bytes=num_slots * slot_bytes)
+        placement = place(shape.units, needs, dram_bytes, staging_bytes=num_slots * slot_bytes)
         cost = exact_token(shape, placement, rates, use, reads_ahead=True)
         yield Candidate(mode="hybrid", max_gap=0, placement=placement, cost=cost, reads=reads)
 
@@ -242,7 +237,7 @@ def _clearly_better(default: ReadSetting, alike: Sequence[ReadSetting], others: 
 
 
 def _window(shape: ModelShape, placement: Placement) -> int:
-    if placement.cache is None or shape.sparse is None:
+    if not placement.rows or shape.sparse is None:
         return 0
-    pairs = zip(shape.sparse.uses, placement.cache, strict=True)
+    pairs = zip(shape.sparse.uses, placement.rows, strict=True)
     return int(statistics.median_low(use.window(capacity.num_slots) for use, capacity in pairs))

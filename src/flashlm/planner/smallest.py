@@ -6,11 +6,9 @@ from pathlib import Path
 
 from flashlm.errors import ConfigError
 from flashlm.memory.budget import floor_bytes
-from flashlm.memory.expert_budget import expert_floor_bytes
 from flashlm.memory.limits import mapped_file_bytes
 from flashlm.pack.families import build_meta_model
 from flashlm.pack.manifest import read_manifest
-from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
 from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config
 
 # The process that will run has libraries that this one lacks (a tokenizer, the engine), and of those that both have the
@@ -42,12 +40,6 @@ def smallest_dram_bytes(pack: str | Path, context: int | None = None) -> int:
     config = read_config(Path(pack))
     del config.quantization_config
     build_meta_model(config)
-    if manifest.experts:
-        uses = expert_uses(manifest)
-        expert_needs = measure_expert_needs(config, uses, manifest.resident.num_bytes, context or DEFAULT_CONTEXT)
-        return expert_floor_bytes(uses, expert_needs) + process_margin_bytes()
-    layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
-    needs = measure_needs(
-        config, layouts, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT
-    )
-    return floor_bytes(layouts, needs) + process_margin_bytes()
+    units = [entry.unit for entry in manifest.units]
+    needs = measure_needs(config, units, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT)
+    return floor_bytes(units, needs) + process_margin_bytes()
