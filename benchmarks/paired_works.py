@@ -36,7 +36,7 @@ def streamed(case: str, folder: Path) -> dict[str, Any]:
 
     import flashlm
     from flashlm.engine import model as loading
-    from flashlm.pack.manifest import layer_path, read_manifest
+    from flashlm.pack.manifest import read_manifest
 
     name, dtype = case.rsplit(", ", 1)
     mode, rows, share = MODES[name]
@@ -50,12 +50,12 @@ def streamed(case: str, folder: Path) -> dict[str, Any]:
     if not pack.exists():
         flashlm.convert(source, pack, dtype=dtype)
     manifest = read_manifest(pack)
-    kept_bytes = share * sum(layer_path(pack, each).stat().st_size for each in (*manifest.layers, *manifest.experts))
+    kept_bytes = share * manifest.streamed_bytes
     if mode == "sparse":
         from tests.engine.calibrations import write_calibration
 
         write_calibration(pack)
-        loading.place_sparse = sized(loading.place_sparse, share)
+        loading.place = sized(loading.place, share)
     bound = {} if mode == "sparse" else {"pin": int(kept_bytes)}
     model: Any = flashlm.load(pack, dram="12GiB", mode=mode, context=1024, **bound).eval()
     works: dict[str, Any] = {}
@@ -73,16 +73,20 @@ def streamed(case: str, folder: Path) -> dict[str, Any]:
 
 
 def sized(place: Any, share: float) -> Any:
-    """Return `place_sparse` with the budget that holds `share` of the rows, whatever else a checkout counts."""
+    """Return `place` with the budget that caches `share` of the rows, whatever else a checkout counts."""
 
-    def find(layouts: Any, uses: Any, needs: Any, dram_bytes: int) -> Any:
+    def find(units: Any, needs: Any, dram_bytes: int, *, uses: Any = (), **bounds: Any) -> Any:
+        if not uses:
+            return place(units, needs, dram_bytes, **bounds)
+
         def try_place(budget_bytes: int) -> Any:
             try:
-                placement = place(layouts, uses, needs, budget_bytes)
+                placement = place(units, needs, budget_bytes, uses=uses)
             except Exception:  # too little
                 return None
             return placement if placement.cache_bytes >= wanted_bytes else None
 
+        layouts = [each.layout for each in units if each.kind == "ffn"]
         wanted_bytes = share * sum(each.num_rows * each.row_stride_bytes for each in layouts)
         low, high = 0, dram_bytes
         while high - low > 4096:

@@ -72,8 +72,8 @@ DENSE: dict[str, tuple[Change | None, dict[str, Any]]] = {
     "another pack's quantizer": (None, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
 }
 EXPERTS: dict[str, tuple[Change | None, dict[str, Any]]] = {
-    "experts of a token": (lambda content: content["experts"][0].update(num_active=8), {}),
-    "activation of experts": (lambda content: content.update(activation="gelu"), {}),
+    "experts of a token": (lambda content: content["units"][0].update(num_active=8), {}),
+    "activation of experts": (lambda content: content["units"][0].update(activation="gelu"), {}),
     "1e9 experts": (None, {"num_experts": 10**9}),
     "experts kernel": (None, {"_experts_implementation": "sonicmoe"}),
 }

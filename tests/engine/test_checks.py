@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import flashlm
 from flashlm.errors import ConfigError, PackError
-from flashlm.pack.manifest import FLASH_DIR, layer_path, read_manifest, resident_path
+from flashlm.pack.manifest import FLASH_DIR, read_manifest, resident_path, unit_path
 from flashlm.pack.verify import verify
 from flashlm.sparsity.document import document_path, profile_path, tensors_path, write_profile
 from tests.engine.calibrations import write_calibration
@@ -86,9 +86,10 @@ def test_pinned_blocks_are_checked_and_streamed_ones_where_asked(
     pack = copied(family)
     manifest = read_manifest(pack)
     expected = _run(pack, pin=0)
-    layer, layout = manifest.files[1]
+    layer = manifest.units[1]
+    layout = layer.layout
     last = layout.num_blocks - 1
-    _flip(layer_path(pack, layer), layout.offset_of(last) + 4)
+    _flip(unit_path(pack, layer), layout.offset_of(last) + 4)
     message = rf"{layer.file}: {what} {last} is damaged: checksum [0-9a-f]{{16}}, [0-9a-f]{{16}} expected"
     with pytest.raises(PackError, match=message):
         _run(pack)
@@ -96,7 +97,7 @@ def test_pinned_blocks_are_checked_and_streamed_ones_where_asked(
         with pytest.raises(PackError, match=message):
             _run_all_blocks(pack, check="all", pin=0)
     assert torch.equal(_run_all_blocks(pack, check="none", pin=0)[0].isfinite(), expected.isfinite())
-    shutil.copy(_good(pack, copied, family) / FLASH_DIR / layer.file, layer_path(pack, layer))
+    shutil.copy(_good(pack, copied, family) / FLASH_DIR / layer.file, unit_path(pack, layer))
     assert torch.equal(_run(pack, pin=0, check="all"), expected)
 
 
@@ -138,7 +139,7 @@ def test_rows_of_mode_sparse_are_checked(
     assert torch.equal(_run(pack, mode="sparse", check="all"), expected)
     model = flashlm.load(pack, dram="3GiB", context=160, mode="sparse", check="all")
     layout = read_manifest(pack).layout(1)
-    path = layer_path(pack, read_manifest(pack).layers[1])
+    path = unit_path(pack, read_manifest(pack).ffns[1])
     model.flash.sparse.cache.forget(1, torch.tensor([20, 21], dtype=torch.int32))
     _flip(path, layout.offset_of(1) + 4 * layout.row_stride_bytes + 2)  # row 20, after loading
     for _ in range(2):  # not kept, not used

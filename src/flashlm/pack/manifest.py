@@ -231,7 +231,8 @@ class Manifest(_Strict):
 
     def with_units(self, units: tuple[UnitEntry, ...]) -> Manifest:
         """Return this manifest with other units."""
-        return Manifest(**(dict(self) | {"units": units}))
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return Manifest(**(fields | {"units": units}))
 
     @property
     def streamed_bytes(self) -> int:
