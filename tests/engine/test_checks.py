@@ -172,15 +172,16 @@ def test_verify_covers_the_files_of_a_calibration(copied: Callable[[str], Path])
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.update(activation="relu"),
-        lambda content: content.update(activation="nothing"),
-        lambda content: content["layers"][0].update(module=content["layers"][1]["module"]),
-        lambda content: content["layers"].reverse(),
-        lambda content: content["layers"][0].update(identities=["model.layers.0.input_layernorm"]),
-        lambda content: content["layers"][0].update(identities=["model.layers.0.self_attn"]),
-        lambda content: content["layers"][0].update(module="model.layers.0.self_attn"),
-        lambda content: content["layers"][0].update(has_up_bias=True),
-        lambda content: content["layers"].pop(),
+        lambda content: content["units"][0].update(activation="relu"),
+        lambda content: content["units"][0].update(activation="nothing"),
+        lambda content: content["units"][0].update(encoding="float16"),
+        lambda content: content["units"][0].update(module=content["units"][1]["module"]),
+        lambda content: content["units"].reverse(),
+        lambda content: content["units"][0].update(identities=["model.layers.0.input_layernorm"]),
+        lambda content: content["units"][0].update(identities=["model.layers.0.self_attn"]),
+        lambda content: content["units"][0].update(module="model.layers.0.self_attn"),
+        lambda content: content["units"][0].update(biases=["up"]),
+        lambda content: content["units"].pop(),
         lambda content: content.update(dtype="int4"),
         lambda content: content.update(model_type="mistral"),
         lambda content: content.update(num_hidden_layers=3),
@@ -201,11 +202,11 @@ def test_a_signed_manifest_is_held_against_the_model(
 def test_biases_and_identities_are_held_too(copied: Callable[[str], Path]) -> None:
     pack = copied("opt")
     for field in ("has_up_bias", "has_down_bias"):
-        change_manifest(pack, lambda content, field=field: content["layers"][1].update({field: False}))
+        change_manifest(pack, lambda content, field=field: content["units"][1].update({field: False}))
         with pytest.raises(PackError, match=f"{field} of streamed layer 1 is False, OPTForCausalLM has True"):
             flashlm.load(pack)
-        change_manifest(pack, lambda content, field=field: content["layers"][1].update({field: True}))
-    change_manifest(pack, lambda content: content["layers"][0].update(identities=[]))
+        change_manifest(pack, lambda content, field=field: content["units"][1].update({field: True}))
+    change_manifest(pack, lambda content: content["units"][0].update(identities=[]))
     with pytest.raises(PackError, match="identities of streamed layer 0"):
         flashlm.load(pack)
 

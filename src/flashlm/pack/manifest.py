@@ -200,6 +200,8 @@ class Manifest(_Strict):
             raise ValueError(f"{main} streamed layers in a model of {self.num_hidden_layers}")
         if self.num_hidden_layers > 8 * main + 64:  # no family streams so few; building them would take long
             raise ValueError(f"{self.num_hidden_layers} layers in a model of which {main} are streamed")
+        if any(unit.encoding != self.dtype for unit in self.units):  # no mixed packs are written yet
+            raise ValueError(f"rows of another encoding than the pack's dtype, {self.dtype}")
         if len({unit.file for unit in self.units}) != len(self.units):
             raise ValueError("two units name the same file")
         if len({unit.module for unit in self.units}) != len(self.units):
