@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from flashlm.errors import BudgetError
 from flashlm.memory.budget import MIN_STAGING_BLOCKS, NUM_SPARE_SLOTS, Needs, floor_bytes, is_close_to_floor, place
 from flashlm.memory.cache_plan import LayerUse
-from flashlm.pack.layout import GATED, MATRIX, UNGATED, LayerLayout
 from flashlm.pack.units import Unit, dense_units
+from flashlm.rows.layout import GATED, MATRIX, UNGATED, LayerLayout
 
 NUM_EXPERTS = 8
 SIZES = st.integers(0, 1 << 22)

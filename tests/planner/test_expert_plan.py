@@ -18,14 +18,14 @@ from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import place
 from flashlm.pack.manifest import read_manifest
 from flashlm.planner.cost import Overlap
-from flashlm.planner.document import load_plan, save_plan
 from flashlm.planner.estimate import dense_use, exact_token
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan, model_needs
-from flashlm.planner.probe_experts import expert_overheads_s
+from flashlm.planner.plan_document import load_plan, save_plan
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import UNIFORM, HitCurve, ModelShape, read_shape
-from flashlm.sparsity.document import fingerprint
+from flashlm.probe.experts import expert_overheads_s
+from flashlm.sparsity.calibration_document import fingerprint
 from flashlm.sparsity.routing import LayerRouting, PolicyShares, Routing, write_routing
 from tests.engine.conftest import TinyPack
 from tests.models import save_checkpoint

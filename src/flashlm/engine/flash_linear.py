@@ -19,8 +19,8 @@ from flashlm.engine.linear import choose_way, multiply, prepare
 from flashlm.engine.standin import StreamedWeight, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError, PackError
-from flashlm.kernels import choose_strategy
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.kernels import choose_strategy
+from flashlm.rows.layout import LayerLayout
 from flashlm.transformers_seam import keep_from_initialising
 
 if TYPE_CHECKING:

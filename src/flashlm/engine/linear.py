@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flashlm import kernels
 from flashlm.engine.forward_pass import running_pass, tiles
 from flashlm.errors import ConfigError
-from flashlm.pack.layout import ROWS_PER_STEP
+from flashlm.rows import kernels
+from flashlm.rows.layout import ROWS_PER_STEP
 
 # torch's own product; our row kernels, in the weights' dtype or in fp32; widened pieces.
 Way = Literal["torch", "rows", "fp32 rows", "widened"]

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from flashlm.errors import BudgetError
 from flashlm.memory.cache_plan import LayerUse, least_slots, plan_capacities
 from flashlm.memory.neuron_cache import LayerCapacity
-from flashlm.pack.layout import BLOCK_ALIGN_BYTES
 from flashlm.pack.units import Unit, dense_units, of_kind
+from flashlm.rows.layout import BLOCK_ALIGN_BYTES
 from flashlm.sizes import format_size
 
 MIN_STAGING_BLOCKS = 2

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 
 Kind = Literal["ffn", "experts", "linear"]
 

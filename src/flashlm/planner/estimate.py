@@ -10,9 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flashlm.kernels import choose_strategy
 from flashlm.memory.budget import ExpertSlots, Placement
-from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 from flashlm.pack.units import Unit, dense_units
 from flashlm.planner.cost import (
     TokenCost,
@@ -28,6 +26,8 @@ from flashlm.planner.cost import (
 )
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import RELU_NAMES, ModelShape, SparseShape
+from flashlm.rows.kernels import choose_strategy
+from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES
 
 # Pieces of 1 MiB in flight. Experts land one after the other rather than all at once at the end.

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs, Placement, place
+from flashlm.memory.needs import DEFAULT_CONTEXT, measure_needs
 from flashlm.pack.units import dense_units
+from flashlm.planner.bottleneck import would_help
 from flashlm.planner.cost import TokenCost
-from flashlm.planner.document import Mode, Plan
 from flashlm.planner.estimate import EXPERT_READS, DenseUse, dense_use, exact_token, hit_share, prompt_s, sparse_token
-from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs
+from flashlm.planner.plan_document import Mode, Plan
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape
-from flashlm.planner.would_help import would_help
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH
 
 GAPS = (0, 1, 2, 3, 4, 8)

@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
-from flashlm.pack import activations
-from flashlm.pack.families import FfnLayer, build_meta_model
-from flashlm.pack.find_units import FoundUnit, LinearLayer, find_units
-from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
-from flashlm.pack.source import canonical_dtype, load_config, load_pack_config
-from flashlm.pack.unit_layouts import choose_layouts, streamed_names
 from flashlm.pack.units import Unit, of_kind
 from flashlm.planner.outline import outline
-from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
+from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
+from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
+from flashlm.structure import activations
+from flashlm.structure.families import FfnLayer, build_meta_model
+from flashlm.structure.find_units import FoundUnit, LinearLayer, find_units
+from flashlm.structure.model_config import canonical_dtype, load_config, load_pack_config
+from flashlm.structure.unit_layouts import choose_layouts, streamed_names
 from flashlm.transformers_seam import Conv1D
 
 CONFIG_NAME = "config.json"

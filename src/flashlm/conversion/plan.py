@@ -1,0 +1,273 @@
+"""What a conversion will write: which tensors go into rows, which stay resident, in which files, of which sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from flashlm import __version__
+from flashlm.conversion.experts_source import ExpertSource, read_experts
+from flashlm.conversion.layer_file import LayerPart, LayerPools, RowChunk, read_layer
+from flashlm.conversion.names import NameMap, map_names, tied_pairs
+from flashlm.conversion.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
+from flashlm.conversion.small_files import SmallFiles, choose_from_folder
+from flashlm.errors import ConfigError, PackError, UnsupportedModelError
+from flashlm.pack.checkpoint import Checkpoint, open_checkpoint
+from flashlm.pack.direct_file import DirectReader
+from flashlm.pack.manifest import FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
+from flashlm.pack.pack_config import num_hidden_layers
+from flashlm.pack.units import Kind, Unit
+from flashlm.rows.layout import DTYPE_BYTES, ROWS_PER_STEP, LayerLayout
+from flashlm.structure.experts import ExpertLayer
+from flashlm.structure.families import FfnLayer, PartSource, build_meta_model
+from flashlm.structure.find_units import MIN_LINEAR_BYTES, FoundUnit, LinearLayer, find_units
+from flashlm.structure.model_config import fingerprint, load_config
+from flashlm.structure.unit_layouts import choose_layouts, streamed_names
+from flashlm.transformers_seam import dtype_plan
+
+FILE_NAMES: dict[Kind, str] = {"ffn": "layer", "experts": "experts", "linear": "linear"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedFile:
+    """A file of rows to be written.
+
+    Attributes:
+        name: Its name in `flash/`.
+        found: What it holds of the model.
+        unit: The same, as sizes.
+        part_names: Checkpoint names of the parts of its rows, for messages.
+        read: Gives its rows in order.
+    """
+
+    name: str
+    found: FoundUnit
+    unit: Unit
+    part_names: tuple[str, ...]
+    read: Callable[[DirectReader, LayerPools], Iterator[RowChunk]]
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Its geometry."""
+        return self.unit.layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan:
+    """A conversion in all its parts, before anything is written.
+
+    Attributes:
+        pack: The folder to write.
+        source_name: The source as it was given.
+        checkpoint: The source's weight files.
+        model_type: The transformers model type.
+        num_hidden_layers: Its decoder layers.
+        dtype: Element type of the pack.
+        streamed: The files of everything that is streamed, in forward order.
+        num_column_parts: The most parts of a layer that lie column by column.
+        resident: What goes into `flash/resident.safetensors`.
+        left_out: Names of checkpoint tensors that the model does not have and transformers ignores.
+        small: Small files to copy, and what is left out.
+        fingerprint: Identifies the conversion.
+    """
+
+    pack: Path
+    source_name: str
+    checkpoint: Checkpoint
+    model_type: str
+    num_hidden_layers: int
+    dtype: str
+    streamed: tuple[StreamedFile, ...]
+    num_column_parts: int
+    resident: ResidentPlan
+    left_out: tuple[str, ...]
+    small: SmallFiles
+    fingerprint: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out, a line each."""
+        tensors = []
+        if self.left_out:
+            tensors = [
+                f"left out, not part of the model: {len(self.left_out)} tensors that transformers ignores too, first"
+                f" {self.left_out[0]}"
+            ]
+        return (*tensors, *self.small.lines())
+
+    @property
+    def file_bytes(self) -> dict[str, int]:
+        """Sizes of the large files by name, in the order in which they are written."""
+        return {RESIDENT_NAME: self.resident.num_bytes} | {file.name: file.layout.file_bytes for file in self.streamed}
+
+
+def plan_conversion(
+    source_name: str,
+    folder: Path,
+    target: Path,
+    dtype: str,
+    block_rows: int | None,
+    trust_remote_code: bool,
+    min_linear_bytes: int = MIN_LINEAR_BYTES,
+) -> ConversionPlan:
+    """Read the source's headers and config and decide what goes where; writes nothing.
+
+    Raises:
+        ConfigError: A wrong setting.
+        UnsupportedModelError: The model's feed-forward layers can't be placed.
+        PackError: The source is damaged or incomplete.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder)
+    model = build_meta_model(config, trust_remote_code=trust_remote_code)
+    found = find_units(model, dtype_bytes=DTYPE_BYTES[dtype], min_linear_bytes=min_linear_bytes)
+    experts = tuple(each for each in found if isinstance(each, ExpertLayer))
+    names = map_names(model, checkpoint, experts, is_text_part=type(model.config) is not type(config))
+    entries = names.entries
+    for duplicate, original in tied_pairs(model, entries):
+        with DirectReader() as reader:
+            if is_same(reader, entries[duplicate], entries[original]):
+                del entries[duplicate]
+    _check_block_rows(block_rows, has_experts=bool(experts))
+    types = _ResidentTypes(model, dtype)
+    found = tuple(each for each in found if not isinstance(each, LinearLayer) or _can_stream(each, names, types))
+    streamed = tuple(_streamed_files(model, found, choose_layouts(found, dtype, block_rows), names, dtype))
+    small = choose_from_folder(folder, checkpoint.files, with_code=trust_remote_code)
+    settings = {
+        "dtype": dtype,
+        "block_rows": [file.layout.block_rows for file in streamed],
+        "flashlm": __version__,
+        "format": FORMAT_VERSION,
+    }
+    return ConversionPlan(
+        pack=target,
+        source_name=source_name,
+        checkpoint=checkpoint,
+        model_type=config.model_type,
+        num_hidden_layers=num_hidden_layers(config),
+        dtype=dtype,
+        streamed=streamed,
+        num_column_parts=max(
+            (sum(part.neuron_axis == 1 for part in each.parts) for each in found if isinstance(each, FfnLayer)),
+            default=0,
+        ),
+        resident=ResidentPlan(_resident_tensors(found, names, types)),
+        left_out=names.left_out,
+        small=small,
+        fingerprint=fingerprint(checkpoint, small.kept, settings),
+    )
+
+
+def _check_block_rows(block_rows: int | None, *, has_experts: bool) -> None:
+    if block_rows is None:
+        return
+    if has_experts:
+        raise ConfigError(
+            f"block_rows is {block_rows}: leave it out, a block of a mixture-of-experts model is an expert"
+        )
+    if block_rows <= 0 or block_rows % ROWS_PER_STEP or block_rows > MAX_DIMENSION:
+        raise ConfigError(f"block_rows is {block_rows}: a multiple of {ROWS_PER_STEP} above zero expected")
+
+
+def _can_stream(layer: LinearLayer, names: NameMap, types: _ResidentTypes) -> bool:
+    """Return whether a linear layer's weight is one tensor of the checkpoint, and of the pack's dtype in the model."""
+    entry = names.entries.get(layer.weight)
+    if entry is None or not entry.dtype.is_floating_point or entry.shape != (layer.num_outputs, layer.num_inputs):
+        return False
+    return types.of(layer.weight, entry.dtype) == types.wanted
+
+
+def _streamed_files(
+    model: PreTrainedModel, found: tuple[FoundUnit, ...], units: tuple[Unit, ...], names: NameMap, dtype: str
+) -> Iterator[StreamedFile]:
+    sources = iter(names.experts)
+    counts = {"ffn": 0, "experts": 0, "linear": 0}
+    for each, unit in zip(found, units, strict=True):
+        name = f"{FILE_NAMES[unit.kind]}-{counts[unit.kind]:05d}.rows"
+        counts[unit.kind] += 1
+        if isinstance(each, ExpertLayer):
+            source = next(sources)
+            part_names, read = source.part_names, partial(_read_experts, layout=unit.layout, source=source)
+        else:
+            parts = _layer_parts(model, each, names)
+            part_names = tuple(part.entry.name for part in parts)
+            read = partial(_read_layer, layout=unit.layout, parts=parts)
+        yield StreamedFile(name=name, found=each, unit=unit, part_names=part_names, read=read)
+
+
+def _read_experts(
+    reader: DirectReader, pools: LayerPools, layout: LayerLayout, source: ExpertSource
+) -> Iterator[RowChunk]:
+    return read_experts(reader, layout, source, pools)
+
+
+def _read_layer(
+    reader: DirectReader, pools: LayerPools, layout: LayerLayout, parts: tuple[LayerPart, ...]
+) -> Iterator[RowChunk]:
+    return read_layer(reader, layout, parts, pools)
+
+
+def _layer_parts(model: PreTrainedModel, layer: FfnLayer | LinearLayer, names: NameMap) -> tuple[LayerPart, ...]:
+    if isinstance(layer, LinearLayer):
+        return (LayerPart(PartSource(name=layer.weight), names.entries[layer.weight]),)
+    for source in (*layer.parts, *layer.biases.values()):
+        if source.name in names.made:
+            raise UnsupportedModelError(
+                f"model type {model.config.model_type!r} is not supported: transformers computes {source.name} from"
+                f" {names.made[source.name].part_name} on loading, which is more than a new name"
+            )
+    parts = tuple(LayerPart(source, names.entries[source.name]) for source in layer.parts)
+    for part in parts:
+        if not part.entry.dtype.is_floating_point:
+            raise PackError(f"{part.entry.path} holds {part.entry.name} as {part.entry.dtype}: floating point expected")
+    return parts
+
+
+class _ResidentTypes:
+    """The types of a model's weights in a pack: transformers keeps some in fp32, some routers' corrections for one."""
+
+    def __init__(self, model: PreTrainedModel, dtype: str) -> None:
+        self.wanted: torch.dtype = getattr(torch, dtype)
+        kept = dtype_plan(model, self.wanted)
+        self._keeps = re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
+
+    def of(self, name: str, source: torch.dtype) -> torch.dtype:
+        """Return the type of weight `name`, whose type in the checkpoint is `source`."""
+        keeps = self._keeps is not None and self._keeps.search(name)
+        return pack_dtype(source, torch.float32 if keeps else self.wanted)
+
+
+def _resident_tensors(found: tuple[FoundUnit, ...], names: NameMap, types: _ResidentTypes) -> list[ResidentTensor]:
+    """Return every tensor that is not streamed, and the biases of feed-forward layers under the pack's names."""
+    streamed = {name for each in found for name in streamed_names(each)}
+    tensors = [
+        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=types.of(name, entry.dtype))
+        for name, entry in names.entries.items()
+        if name not in streamed
+    ]
+    tensors += [
+        ResidentTensor(
+            name=name, source=each.group.entries[0], shape=each.shape, dtype=types.of(name, each.dtype), made=each
+        )
+        for name, each in names.made.items()
+    ]
+    tensors.sort(key=lambda tensor: tensor.name)
+    for layer in (each for each in found if isinstance(each, FfnLayer)):
+        for name, source in layer.biases.items():
+            size = layer.hidden_size if name.endswith(".down_bias") else layer.num_rows
+            tensors.append(
+                ResidentTensor(
+                    name=name,
+                    source=names.entries[source.name],
+                    first=source.first_neuron,
+                    shape=(size,),
+                    dtype=types.wanted,
+                )
+            )
+    return tensors
