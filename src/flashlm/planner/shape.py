@@ -18,13 +18,13 @@ from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
 from flashlm.pack.units import Unit, of_kind
 from flashlm.planner.outline import outline
-from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
+from flashlm.rows.layout import DTYPE_BYTES, LayerLayout, canonical_dtype
 from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
 from flashlm.structure import activations
 from flashlm.structure.families import FfnLayer, build_meta_model
 from flashlm.structure.find_units import FoundUnit, LinearLayer, find_units
-from flashlm.structure.model_config import canonical_dtype, load_config, load_pack_config
+from flashlm.structure.model_config import load_config, load_pack_config
 from flashlm.structure.unit_layouts import choose_layouts, streamed_names
 from flashlm.transformers_seam import Conv1D
 
