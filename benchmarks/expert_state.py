@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flashlm.pack.manifest import read_manifest
-from flashlm.planner.expert_estimate import EXPERT_READS
+from flashlm.planner.estimate import EXPERT_READS
 from flashlm.rows import kernels
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest
 
@@ -33,7 +33,7 @@ class ExpertState:
     def __init__(self, pack: Path) -> None:
         manifest = read_manifest(pack)
         self._files = [pack / "flash" / entry.file for entry in manifest.experts]
-        self._layout = manifest.experts_layout(0)
+        self._layout = manifest.experts[0].layout
         self._random = np.random.default_rng(3)
         self._slots = AlignedBuffer(NUM_SLOTS * self._layout.block_stride_bytes)
         self._slots.numpy()[::4096] = 1  # touched

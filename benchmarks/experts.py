@@ -27,10 +27,9 @@ from hybrid import HERE, Record, Run, child, clean, convert, forget, is_same, lo
 from machine import block_queue, describe_block_device, describe_commit, describe_machine, today
 from shapes import SHAPES
 
-from flashlm.planner.expert_shape import ExpertShape, HitCurve
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan
-from flashlm.planner.shape import read_shape
+from flashlm.planner.shape import HitCurve, read_shape
 from flashlm.probe.device_profile import DeviceProfile, profile_path
 from flashlm.probe.probe import probe
 from flashlm.sizes import format_size, parse_size_bytes
@@ -173,7 +172,6 @@ def foretell(run: Run, rows: list[Record]) -> list[Record]:
         read_shape(run.path("pack")),
         rates_of(DeviceProfile.model_validate_json(json.dumps(record["profile"])), "bfloat16"),
     )
-    assert isinstance(shape, ExpertShape)
     found = []
     for row in rows:
         if row.get("failed") or "hit_share" not in row or row["system"].startswith("skew"):

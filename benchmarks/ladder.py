@@ -321,12 +321,12 @@ def main() -> None:
         args.dram_bytes = parse_size_bytes(args.dram or "2GiB")
         args.ids = own_ids(pack, args.text)
         args.held_bytes = int(manifest.streamed_bytes * args.ffn_share)
-        args.cache_rows = int(sum(entry.num_rows for entry in manifest.layers) * args.ffn_share)
+        args.cache_rows = int(sum(entry.num_rows for entry in manifest.ffns) * args.ffn_share)
     if model is not None:
         spec = {"job": "prepare", "pack": str(pack), "model": model.trace, "ranks": list(model.ranks)}
         child(work, "prepare", spec, cap_bytes=None)
-    row_bytes = manifest.row_stride_bytes
-    sizes = [row_bytes, row_bytes // (3 if manifest.has_gate else 2) // 512 * 512]
+    row_bytes = manifest.main.row_stride_bytes
+    sizes = [row_bytes, row_bytes // (3 if manifest.main.layout.has_gate else 2) // 512 * 512]
     probe_spec = {"job": "probe", "pack": str(pack), "row_bytes": sizes, "batches": [400, 4000], "repeats": 15}
     probe = child(work, "probe-before", probe_spec, cap_bytes=None)
     chosen = [rung for rung in RUNGS if not args.rungs or rung.name in args.rungs.split(",")]

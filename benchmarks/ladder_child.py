@@ -161,7 +161,7 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
     needs = placement.needs
     cache_bytes = placement.cache_bytes
     if flash.sparse is not None:
-        cache_bytes = sum(each.num_slots for each in flash.sparse.cache.layers) * flash.manifest.row_stride_bytes
+        cache_bytes = sum(each.num_slots for each in flash.sparse.cache.layers) * flash.manifest.main.row_stride_bytes
     held_bytes = needs.resident_bytes + needs.predictor_bytes + placement.pinned_bytes + cache_bytes
     total_bytes = needs.resident_bytes + flash.manifest.streamed_bytes
     recorder.note(
@@ -172,8 +172,8 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
         resident_bytes=needs.resident_bytes,
         predictor_bytes=needs.predictor_bytes,
         cache_bytes=cache_bytes,
-        row_bytes=flash.manifest.row_stride_bytes,
-        hidden_bytes=flash.manifest.hidden_size * 2,
+        row_bytes=flash.manifest.main.row_stride_bytes,
+        hidden_bytes=flash.manifest.main.hidden_size * 2,
         num_threads=torch.get_num_threads(),
     )
     ids = spec["ids"] or np.random.default_rng(1).integers(3, spec["vocab_size"], size=4096).tolist()
@@ -181,7 +181,9 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
     occupancy = []
     state = None
     if spec.get("watch_device"):
-        state = DeviceState(Path(spec["pack"]), flash.manifest.block_stride_bytes, flash.manifest.row_stride_bytes)
+        state = DeviceState(
+            Path(spec["pack"]), flash.manifest.main.block_stride_bytes, flash.manifest.main.row_stride_bytes
+        )
     states = []
     for token in range(spec["num_tokens"]):
         if state is not None and token % spec["watch_device"] == 0:
@@ -207,8 +209,8 @@ def run_rung(spec: Spec, recorder: Recorder) -> None:
 def _trace_spec(spec: Spec, model: Any) -> row_trace.ModelSpec:
     made = row_trace.MODELS[spec["trace"]["model"]]()
     manifest = model.flash.manifest
-    if (made.num_layers, made.num_rows) != (len(manifest.layers), manifest.layers[0].num_rows):
-        made = made.resized(num_layers=len(manifest.layers), num_rows=manifest.layers[0].num_rows)
+    if (made.num_layers, made.num_rows) != (len(manifest.ffns), manifest.ffns[0].num_rows):
+        made = made.resized(num_layers=len(manifest.ffns), num_rows=manifest.ffns[0].num_rows)
     return made
 
 
@@ -227,12 +229,12 @@ def prepare(spec: Spec, recorder: Recorder) -> None:
     pack = Path(spec["pack"])
     manifest = read_manifest(pack)
     curves = row_trace.MODELS[spec["model"]]()
-    if curves.num_layers != len(manifest.layers):
-        curves = curves.resized(num_layers=len(manifest.layers), num_rows=manifest.layers[0].num_rows)
+    if curves.num_layers != len(manifest.ffns):
+        curves = curves.resized(num_layers=len(manifest.ffns), num_rows=manifest.ffns[0].num_rows)
     tensors, layers = {}, []
-    for index, (entry, rank, curve) in enumerate(zip(manifest.layers, spec["ranks"], curves.curves, strict=True)):
+    for index, (entry, rank, curve) in enumerate(zip(manifest.ffns, spec["ranks"], curves.curves, strict=True)):
         reduce, expand, bias = predictor_names(index)
-        tensors[reduce] = torch.randn(rank, manifest.hidden_size).to(torch.bfloat16)
+        tensors[reduce] = torch.randn(rank, manifest.main.hidden_size).to(torch.bfloat16)
         tensors[expand] = torch.randn(entry.num_rows, rank).to(torch.bfloat16)
         tensors[bias] = torch.zeros(entry.num_rows)
         predictor = PredictorEntry(

@@ -28,7 +28,7 @@ from device_state import BATCH_ROWS, STATE_BYTES
 from ladder import MODELS, Record, child, log, make_pack, own_ids
 from machine import describe_block_device, describe_commit, describe_machine, today
 
-from flashlm.memory.budget import place
+from flashlm.memory.budget import RowCache, place
 from flashlm.memory.cache_plan import plan_capacities
 from flashlm.planner.bottleneck import MEMORY_RATES
 from flashlm.planner.cost import TokenCost
@@ -78,11 +78,16 @@ def plan_share(shape: ModelShape, rates: Rates, mode: str, share: float) -> Cand
     some = cheapest(shape, rates, 2 << 30, mode, model_needs(shape, CONTEXT))
     if mode == "sparse":
         num_rows = sum(use.num_rows for use in shape.sparse.uses)
-        placement = replace(some.placement, cache=tuple(plan_capacities(shape.sparse.uses, int(num_rows * share))))
+        capacities = iter(plan_capacities(shape.sparse.uses, int(num_rows * share)))
+        units = tuple(
+            replace(each, capacity=next(capacities)) if isinstance(each, RowCache) else each
+            for each in some.placement.units
+        )
+        placement = replace(some.placement, units=units)
         choices = [replace(some, placement=placement, max_gap=gap) for gap in GAPS]
     else:
         pins = int(shape.streamed_bytes * share)
-        placement = place(shape.layouts, model_needs(shape, CONTEXT), 2 << 30, max_pinned_bytes=pins)
+        placement = place(shape.units, model_needs(shape, CONTEXT), 2 << 30, max_pinned_bytes=pins)
         choices = [replace(some, placement=placement)]
     return min(choices, key=lambda each: cost_of(each, shape, rates).total_s)
 
@@ -90,7 +95,7 @@ def plan_share(shape: ModelShape, rates: Rates, mode: str, share: float) -> Cand
 def cost_of(plan: Candidate, shape: ModelShape, rates: Rates) -> TokenCost:
     """Return what a plan costs on another machine."""
     if plan.mode == "sparse":
-        return sparse_token(shape, shape.sparse, plan.placement.cache, rates, max_gap=plan.max_gap)
+        return sparse_token(shape, shape.sparse, plan.placement, rates, max_gap=plan.max_gap)
     return exact_token(shape, plan.placement, rates, dense_use(shape), reads_ahead=plan.mode != "naive")
 
 

@@ -244,7 +244,7 @@ def other_ways(packs: Packs, family: str, folder: Path) -> dict[str, Callable[[A
     plus_one = {name: weight + 1 for name, weight in reference.state_dict().items()}
 
     def streamed(model: Any) -> Any:
-        return model.get_submodule((model.flash.manifest.layers or model.flash.manifest.experts)[0].module)
+        return model.get_submodule((model.flash.manifest.ffns or model.flash.manifest.experts)[0].module)
 
     return {
         "to(cpu)": lambda m: m.to("cpu"),

@@ -71,18 +71,19 @@ def hash_rate() -> float:
 
 def device_rate(pack: Path) -> float:
     """GB/s of flashlm's reader over the pack's rows, best of three."""
-    from flashlm.pack.manifest import layer_path, read_manifest
+    from flashlm.pack.manifest import read_manifest, unit_path
     from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest
 
     manifest = read_manifest(pack)
     rates = []
     for _ in range(3):
         with Reader() as reader:
-            size = max(layout.file_bytes for _, layout in manifest.files)
+            size = max(entry.layout.file_bytes for entry in manifest.units)
             buffer, num_bytes = AlignedBuffer(size), 0
             started_s = time.perf_counter()
-            for entry, layout in manifest.files:
-                file = reader.open(layer_path(pack, entry), expected_bytes=layout.file_bytes)
+            for entry in manifest.units:
+                layout = entry.layout
+                file = reader.open(unit_path(pack, entry), expected_bytes=layout.file_bytes)
                 reader.read([ReadRequest(file, 0, layout.file_bytes, buffer, 0)])
                 num_bytes += layout.file_bytes
             rates.append(num_bytes / (time.perf_counter() - started_s) / 1e9)

@@ -37,21 +37,21 @@ def sign(pack: Path, change: Change | None = None, **config: Any) -> None:
 
 
 def _swap_modules(content: dict[str, Any]) -> None:
-    first, second = content["layers"][:2]
+    first, second = content["units"][:2]
     first["module"], second["module"] = second["module"], first["module"]
 
 
 DENSE: dict[str, tuple[Change | None, dict[str, Any]]] = {
-    "activation": (lambda content: content.update(activation="gelu"), {}),
+    "activation": (lambda content: content["units"][0].update(activation="gelu"), {}),
     "modules swapped": (_swap_modules, {}),
-    "identity of a norm": (lambda content: content["layers"][0].update(identities=["model.norm"]), {}),
+    "identity of a norm": (lambda content: content["units"][0].update(identities=["model.norm"]), {}),
     "identity of attention": (
-        lambda content: content["layers"][0].update(identities=["model.layers.0.self_attn"]),
+        lambda content: content["units"][0].update(identities=["model.layers.0.self_attn"]),
         {},
     ),
-    "module of nothing": (lambda content: content["layers"][0].update(module=""), {}),
-    "bias": (lambda content: content["layers"][0].update(has_up_bias=True), {}),
-    "fewer layers": (lambda content: content["layers"].pop(), {}),
+    "module of nothing": (lambda content: content["units"][0].update(module=""), {}),
+    "bias": (lambda content: content["units"][0].update(biases=["up"]), {}),
+    "fewer layers": (lambda content: content["units"].pop(), {}),
     "dtype": (lambda content: content.update(dtype="float16"), {}),
     "model type": (lambda content: content.update(model_type="mistral"), {}),
     "1e5 layers": (None, {"num_hidden_layers": 10**5}),
@@ -72,8 +72,8 @@ DENSE: dict[str, tuple[Change | None, dict[str, Any]]] = {
     "another pack's quantizer": (None, {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
 }
 EXPERTS: dict[str, tuple[Change | None, dict[str, Any]]] = {
-    "experts of a token": (lambda content: content["experts"][0].update(num_active=8), {}),
-    "activation of experts": (lambda content: content.update(activation="gelu"), {}),
+    "experts of a token": (lambda content: content["units"][0].update(num_active=8), {}),
+    "activation of experts": (lambda content: content["units"][0].update(activation="gelu"), {}),
     "1e9 experts": (None, {"num_experts": 10**9}),
     "experts kernel": (None, {"_experts_implementation": "sonicmoe"}),
 }

@@ -396,7 +396,7 @@ def main() -> None:
         "mode": flash.mode,
         "reader": flash.reader.describe(),
         "num_slots": flash.placement.num_slots,
-        "num_pinned": sum(flash.placement.num_pinned),
+        "num_pinned": sum(each.num_pinned for each in flash.placement.dense),
         "num_reads_of_a_token": last.num_reads,
         "num_missed": last.miss_rows + last.miss_experts,
         "num_bytecodes": num_events,

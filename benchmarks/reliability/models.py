@@ -68,9 +68,9 @@ def examine(model_type: str) -> dict[str, Any]:
             return {"outcome": "refused", "reason": _reason(error).replace(str(source), "the checkpoint")}
         facts = {
             "streams": "experts" if manifest.experts else "ffn",
-            "num_streamed": len(manifest.files),
-            "activation": manifest.activation,
-            "has_gate": manifest.has_gate,
+            "num_streamed": len(manifest.units),
+            "activation": manifest.main.activation,
+            "has_gate": manifest.main.layout.has_gate,
         }
         found = _answers(streamed)
         errors = [

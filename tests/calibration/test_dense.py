@@ -62,11 +62,11 @@ def test_what_is_stored_is_what_was_measured(family: str, packs: Callable[..., P
             index,
             layer.predictor,
             tensors,
-            hidden_size=manifest.hidden_size,
+            hidden_size=manifest.main.hidden_size,
             num_rows=entry.num_rows,
             activation=layers[index].activation,
         )
-        for index, (layer, entry) in enumerate(zip(sparsity.layers, manifest.layers, strict=True))
+        for index, (layer, entry) in enumerate(zip(sparsity.layers, manifest.ffns, strict=True))
     ]
     thresholds = [layer.activation_threshold for layer in sparsity.layers]
     assert all(threshold > 0 for threshold in thresholds) == (family == "llama")

@@ -78,8 +78,8 @@ def test_a_calibrated_pack_is_ordered_and_runs_sparse(pack: Path, text: Path) ->
     before = read_manifest(pack)
     report = calibrate(pack, text, rank=8, dram="3GiB", max_ppl_increase=0.05)
     manifest = read_manifest(pack)
-    assert all(entry.order_checksum is not None for entry in manifest.layers)
-    assert manifest.layers[0].checksums != before.layers[0].checksums
+    assert all(entry.order_checksum is not None for entry in manifest.ffns)
+    assert manifest.ffns[0].checksums != before.ffns[0].checksums
     assert verify(pack).problems == ()
     hybrid, sparse = evaluate(pack, text, modes=["hybrid", "sparse"], dram="3GiB", window=WINDOW, max_tokens=200)
     assert sparse.exactness.startswith("approximate")

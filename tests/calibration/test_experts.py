@@ -14,7 +14,7 @@ from flashlm.calibration.experts import RoutingRecorder, calibrate_experts, may_
 from flashlm.calibration.routing_report import judge_row_reads
 from flashlm.engine.experts import observed
 from flashlm.errors import BudgetError, ConfigError, PackError
-from flashlm.memory.expert_budget import NUM_SPARE_SLOTS
+from flashlm.memory.budget import NUM_SPARE_SLOTS
 from flashlm.memory.expert_cache import replay
 from flashlm.memory.expert_policy import POLICIES
 from flashlm.pack.manifest import read_manifest

@@ -29,7 +29,7 @@ def pack(request: pytest.FixtureRequest, tiny_pack: Callable[..., TinyPack], tmp
 
 def _orders(pack: Path) -> list[np.ndarray]:
     random = np.random.default_rng(3)
-    return [random.permutation(entry.num_rows) for entry in read_manifest(pack).layers]
+    return [random.permutation(entry.num_rows) for entry in read_manifest(pack).ffns]
 
 
 def _logits(pack: Path, mode: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from flashlm.pack.manifest import layer_path, manifest_path, read_manifest
+from flashlm.pack.manifest import manifest_path, read_manifest, unit_path
 from flashlm.probe.device_profile import save_profile
 from tests.cli.test_cli import flashlm
 from tests.engine.conftest import save_tokenizer
@@ -135,20 +135,20 @@ def test_a_newer_pack_is_refused_in_one_line(command, pack, tmp_path):
     newer = tmp_path / "pack"
     manifest_path(newer).parent.mkdir(parents=True)
     shutil.copy(pack / "config.json", newer)
-    content = manifest_path(pack).read_text().replace('"format_version": 3', '"format_version": 4')
+    content = manifest_path(pack).read_text().replace('"format_version": 4', '"format_version": 5')
     manifest_path(newer).write_text(content)
     done = flashlm(command, newer, *(("--prompt", "w5") if command == "generate" else ()))
     assert done.returncode == 4
-    assert "has format version 4, this flashlm reads version 3: update flashlm" in done.stderr
+    assert "has format version 5, this flashlm reads version 4: update flashlm" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_verify_finds_a_flipped_bit_and_generate_where_it_reads_it(pack, tmp_path):
     damaged = shutil.copytree(pack, tmp_path / "pack")
     manifest = read_manifest(damaged)
-    path = layer_path(damaged, manifest.experts[0])
+    path = unit_path(damaged, manifest.experts[0])
     raw = bytearray(path.read_bytes())
-    raw[manifest.experts_layout(0).offset_of(6) + 2] ^= 1
+    raw[manifest.experts[0].layout.offset_of(6) + 2] ^= 1
     path.write_bytes(raw)
     done = flashlm("verify", damaged)
     assert done.returncode == 4

@@ -73,7 +73,7 @@ def test_dtypes_are_cast_as_torch_casts_them(dtype: str, source_dtype: torch.dty
     manifest = convert(tmp_path / "source", tmp_path / "pack", dtype=dtype, block_rows=32)
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     assert getattr(torch, manifest.dtype) is wanted
-    assert manifest.block_rows == 32
+    assert manifest.ffns[0].block_rows == 32
     _check_round_trip(tmp_path / "source", tmp_path / "pack", model, wanted)
 
 
@@ -131,7 +131,7 @@ def test_pack_is_a_model_folder(tmp_path: Path) -> None:
     convert(source, tmp_path / "pack")
     config = json.loads((tmp_path / "pack" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
-    assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 3}
+    assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 4}
     assert {path.name for path in (tmp_path / "pack").iterdir()} == {
         "config.json", "generation_config.json", "OPEN-WITH-FLASHLM.txt", "flash",
         "tokenizer.json", "chat_template.jinja", "tokenizer.model", "README.md", "LICENSE",

@@ -32,9 +32,9 @@ def write_calibration(
     tensors: dict[str, torch.Tensor] = {}
     rank = 8
     layers = []
-    for index, entry in enumerate(manifest.layers):
+    for index, entry in enumerate(manifest.ffns):
         reduce, expand, bias = predictor_names(index)
-        tensors[reduce] = torch.randn(rank, manifest.hidden_size, generator=generator)
+        tensors[reduce] = torch.randn(rank, manifest.main.hidden_size, generator=generator)
         tensors[expand] = torch.randn(entry.num_rows, rank, generator=generator)
         tensors[bias] = torch.zeros(entry.num_rows)
         if predicts_all:

@@ -124,7 +124,7 @@ def test_adapters_know_neurons_where_rows_are_reordered(tiny_pack: Make, tmp_pat
         pack = Path(shutil.copytree(tiny.pack, tmp_path / family))
         write_calibration(pack, evaluation=evaluation(has_passed=True))
         random = np.random.default_rng(3)
-        order_pack(pack, [random.permutation(entry.num_rows) for entry in read_manifest(pack).layers])
+        order_pack(pack, [random.permutation(entry.num_rows) for entry in read_manifest(pack).ffns])
         reference = _adapted(tiny, tmp_path / "lora", LoraConfig(r=4, lora_bias=True, target_modules="all-linear"))
         streamed = PeftModel.from_pretrained(_load(pack, mode="hybrid"), tmp_path / "lora")
         shapes = [(2, 6), (2, 40)]

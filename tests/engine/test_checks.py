@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import flashlm
 from flashlm.conversion.verify import verify
 from flashlm.errors import ConfigError, PackError
-from flashlm.pack.manifest import FLASH_DIR, layer_path, read_manifest, resident_path
+from flashlm.pack.manifest import FLASH_DIR, read_manifest, resident_path, unit_path
 from flashlm.sparsity.calibration_document import document_path, profile_path, tensors_path, write_profile
 from tests.engine.calibrations import write_calibration
 from tests.engine.conftest import TinyPack
@@ -86,9 +86,10 @@ def test_pinned_blocks_are_checked_and_streamed_ones_where_asked(
     pack = copied(family)
     manifest = read_manifest(pack)
     expected = _run(pack, pin=0)
-    layer, layout = manifest.files[1]
+    layer = manifest.units[1]
+    layout = layer.layout
     last = layout.num_blocks - 1
-    _flip(layer_path(pack, layer), layout.offset_of(last) + 4)
+    _flip(unit_path(pack, layer), layout.offset_of(last) + 4)
     message = rf"{layer.file}: {what} {last} is damaged: checksum [0-9a-f]{{16}}, [0-9a-f]{{16}} expected"
     with pytest.raises(PackError, match=message):
         _run(pack)
@@ -96,7 +97,7 @@ def test_pinned_blocks_are_checked_and_streamed_ones_where_asked(
         with pytest.raises(PackError, match=message):
             _run_all_blocks(pack, check="all", pin=0)
     assert torch.equal(_run_all_blocks(pack, check="none", pin=0)[0].isfinite(), expected.isfinite())
-    shutil.copy(_good(pack, copied, family) / FLASH_DIR / layer.file, layer_path(pack, layer))
+    shutil.copy(_good(pack, copied, family) / FLASH_DIR / layer.file, unit_path(pack, layer))
     assert torch.equal(_run(pack, pin=0, check="all"), expected)
 
 
@@ -138,7 +139,7 @@ def test_rows_of_mode_sparse_are_checked(
     assert torch.equal(_run(pack, mode="sparse", check="all"), expected)
     model = flashlm.load(pack, dram="3GiB", context=160, mode="sparse", check="all")
     layout = read_manifest(pack).layout(1)
-    path = layer_path(pack, read_manifest(pack).layers[1])
+    path = unit_path(pack, read_manifest(pack).ffns[1])
     model.flash.sparse.cache.forget(1, torch.tensor([20, 21], dtype=torch.int32))
     _flip(path, layout.offset_of(1) + 4 * layout.row_stride_bytes + 2)  # row 20, after loading
     for _ in range(2):  # not kept, not used
@@ -171,15 +172,16 @@ def test_verify_covers_the_files_of_a_calibration(copied: Callable[[str], Path])
 @pytest.mark.parametrize(
     "change",
     [
-        lambda content: content.update(activation="relu"),
-        lambda content: content.update(activation="nothing"),
-        lambda content: content["layers"][0].update(module=content["layers"][1]["module"]),
-        lambda content: content["layers"].reverse(),
-        lambda content: content["layers"][0].update(identities=["model.layers.0.input_layernorm"]),
-        lambda content: content["layers"][0].update(identities=["model.layers.0.self_attn"]),
-        lambda content: content["layers"][0].update(module="model.layers.0.self_attn"),
-        lambda content: content["layers"][0].update(has_up_bias=True),
-        lambda content: content["layers"].pop(),
+        lambda content: content["units"][0].update(activation="relu"),
+        lambda content: content["units"][0].update(activation="nothing"),
+        lambda content: content["units"][0].update(encoding="float16"),
+        lambda content: content["units"][0].update(module=content["units"][1]["module"]),
+        lambda content: content["units"].reverse(),
+        lambda content: content["units"][0].update(identities=["model.layers.0.input_layernorm"]),
+        lambda content: content["units"][0].update(identities=["model.layers.0.self_attn"]),
+        lambda content: content["units"][0].update(module="model.layers.0.self_attn"),
+        lambda content: content["units"][0].update(biases=["up"]),
+        lambda content: content["units"].pop(),
         lambda content: content.update(dtype="int4"),
         lambda content: content.update(model_type="mistral"),
         lambda content: content.update(num_hidden_layers=3),
@@ -200,11 +202,11 @@ def test_a_signed_manifest_is_held_against_the_model(
 def test_biases_and_identities_are_held_too(copied: Callable[[str], Path]) -> None:
     pack = copied("opt")
     for field in ("has_up_bias", "has_down_bias"):
-        change_manifest(pack, lambda content, field=field: content["layers"][1].update({field: False}))
+        change_manifest(pack, lambda content, field=field: content["units"][1].update({field: False}))
         with pytest.raises(PackError, match=f"{field} of streamed layer 1 is False, OPTForCausalLM has True"):
             flashlm.load(pack)
-        change_manifest(pack, lambda content, field=field: content["layers"][1].update({field: True}))
-    change_manifest(pack, lambda content: content["layers"][0].update(identities=[]))
+        change_manifest(pack, lambda content, field=field: content["units"][1].update({field: True}))
+    change_manifest(pack, lambda content: content["units"][0].update(identities=[]))
     with pytest.raises(PackError, match="identities of streamed layer 0"):
         flashlm.load(pack)
 

@@ -14,7 +14,7 @@ import flashlm
 from flashlm.engine import experts as experts_module
 from flashlm.engine.experts import BoundExperts
 from flashlm.errors import BudgetError, ConfigError, PackError, StorageError
-from flashlm.pack.manifest import RESIDENT_NAME, layer_path, manifest_path, read_manifest
+from flashlm.pack.manifest import RESIDENT_NAME, manifest_path, read_manifest, unit_path
 from tests.models import EXPERT_FAMILIES
 from tests.pack.packs import change_manifest
 
@@ -141,7 +141,7 @@ def test_a_prompt_reads_each_needed_expert_once(tiny_pack):
     num_experts = sum(entry.num_experts for entry in model.flash.manifest.experts)
     assert record.hit_experts + record.miss_experts == num_experts  # 120 tokens need them all
     assert record.num_reads == record.miss_experts
-    assert record.bytes_read == record.miss_experts * model.flash.placement.slot_bytes
+    assert record.bytes_read == record.miss_experts * model.flash.placement.expert_bytes
     assert sum(each.num_misses for each in model.flash.experts.traffic) == record.miss_experts
 
 
@@ -151,7 +151,7 @@ def test_a_failed_read_leaves_no_expert_behind(num_tokens, tiny_pack, tmp_path):
     expected = greedy(flashlm.load(tiny.pack), prompt(1, num_tokens), 4)
     pack = shutil.copytree(tiny.pack, tmp_path / "pack")
     model = flashlm.load(pack, pin=0)
-    path = layer_path(pack, model.flash.manifest.experts[1])
+    path = unit_path(pack, model.flash.manifest.experts[1])
     content = path.read_bytes()
     with path.open("r+b") as file:
         file.truncate(4096)
@@ -210,8 +210,8 @@ def test_a_small_cache_is_announced(tiny_pack, caplog):
 
 def test_a_pack_of_another_model_is_refused(tiny_pack, tmp_path):
     pack = shutil.copytree(tiny_pack("mixtral").pack, tmp_path / "pack")
-    change_manifest(pack, lambda content: content["experts"][1].update(module="model.layers.7.mlp.experts"))
-    with pytest.raises(PackError, match=r"module of streamed layer 1 is 'model\.layers\.7\.mlp\.experts'"):
+    change_manifest(pack, lambda content: content["units"][1].update(module="model.layers.7.mlp.experts"))
+    with pytest.raises(PackError, match=r"module of streamed unit 1 is 'model\.layers\.7\.mlp\.experts'"):
         flashlm.load(pack)
 
 

@@ -47,7 +47,7 @@ class _Around(nn.Module):
 
 def _layer(model: Any) -> Any:
     """The decoder layer around the first streamed one."""
-    path = (model.flash.manifest.layers or model.flash.manifest.experts)[0].module
+    path = (model.flash.manifest.ffns or model.flash.manifest.experts)[0].module
     while (
         "." in path
         and not hasattr(model.get_submodule(path), "self_attn")
@@ -58,7 +58,7 @@ def _layer(model: Any) -> Any:
 
 
 def _streamed(model: Any) -> Any:
-    return model.get_submodule((model.flash.manifest.layers or model.flash.manifest.experts)[0].module)
+    return model.get_submodule((model.flash.manifest.ffns or model.flash.manifest.experts)[0].module)
 
 
 MOVES: dict[str, Callable[[Any], Any]] = {
@@ -175,12 +175,12 @@ def test_other_weights_are_refused_before_any_is_loaded(family: str, tiny_pack: 
     assert torch.equal(_logits(model), before)
     weights = model.state_dict(keep_vars=True)
     streamed = {name.rpartition(".")[0] for name, weight in weights.items() if isinstance(weight, StreamedWeight)}
-    streamed |= {entry.module for entry, _ in model.flash.manifest.files}
+    streamed |= {entry.module for entry in model.flash.manifest.units}
     starts = tuple(f"{name}." for name in streamed)
     rest = {n: w for n, w in tiny.reference("float32").state_dict().items() if not n.startswith(starts)}
     assert not model.load_state_dict(rest, strict=False).unexpected_keys  # as the message advises
     assert torch.equal(_logits(model), before)
-    layer = model.get_submodule(model.flash.manifest.files[0][0].module)
+    layer = model.get_submodule(model.flash.manifest.units[0].module)
     with pytest.raises(ConfigError, match="are not loaded from elsewhere"):
         layer.load_state_dict({"weight": torch.zeros(2, 2)}, strict=False)
 
@@ -247,7 +247,7 @@ def test_inputs_from_elsewhere_are_refused(family: str, tiny_pack: Make) -> None
     model = _load(tiny_pack(family, "float32"))
     before = _logits(model)
     hidden = torch.zeros(3, 48)
-    routing = () if model.flash.manifest.layers else (torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
+    routing = () if model.flash.manifest.ffns else (torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2))
     calls: list[Callable[[], Any]] = [
         lambda: model(TOKENS.to("meta")),
         lambda: model.base_model(TOKENS.to("meta")),

@@ -12,7 +12,7 @@ import torch
 
 import flashlm
 from flashlm.errors import ConfigError, StorageError
-from flashlm.pack.manifest import layer_path
+from flashlm.pack.manifest import unit_path
 from tests.engine.conftest import TinyPack
 
 
@@ -20,7 +20,7 @@ def test_a_half_written_cache_is_refused(tiny_pack: Callable[..., TinyPack], tmp
     pack = shutil.copytree(tiny_pack("llama", "float32").pack, tmp_path / "pack")
     model = flashlm.load(pack, pin=0, mode="naive")
     ids = torch.arange(3, 9)[None]
-    path = layer_path(pack, model.flash.manifest.layers[1])
+    path = unit_path(pack, model.flash.manifest.ffns[1])
     content = path.read_bytes()
     with torch.no_grad():
         cache = model(ids[:, :4], use_cache=True).past_key_values

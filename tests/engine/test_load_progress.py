@@ -15,7 +15,7 @@ def test_reading_is_told_up_to_the_end(family, check, tiny_pack):
         model = flashlm.load(tiny_pack(family).pack, context=32, check=check)
     placement = model.flash.placement
     expected = model.flash.manifest.resident.num_bytes + placement.pinned_bytes
-    expected += placement.cache_bytes if placement.experts is not None else 0
+    expected += placement.cache_bytes if placement.experts else 0
     assert {(total, what) for _, total, what in told} == {(expected, "reading weights")}
     read = [done for done, _, _ in told]
     assert read == sorted(read)

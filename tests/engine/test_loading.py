@@ -116,7 +116,7 @@ def test_telemetry_counts_every_byte(tiny_pack):
     for record in telemetry.records:
         assert record.bytes_read == placement.streamed_bytes
         assert record.pinned_bytes == placement.pinned_bytes
-        assert record.num_reads == sum(placement.num_streamed)
+        assert record.num_reads == sum(each.num_streamed for each in placement.dense)
         assert 0 <= record.wait_s <= record.wall_s
     assert telemetry.prefill().num_tokens == 5
     assert telemetry.decode().num_tokens == 7

@@ -37,8 +37,8 @@ def test_family_is_equal_to_transformers_and_placement_changes_no_bit(family, tm
     tiny_models.save_tiny(family, tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "pack", dtype="float32", block_rows=16)
     manifest = read_manifest(tmp_path / "pack")
-    assert len(manifest.layers) == 4
-    assert CASES[family] in (None, manifest.activation)
+    assert len(manifest.ffns) == 4
+    assert CASES[family] in (None, manifest.main.activation)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype="float32").eval()
     half = flashlm.load(tmp_path / "pack", pin=manifest.streamed_bytes // 2)
     none = flashlm.load(tmp_path / "pack", pin=0)

@@ -107,7 +107,7 @@ def test_placement_changes_no_bit(family, dtype, tiny_pack):
 def test_both_matrix_products_agree_with_float64(strategy, dtype, tiny_pack):
     """The way that this processor would not choose is right too."""
     model = flashlm.load(tiny_pack("llama", dtype).pack, pin=0)
-    layer = model.get_submodule(model.flash.manifest.layers[0].module)
+    layer = model.get_submodule(model.flash.manifest.ffns[0].module)
     element = getattr(torch, dtype)
     tokens = torch.randn(24, layer.layout.hidden_size, generator=torch.Generator().manual_seed(0)).to(element)
     gemm = BlockGemm(dtype, strategy)

@@ -104,7 +104,7 @@ def test_threads_on_one_model_keep_their_records_apart(num_workers: int, mode: s
         if mode in ("hybrid", "naive"):
             assert record.bytes_read == model.flash.placement.streamed_bytes
         if mode == "experts":
-            assert record.bytes_read == record.miss_experts * model.flash.placement.slot_bytes
+            assert record.bytes_read == record.miss_experts * model.flash.placement.expert_bytes
     for each in fields(Counters):
         counted = sum(getattr(record, each.name) for record in records)
         assert getattr(totals, each.name) - before[each.name] == pytest.approx(counted, rel=1e-6, abs=1e-6), each.name

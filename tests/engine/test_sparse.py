@@ -14,7 +14,7 @@ from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.sparse import SparseRows
 from flashlm.errors import ConfigError, PackError, StorageError
 from flashlm.memory.neuron_cache import LayerCapacity
-from flashlm.pack.manifest import layer_path, read_manifest
+from flashlm.pack.manifest import read_manifest, unit_path
 from flashlm.probe.device_profile import profile_path, save_profile
 from flashlm.storage.reader import Reader
 from tests.engine.calibrations import evaluation, write_calibration
@@ -40,8 +40,8 @@ def _shrink(model: torch.nn.Module, num_slots: int, **settings: object) -> Spars
     """Give a loaded model a cache of `num_slots` slots a layer."""
     flash = model.flash
     manifest = flash.manifest
-    layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
-    files = [flash.reader.open(layer_path(flash.pack, entry)) for entry in manifest.layers]
+    layouts = [manifest.ffns[layer].layout for layer in range(len(manifest.ffns))]
+    files = [flash.reader.open(unit_path(flash.pack, entry)) for entry in manifest.ffns]
     capacities = [LayerCapacity(num_rows=each.num_rows, num_slots=min(num_slots, each.num_rows)) for each in layouts]
     rows = SparseRows(flash.reader, files, layouts, capacities, counters=flash.sparse.counters, **settings)
     for module in model.modules():
@@ -115,13 +115,13 @@ def test_only_predicted_rows_count(calibrated: Callable[..., Path]) -> None:
 def test_a_failed_read_leaves_no_row_behind(calibrated: Callable[..., Path]) -> None:
     pack = calibrated("opt", predicts_all=True)
     manifest = read_manifest(pack)
-    layout = manifest.layout(0)
+    layout = manifest.ffns[0].layout
     reader = Reader()
-    file = reader.open(layer_path(pack, manifest.layers[0]))
+    file = reader.open(unit_path(pack, manifest.ffns[0]))
     capacity = LayerCapacity(num_rows=layout.num_rows, num_slots=20)
     rows = SparseRows(reader, [file], [layout], [capacity])
     wanted = torch.tensor([1, 2, 80], dtype=torch.int32)
-    with layer_path(pack, manifest.layers[0]).open("r+b") as damaged:
+    with unit_path(pack, manifest.ffns[0]).open("r+b") as damaged:
         damaged.truncate(layout.offset_of(1))
     with pytest.raises(StorageError, match="the file ended"), rows.fetch(0, wanted) as fetch:
         rows.wait(fetch)

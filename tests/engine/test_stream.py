@@ -8,18 +8,18 @@ import pytest
 
 from flashlm.engine.stream import BlockStream
 from flashlm.errors import StorageError
-from flashlm.memory.budget import Needs, Placement
-from flashlm.rows.layout import RUN_BYTES, LayerLayout
+from flashlm.memory.budget import Blocks, Needs, Placement
+from flashlm.rows.layout import RUN_BYTES, UNGATED, LayerLayout
 from flashlm.storage.reader import Reader
 
 NEEDS = Needs(process_bytes=0, resident_bytes=0, kv_cache_bytes=0, working_bytes=0)
 LAYERS = (
     LayerLayout(
-        hidden_size=256, num_rows=4000, has_gate=False, dtype="float32", block_rows=64
+        hidden_size=256, num_rows=4000, parts=UNGATED, dtype="float32", block_rows=64
     ),  # 128 KiB; a part at the end
-    LayerLayout(hidden_size=256, num_rows=1024, has_gate=False, dtype="float32", block_rows=64),
+    LayerLayout(hidden_size=256, num_rows=1024, parts=UNGATED, dtype="float32", block_rows=64),
     LayerLayout(
-        hidden_size=60, num_rows=300, has_gate=False, dtype="float32", block_rows=17
+        hidden_size=60, num_rows=300, parts=UNGATED, dtype="float32", block_rows=17
     ),  # rows don't join: padding
 )
 
@@ -28,12 +28,15 @@ def placement(num_pinned: tuple[int, ...], num_slots: int) -> Placement:
     return Placement(
         dram_bytes=1 << 30,
         needs=NEEDS,
-        num_pinned=num_pinned,
-        num_streamed=tuple(layout.num_blocks - count for layout, count in zip(LAYERS, num_pinned, strict=True)),
-        pinned_bytes=sum(
-            layout.read_bytes(block) for layout, count in zip(LAYERS, num_pinned, strict=True) for block in range(count)
+        units=tuple(
+            Blocks(
+                num_pinned=count,
+                num_streamed=layout.num_blocks - count,
+                pinned_bytes=sum(layout.read_bytes(block) for block in range(count)),
+                streamed_bytes=sum(layout.read_bytes(block) for block in range(count, layout.num_blocks)),
+            )
+            for layout, count in zip(LAYERS, num_pinned, strict=True)
         ),
-        streamed_bytes=1,
         num_slots=num_slots,
         slot_bytes=max(layout.block_stride_bytes for layout in LAYERS),
     )
@@ -56,7 +59,7 @@ def test_runs_hold_the_files_bytes_in_order(
         longest = 0
         for layer in (0, 1, 2, 0, 2, 1):  # the last three out of order: a caller that jumps
             layout, next_block = LAYERS[layer], 0
-            with stream.layer(layer) as runs:
+            with stream.unit(layer) as runs:
                 for run in runs:
                     assert run.blocks.start == next_block
                     start, last = layout.offset_of(next_block), run.blocks[-1]
@@ -80,28 +83,28 @@ def test_a_layer_with_fewer_blocks_than_it_has_is_an_error_and_the_next_pass_is_
         stream = BlockStream(reader, files, LAYERS, placement((4, 0, 0), 2))
 
         def blocks(layer: int) -> list[int]:
-            with stream.layer(layer) as runs:
+            with stream.unit(layer) as runs:
                 return [block for run in runs for block in run.blocks]
 
         def lose_a_slot() -> None:
-            with stream.layer(0) as runs:
+            with stream.unit(0) as runs:
                 for run in runs:
                     if run.blocks.start == 4:
                         stream._num_consumed += 1  # as if its block had gone another way
 
         def take_another_layer_in_between() -> None:
-            with stream.layer(0) as runs:
+            with stream.unit(0) as runs:
                 assert next(runs).blocks == range(4)
                 assert blocks(1) == list(range(LAYERS[1].num_blocks))
                 next(runs)
 
         def stop_early() -> None:
-            with stream.layer(0) as runs:
+            with stream.unit(0) as runs:
                 next(runs)
 
         whole = list(range(LAYERS[0].num_blocks))
         assert blocks(0) == whole
-        with pytest.raises(StorageError, match="layer 0 gave 5 of its 63 blocks"):
+        with pytest.raises(StorageError, match="0 gave 5 of its 63 blocks"):
             lose_a_slot()
         assert blocks(0) == whole
         with pytest.raises(StorageError, match="was broken off, and another one has begun"):

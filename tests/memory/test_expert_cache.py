@@ -6,11 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flashlm.errors import BudgetError, ConfigError
-from flashlm.memory.budget import Needs
-from flashlm.memory.expert_budget import ExpertUse, expert_floor_bytes, is_close_to_floor, place_experts
+from flashlm.errors import ConfigError
 from flashlm.memory.expert_cache import ExpertCache, LeastFrequentlyUsed, LeastRecentlyUsed, replay
-from flashlm.rows.layout import LayerLayout
 
 NUM_EXPERTS = 8
 
@@ -139,32 +136,3 @@ def test_unknown_policies_and_bad_numbers_are_refused():
         ExpertCache([1, 0])
     with pytest.raises(ConfigError, match="fewer experts must be pinned"):
         ExpertCache([2], pinned=[[0, 1]])
-
-
-def uses(num_layers=3, num_experts=NUM_EXPERTS, num_active=2):
-    layout = LayerLayout(hidden_size=64, num_rows=num_experts * 32, has_gate=True, dtype="bfloat16", block_rows=32)
-    return [ExpertUse(layout=layout, num_active=num_active) for _ in range(num_layers)]
-
-
-NEEDS = Needs(process_bytes=1 << 20, resident_bytes=2 << 20, kv_cache_bytes=1 << 19, working_bytes=1 << 18)
-
-
-@given(extra=st.integers(0, 2 << 20), bound=st.none() | st.integers(0, 2 << 20))
-def test_a_placement_stays_within_the_budget_and_above_the_floor(extra, bound):
-    floor = expert_floor_bytes(uses(), NEEDS)
-    placement = place_experts(uses(), NEEDS, floor + extra, max_cache_bytes=bound)
-    assert placement.planned_bytes <= floor + extra
-    assert all(2 <= capacity <= NUM_EXPERTS for capacity in placement.experts)
-    assert max(placement.experts) - min(placement.experts) <= 1
-    assert (placement.num_slots == 0) == (sum(placement.experts) == 3 * NUM_EXPERTS)
-    more = place_experts(uses(), NEEDS, floor + extra + (1 << 16), max_cache_bytes=bound)
-    assert sum(more.experts) >= sum(placement.experts)
-
-
-def test_below_the_floor_is_refused_with_the_numbers():
-    floor = expert_floor_bytes(uses(), NEEDS)
-    with pytest.raises(BudgetError, match="one token's experts") as error:
-        place_experts(uses(), NEEDS, floor - 1)
-    assert (error.value.needed_bytes, error.value.available_bytes) == (floor, floor - 1)
-    assert is_close_to_floor(uses(), place_experts(uses(), NEEDS, floor))
-    assert not is_close_to_floor(uses(), place_experts(uses(), NEEDS, floor + (1 << 20)))

@@ -11,13 +11,13 @@ import torch
 import xxhash
 
 from flashlm.documents import seal, unseal
-from flashlm.pack.manifest import Manifest, layer_path, manifest_path
+from flashlm.pack.manifest import Manifest, manifest_path, unit_path
 
 
 def read_rows(pack: Path, manifest: Manifest, index: int) -> torch.Tensor:
     """All rows of a layer as (rows, parts, hidden), found by the layout's offsets alone."""
-    layout = manifest.layout(index)
-    raw = layer_path(pack, manifest.layers[index]).read_bytes()
+    layout = manifest.ffns[index].layout
+    raw = unit_path(pack, manifest.ffns[index]).read_bytes()
     assert len(raw) == layout.file_bytes
     rows = []
     for block in range(layout.num_blocks):

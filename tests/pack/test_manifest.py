@@ -42,9 +42,9 @@ def test_folder_without_manifest_is_no_pack(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, 0, "3", None, [3], True])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, 0, "3", None, [3], True])
 def test_unknown_version_is_refused_by_name(version: object, good: str, tmp_path: Path) -> None:
-    with pytest.raises(PackError, match=r"format version .* this flashlm reads version 3: .*convert the model again"):
+    with pytest.raises(PackError, match=r"format version .* this flashlm reads version 4: .*convert the model again"):
         _read(tmp_path, _change(good, "format_version", value=version))
 
 
@@ -52,29 +52,37 @@ def test_unknown_version_is_refused_by_name(version: object, good: str, tmp_path
     "name", ["../layer-00000.rows", "/etc/passwd", "layer-00000.rows/..", "layer-0.rows", "layer-00000.rows\n", ""]
 )
 def test_path_that_leaves_the_pack_is_refused(name: str, good: str, tmp_path: Path) -> None:
-    with pytest.raises(PackError, match=r"layers\.0\.file"):
-        _read(tmp_path, _change(good, "layers", 0, "file", value=name))
+    with pytest.raises(PackError, match=r"units\.0\.file"):
+        _read(tmp_path, _change(good, "units", 0, "file", value=name))
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("hidden_size",), 1 << 40),
-        (("hidden_size",), 1000),
-        (("hidden_size",), "48"),
-        (("block_rows",), 0),
-        (("row_stride_bytes",), 1024),
-        (("layers",), []),
-        (("layers", 0, "module"), ""),
-        (("layers", 0, "module"), "model..mlp"),
-        (("layers", 0, "identities"), ["model.norm/"]),
+        (("units", 0, "hidden_size"), 1 << 40),
+        (("units", 0, "hidden_size"), 1000),
+        (("units", 0, "hidden_size"), "48"),
+        (("units", 0, "block_rows"), 0),
+        (("units", 0, "row_stride_bytes"), 1024),
+        (("units", 0, "kind"), "linear"),
+        (("units", 0, "kind"), "attention"),
+        (("units", 0, "parts"), ["up", "gate", "down"]),
+        (("units", 0, "parts"), ["weight"]),
+        (("units", 0, "biases"), ["weight"]),
+        (("units", 0, "num_active"), 2),
+        (("units", 0, "encoding"), "int4"),
+        (("units", 1, "module"), "model.layers.0.mlp"),
+        (("units",), []),
+        (("units", 0, "module"), ""),
+        (("units", 0, "module"), "model..mlp"),
+        (("units", 0, "identities"), ["model.norm/"]),
         (("num_hidden_layers",), 10**9),
         (("num_hidden_layers",), 1),
         (("small_files",), {"..": "0" * 16}),
-        (("layers", 0, "num_rows"), 1000),
-        (("layers", 0, "checksums"), ["0"]),
-        (("layers", 1, "file"), "layer-00000.rows"),
-        (("layers", 0, "surprise"), 1),
+        (("units", 0, "num_rows"), 1000),
+        (("units", 0, "checksums"), ["0"]),
+        (("units", 1, "file"), "layer-00000.rows"),
+        (("units", 0, "surprise"), 1),
         (("resident", "chunk_bytes"), 1),
         (("dtype",), "int4"),
     ],

@@ -199,7 +199,7 @@ def test_changed_settings_are_refused_until_they_are_accepted(
 def test_older_packs_are_refused(run: Callable[[Path], object], good: Path, tmp_path: Path) -> None:
     pack = Path(shutil.copytree(good / "pack", tmp_path / "pack"))
     path = pack / "flash" / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 1'))
+    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 1'))
     (pack / "flash" / "resident.safetensors").rename(pack / "model.safetensors")
-    with pytest.raises(PackError, match="format version 1, this flashlm reads version 3: convert the model again"):
+    with pytest.raises(PackError, match="format version 1, this flashlm reads version 4: convert the model again"):
         run(pack)

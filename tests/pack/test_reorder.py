@@ -15,7 +15,7 @@ from flashlm.conversion.convert import convert
 from flashlm.conversion.verify import verify
 from flashlm.errors import PackError
 from flashlm.pack import reorder as reordering
-from flashlm.pack.manifest import Manifest, layer_path, order_path, read_manifest
+from flashlm.pack.manifest import Manifest, order_path, read_manifest, unit_path
 from flashlm.pack.reorder import read_order, remove_strays, reorder
 from tests.models import save_checkpoint
 
@@ -35,12 +35,12 @@ def pack(good: Path, tmp_path: Path) -> Path:
 
 def _orders(manifest: Manifest, seed: int = 0) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
-    return [random.permutation(entry.num_rows) for entry in manifest.layers]
+    return [random.permutation(entry.num_rows) for entry in manifest.ffns]
 
 
 def _rows(pack: Path, manifest: Manifest, layer: int) -> np.ndarray:
-    layout = manifest.layout(layer)
-    raw = np.fromfile(layer_path(pack, manifest.layers[layer]), dtype=np.uint8)
+    layout = manifest.ffns[layer].layout
+    raw = np.fromfile(unit_path(pack, manifest.ffns[layer]), dtype=np.uint8)
     spans = [(layout.offset_of(block), len(layout.rows_of(block))) for block in range(layout.num_blocks)]
     stride = layout.row_stride_bytes
     return np.concatenate([raw[start : start + count * stride].reshape(count, stride) for start, count in spans])
@@ -60,11 +60,11 @@ def test_the_model_stays_the_same_twice_over(good: Path, pack: Path) -> None:
     assert verify(pack).problems == ()
     for layer, order in enumerate(first):
         assert np.array_equal(_rows(pack, manifest, layer), _rows(good, before, layer)[order])
-        assert np.array_equal(read_order(pack, manifest.layers[layer]), order)
+        assert np.array_equal(read_order(pack, manifest.ffns[layer]), order)
     torch.testing.assert_close(_logits(pack), _logits(good), rtol=1e-4, atol=1e-5)
     second = _orders(manifest, seed=1)
     again = reorder(pack, manifest, second)
-    assert np.array_equal(read_order(pack, again.layers[0]), first[0][second[0]])
+    assert np.array_equal(read_order(pack, again.ffns[0]), first[0][second[0]])
     assert verify(pack).problems == ()
     torch.testing.assert_close(_logits(pack), _logits(good), rtol=1e-4, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_what_is_no_permutation_is_refused(pack: Path) -> None:
 
 def test_a_damaged_order_is_found(pack: Path) -> None:
     manifest = reorder(pack, read_manifest(pack), _orders(read_manifest(pack)))
-    path = order_path(pack, manifest.layers[0])
+    path = order_path(pack, manifest.ffns[0])
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 import flashlm
 from flashlm.cli.app import main
 from flashlm.errors import BudgetError, ConfigError, PackError, UnsupportedModelError
+from flashlm.memory.budget import Placement, RowCache
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.memory.neuron_cache import LayerCapacity
 from flashlm.planner.cost import Overlap
 from flashlm.planner.estimate import sparse_token
 from flashlm.planner.machine import rates_of
-from flashlm.planner.plan import make_plan, row_reads
+from flashlm.planner.plan import make_plan, model_needs, row_reads
 from flashlm.planner.plan_document import load_plan, save_plan
 from flashlm.planner.published import assume_sparsity
 from flashlm.planner.rates import Rates, ReadSetting
@@ -76,7 +77,7 @@ def sparse_of(shape: ModelShape, *, has_passed: bool) -> ModelShape:
 
 
 def test_a_config_alone_gives_the_published_sizes(opt_6_7b: ModelShape) -> None:
-    assert opt_6_7b.streamed_bytes == 32 * 16384 * 2 * 4096 * 2
+    assert opt_6_7b.streamed_bytes == 32 * (16384 * 2 + 4 * 4096) * 4096 * 2  # attention too
     assert opt_6_7b.total_bytes / 1e9 == pytest.approx(13.3, rel=0.01)
     attention_and_output = 32 * 4 * 4096**2 + 50272 * 4096
     assert opt_6_7b.matrix_bytes == 2 * attention_and_output
@@ -123,8 +124,10 @@ def test_a_layer_without_room_for_its_rows_is_gone_through_in_passes(opt_6_7b: M
     assert shape.sparse is not None
     plain, dear = RATES, replace(RATES, sparse_layer_overhead_s=1e-3)
     for num_slots, passes in ((4000, 1), (1000, 2), (400, 5)):
-        capacities = (LayerCapacity(num_rows=16384, num_slots=num_slots),) * 32
-        cost, more = (sparse_token(shape, shape.sparse, capacities, rates) for rates in (plain, dear))
+        capacity = LayerCapacity(num_rows=16384, num_slots=num_slots)
+        rows = (RowCache(capacity=capacity, num_streamed=0, cache_bytes=0, streamed_bytes=0),) * 32
+        placement = Placement(dram_bytes=0, needs=model_needs(shape, 256), units=rows)
+        cost, more = (sparse_token(shape, shape.sparse, placement, rates) for rates in (plain, dear))
         assert more.compute_s - cost.compute_s == pytest.approx(32 * passes * 1e-3)
 
 
@@ -139,8 +142,8 @@ def test_auto_is_sparse_only_after_a_passed_calibration(opt_6_7b: ModelShape) ->
 
 
 def test_below_the_floor_is_refused_with_what_is_needed(opt_6_7b: ModelShape) -> None:
-    with pytest.raises(BudgetError, match=r"dram=2.00 GiB is below the \d") as refused:
-        make_plan(opt_6_7b, RATES, 2 * GIB, context=256)
+    with pytest.raises(BudgetError, match=r"dram=512.0 MiB is below the \d") as refused:
+        make_plan(opt_6_7b, RATES, GIB // 2, context=256)
     assert make_plan(opt_6_7b, RATES, refused.value.needed_bytes + (16 << 20), context=256).token_s > 0
 
 

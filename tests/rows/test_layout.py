@@ -2,23 +2,28 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashlm.rows.layout import (
     BLOCK_ALIGN_BYTES,
     DTYPE_BYTES,
+    GATED,
+    MATRIX,
     MAX_BLOCK_BYTES,
     ROW_ALIGN_BYTES,
     ROWS_PER_STEP,
+    UNGATED,
     LayerLayout,
     choose_block_rows,
+    choose_matrix_rows,
+    matrix_row_step,
 )
 
 SHAPES = {
     "hidden_size": st.integers(1, 20_000),
     "num_rows": st.integers(1, 70_000),
-    "has_gate": st.booleans(),
+    "parts": st.sampled_from([GATED, UNGATED, MATRIX]),
     "dtype": st.sampled_from(sorted(DTYPE_BYTES)),
 }
 
@@ -36,8 +41,9 @@ def test_blocks_cover_every_row_once_and_end_to_end(**shape) -> None:
 @given(block_rows=st.integers(1, 64).map(lambda steps: steps * ROWS_PER_STEP), **SHAPES)
 def test_blocks_are_aligned_and_hold_their_rows(**shape) -> None:
     layout = LayerLayout(**shape)
-    assert layout.row_stride_bytes % ROW_ALIGN_BYTES == 0
-    assert 0 <= layout.row_stride_bytes - layout.row_bytes < ROW_ALIGN_BYTES
+    assert layout.row_stride_bytes % layout.row_align_bytes == 0
+    assert 0 <= layout.row_stride_bytes - layout.row_bytes < layout.row_align_bytes
+    assert (layout.row_stride_bytes == layout.row_bytes) or layout.row_align_bytes == ROW_ALIGN_BYTES
     for block in {0, layout.num_blocks // 2, layout.num_blocks - 1}:
         assert layout.offset_of(block) % BLOCK_ALIGN_BYTES == 0
         assert layout.read_bytes(block) % BLOCK_ALIGN_BYTES == 0
@@ -48,9 +54,27 @@ def test_blocks_are_aligned_and_hold_their_rows(**shape) -> None:
 
 @given(**SHAPES)
 def test_chosen_blocks_are_of_a_size_to_stream(**shape) -> None:
-    block_rows = choose_block_rows(**shape)
-    layout = LayerLayout(block_rows=block_rows, **shape)
+    parts = shape.pop("parts")
+    assume(parts != MATRIX)
+    block_rows = choose_block_rows(has_gate=parts == GATED, **shape)
+    layout = LayerLayout(block_rows=block_rows, parts=parts, **shape)
     assert block_rows % ROWS_PER_STEP == 0
     assert layout.block_stride_bytes <= max(
         MAX_BLOCK_BYTES, ROWS_PER_STEP * layout.row_stride_bytes + BLOCK_ALIGN_BYTES
     )
+
+
+@given(
+    num_rows=st.integers(1, 200_000),
+    num_inputs=st.integers(1, 20_000),
+    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    block_bytes=st.sampled_from([1 << 16, MAX_BLOCK_BYTES]),
+)
+def test_blocks_of_a_matrix_join_without_a_gap(num_rows: int, num_inputs: int, dtype: str, block_bytes: int) -> None:
+    row_bytes = num_inputs * DTYPE_BYTES[dtype]
+    rows = choose_matrix_rows(num_rows=num_rows, row_bytes=row_bytes, block_bytes=block_bytes)
+    layout = LayerLayout(hidden_size=num_inputs, num_rows=num_rows, parts=MATRIX, dtype=dtype, block_rows=rows)
+    assert rows % ROWS_PER_STEP == 0
+    assert layout.block_stride_bytes == rows * row_bytes
+    assert layout.block_stride_bytes <= max(block_bytes, matrix_row_step(row_bytes) * row_bytes)
+    assert layout.file_bytes - num_rows * row_bytes < BLOCK_ALIGN_BYTES

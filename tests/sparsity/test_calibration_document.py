@@ -34,27 +34,27 @@ RANK, HIDDEN, ROWS = 4, 32, 48
 @pytest.fixture
 def pack(tmp_path: Path) -> Path:
     """A manifest alone: the document needs nothing else of a pack."""
-    layer = {
+    unit = {
+        "kind": "ffn",
+        "hidden_size": HIDDEN,
         "num_rows": ROWS,
-        "has_up_bias": False,
-        "has_gate_bias": False,
-        "has_down_bias": False,
+        "parts": ["up", "down"],
+        "encoding": "float32",
+        "block_rows": 16,
+        "row_stride_bytes": 512,
+        "block_stride_bytes": 8192,
+        "num_active": 3,
+        "activation": "relu",
         "checksums": [CHECKSUM] * 3,
     }
     content = {
-        "format_version": 3,
+        "format_version": 4,
         "flashlm_version": "0",
         "num_hidden_layers": 2,
         "model_type": "opt",
         "dtype": "float32",
-        "hidden_size": HIDDEN,
-        "has_gate": False,
-        "activation": "relu",
-        "block_rows": 16,
-        "row_stride_bytes": 512,
-        "block_stride_bytes": 8192,
-        "layers": [
-            layer | {"module": f"model.layers.{index}.mlp", "file": f"layer-{index:05d}.rows"} for index in range(2)
+        "units": [
+            unit | {"module": f"model.layers.{index}.mlp", "file": f"layer-{index:05d}.rows"} for index in range(2)
         ],
         "resident": {"num_bytes": 10, "chunk_bytes": 10, "checksums": [CHECKSUM]},
         "source": {"name": "tiny", "files": {}},

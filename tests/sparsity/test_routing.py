@@ -27,22 +27,27 @@ NUM_EXPERTS = 4
 @pytest.fixture
 def pack(tmp_path):
     """A manifest alone: the document needs nothing else of a pack."""
-    layer = {"num_experts": NUM_EXPERTS, "num_active": 2, "checksums": [CHECKSUM] * NUM_EXPERTS}
+    unit = {
+        "kind": "experts",
+        "hidden_size": 32,
+        "num_rows": NUM_EXPERTS * 16,
+        "parts": ["up", "down"],
+        "encoding": "float32",
+        "block_rows": 16,
+        "row_stride_bytes": 512,
+        "block_stride_bytes": 8192,
+        "num_active": 2,
+        "activation": "relu2",
+        "checksums": [CHECKSUM] * NUM_EXPERTS,
+    }
     content = {
-        "format_version": 3,
+        "format_version": 4,
         "flashlm_version": "0",
         "num_hidden_layers": 2,
         "model_type": "olmoe",
         "dtype": "float32",
-        "hidden_size": 32,
-        "has_gate": False,
-        "activation": "relu2",
-        "block_rows": 16,
-        "row_stride_bytes": 512,
-        "block_stride_bytes": 8192,
-        "layers": [],
-        "experts": [
-            layer | {"module": f"layers.{index}.experts", "file": f"experts-{index:05d}.rows"} for index in range(2)
+        "units": [
+            unit | {"module": f"layers.{index}.experts", "file": f"experts-{index:05d}.rows"} for index in range(2)
         ],
         "resident": {"num_bytes": 10, "chunk_bytes": 10, "checksums": [CHECKSUM]},
         "source": {"name": "tiny", "files": {}},

@@ -26,7 +26,7 @@ def test_a_fatrelu_llama_runs_in_every_mode(tmp_path: Path) -> None:
 
     save_checkpoint(tmp_path / "source", "llama", hidden_act="fatrelu", hidden_act_param=0.01)
     convert(tmp_path / "source", tmp_path / "pack", dtype="fp32", block_rows=16)
-    assert read_manifest(tmp_path / "pack").activation == "fatrelu"
+    assert read_manifest(tmp_path / "pack").main.activation == "fatrelu"
     write_calibration(tmp_path / "pack", predicts_all=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
     assert isinstance(plain.model.layers[0].mlp.act_fn, FatReLU)

@@ -16,15 +16,15 @@ from flashlm.conversion.convert import convert
 from flashlm.conversion.experts_source import ExpertWeight
 from flashlm.conversion.verify import verify
 from flashlm.errors import PackError, UnsupportedModelError
-from flashlm.pack.manifest import layer_path
+from flashlm.pack.manifest import unit_path
 from tests.models import EXPERT_FAMILIES, save_checkpoint
 from tests.pack.packs import all_bytes
 
 
 def read_parts(pack, manifest, index):
     """All experts of a layer as (experts, rows, parts, hidden)."""
-    entry, layout = manifest.experts[index], manifest.experts_layout(index)
-    raw = torch.frombuffer(bytearray(layer_path(pack, entry).read_bytes()), dtype=torch.uint8)
+    entry, layout = manifest.experts[index], manifest.experts[index].layout
+    raw = torch.frombuffer(bytearray(unit_path(pack, entry).read_bytes()), dtype=torch.uint8)
     experts = []
     for expert in range(entry.num_experts):
         start = layout.offset_of(expert)
@@ -51,8 +51,8 @@ def wanted_parts(module):
 def test_experts_are_what_transformers_loads(family, dtype, tmp_path):
     save_checkpoint(tmp_path / "source", family, max_shard_size="60KB")
     manifest = convert(tmp_path / "source", tmp_path / "pack", dtype=dtype)
-    assert manifest.format_version == 3
-    assert json.loads((tmp_path / "pack" / "config.json").read_text())["quantization_config"]["format_version"] == 3
+    assert manifest.format_version == 4
+    assert json.loads((tmp_path / "pack" / "config.json").read_text())["quantization_config"]["format_version"] == 4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype)
     for index, entry in enumerate(manifest.experts):
         wanted = wanted_parts(model.get_submodule(entry.module))
@@ -104,9 +104,9 @@ def test_an_operation_across_experts_is_refused(sources, operations):
 def test_a_damaged_expert_is_named(tmp_path):
     save_checkpoint(tmp_path / "source", "qwen3_moe")
     manifest = convert(tmp_path / "source", tmp_path / "pack")
-    path = layer_path(tmp_path / "pack", manifest.experts[1])
+    path = unit_path(tmp_path / "pack", manifest.experts[1])
     raw = bytearray(path.read_bytes())
-    raw[manifest.experts_layout(1).offset_of(5) + 7] ^= 1
+    raw[manifest.experts[1].layout.offset_of(5) + 7] ^= 1
     path.write_bytes(raw)
     (problem,) = verify(tmp_path / "pack").problems
     assert "experts-00001.rows: expert 5" in problem

@@ -121,7 +121,7 @@ def _split(count: int) -> tuple[list[int], list[int], list[int]]:
 
 def streamed_layers(model: PreTrainedModel) -> list[FlashFFN]:
     """Return the streamed layers of a loaded pack, in order."""
-    layers = [model.get_submodule(entry.module) for entry in model.flash.manifest.layers]
+    layers = [model.get_submodule(entry.module) for entry in model.flash.manifest.ffns]
     assert all(isinstance(layer, FlashFFN) for layer in layers)
     return layers
 

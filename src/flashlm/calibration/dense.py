@@ -109,15 +109,16 @@ def calibrate(
         threshold = paper.threshold if threshold is None else threshold
         window = paper.window if window is None else window
     check_files(folder, manifest)
-    if manifest.activation not in ACT2FN:
-        raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
-    if has_weights(ACT2FN[manifest.activation]):
+    activation = manifest.main.activation
+    if activation not in ACT2FN:
+        raise PackError(f"activation {activation!r} is unknown to this transformers: update it")
+    if has_weights(ACT2FN[activation]):
         raise ConfigError(
-            f"the activation of {folder}, {manifest.activation}, has weights of its own in every layer, which predictors do"
-            " not know: this pack runs in mode hybrid"
+            f"the activation of {folder}, {activation}, has weights of its own in every layer, which predictors do not know:"
+            " this pack runs in mode hybrid"
         )
-    for entry in manifest.layers:
-        check_rank(rank, hidden_size=manifest.hidden_size, num_rows=entry.num_rows)
+    for entry in manifest.ffns:
+        check_rank(rank, hidden_size=manifest.main.hidden_size, num_rows=entry.num_rows)
     if plots is not None:
         from flashlm.calibration.plots import check_matplotlib
 

@@ -145,7 +145,7 @@ def _record(
     pack: Path, manifest: Manifest, text: CalibrationText, dram: str | int | None, progress: Progress
 ) -> RoutingRecorder:
     num_windows = len(text.windows)
-    recorder = RoutingRecorder(len(manifest.experts), counts_zeros=may_have_zeros(manifest.activation))
+    recorder = RoutingRecorder(len(manifest.experts), counts_zeros=may_have_zeros(manifest.main.activation))
     aside_bytes = 2 * text.num_tokens * sum(entry.num_active for entry in manifest.experts) * 4
     with (
         loaded_model(pack, text, dram=dram, mode="experts", aside_bytes=aside_bytes) as model,

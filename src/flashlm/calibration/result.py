@@ -91,7 +91,7 @@ def write_calibration(
         ),
         tensors,
     )
-    num_rows = [entry.num_rows for entry in work.manifest.layers]
+    num_rows = [entry.num_rows for entry in work.manifest.ffns]
     return CalibrationReport(
         pack=work.pack,
         text=work.text.name,

@@ -48,7 +48,7 @@ def judge_row_reads(pack: Path, manifest: Manifest, routing: Routing) -> RowRead
     zeros = [layer.zero_share for layer in routing.layers if layer.zero_share is not None]
     if not zeros:
         return None
-    layout = manifest.experts_layout(0)
+    layout = manifest.experts[0].layout
     sizes = {"expert_bytes": layout.read_bytes(0), "row_bytes": layout.row_stride_bytes}
     try:
         rates = stored_rates(pack, manifest.dtype)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from flashlm.errors import PackError
 from flashlm.pack.checksums import check_bytes
-from flashlm.pack.manifest import Manifest, layer_path, resident_path
+from flashlm.pack.manifest import Manifest, resident_path, unit_path
 from flashlm.rows import kernels
 from flashlm.rows.encodings import encoding_of
 from flashlm.storage.reader import Reader, ReadRequest
@@ -28,25 +28,26 @@ def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tens
         StorageError: The layer file can't be read.
         PackError: The resident file lacks the bias, or a block is damaged.
     """
-    layout, entry = manifest.layout(layer), manifest.layers[layer]
+    entry = manifest.ffns[layer]
+    layout = entry.layout
     weight = torch.empty(layout.num_rows, layout.hidden_size, dtype=torch.float32)
     with Reader() as reader:
-        file = reader.open(layer_path(pack, entry), expected_bytes=layout.file_bytes)
+        file = reader.open(unit_path(pack, entry), expected_bytes=layout.file_bytes)
         place = SlabAllocator().slab(layout.block_stride_bytes, 1).slot(0)
         for block in range(layout.num_blocks):
             reader.read([ReadRequest(file, layout.offset_of(block), layout.read_bytes(block), place.buffer)])
             content = place.numpy(layout.read_bytes(block))
-            check_bytes(content, entry.checksums[block], layer_path(pack, entry), f"block {block}")
+            check_bytes(content, entry.checksums[block], unit_path(pack, entry), f"block {block}")
             span = layout.rows_of(block)
             code = encoding_of(layout.dtype).code
             rows = kernels.RowBlock(
                 place, len(span), layout.row_stride_bytes, layout.hidden_size, code, layout.num_parts
             )
             kernels.widen(rows, 0, weight[span.start : span.stop])
-    has_bias = entry.has_gate_bias if layout.has_gate else entry.has_up_bias
-    if not has_bias:
+    trigger = layout.parts[0]
+    if trigger not in entry.biases:
         return weight, torch.zeros(layout.num_rows, dtype=torch.float32)
-    name = f"{entry.module}.{'gate' if layout.has_gate else 'up'}_bias"
+    name = f"{entry.module}.{trigger}_bias"
     try:
         with safe_open(resident_path(pack), framework="pt") as resident:
             return weight, resident.get_tensor(name).float()

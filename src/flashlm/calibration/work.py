@@ -107,15 +107,15 @@ class CalibrationWork:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.num_layers = len(self.manifest.layers)
-        self.activation = ACT2FN[self.manifest.activation]
+        self.num_layers = len(self.manifest.ffns)
+        self.activation = ACT2FN[self.manifest.main.activation]
         self.has_exact_zeros = has_exact_zeros(self.activation)
         self.levels = recall_levels(self.recall)
 
     @contextmanager
     def model(self, extra_bytes: int = 0) -> Iterator[PreTrainedModel]:
         """Load the pack for dense passes; `extra_bytes` of the bound are kept for what runs beside it."""
-        rows_bytes = self.text.pass_tokens * max(entry.num_rows for entry in self.manifest.layers) * 8
+        rows_bytes = self.text.pass_tokens * max(entry.num_rows for entry in self.manifest.ffns) * 8
         with loaded_model(
             self.pack, self.text, dram=self.dram, mode="hybrid", aside_bytes=extra_bytes + rows_bytes
         ) as model:
@@ -124,7 +124,9 @@ class CalibrationWork:
     @property
     def recorded_bytes(self) -> int:
         """Space that inputs and active rows take beside the pack, for a while."""
-        per_token_bytes = sum(2 * self.manifest.hidden_size + -(-entry.num_rows // 8) for entry in self.manifest.layers)
+        per_token_bytes = sum(
+            2 * self.manifest.main.hidden_size + -(-entry.num_rows // 8) for entry in self.manifest.ffns
+        )
         return self.text.num_tokens * per_token_bytes
 
     def record(self) -> list[float]:
@@ -132,8 +134,8 @@ class CalibrationWork:
         recorded = self.store.read("recorded.json", Numbers)
         if recorded is not None:
             return list(recorded.values)
-        num_tokens, hidden_size = self.text.num_tokens, self.manifest.hidden_size
-        widths = [-(-entry.num_rows // 8) for entry in self.manifest.layers]
+        num_tokens, hidden_size = self.text.num_tokens, self.manifest.main.hidden_size
+        widths = [-(-entry.num_rows // 8) for entry in self.manifest.ffns]
         self.store.check_space(self.recorded_bytes)
         with self.model() as model:
             thresholds = [0.0] * self.num_layers if self.has_exact_zeros else self.find_thresholds(model)
@@ -188,7 +190,7 @@ class CalibrationWork:
         return TokenSet(
             inputs=self.store.open(_inputs_name(layer)),
             packed=self.store.open(_active_name(layer)),
-            num_rows=self.manifest.layers[layer].num_rows,
+            num_rows=self.manifest.ffns[layer].num_rows,
         )
 
     def fit(self, layer: int) -> FittedPredictor:
@@ -196,7 +198,7 @@ class CalibrationWork:
         kept = self.store.load_predictor(layer)
         if kept is not None:
             return kept
-        layout, text, tokens = self.manifest.layout(layer), self.text, self.tokens(layer)
+        layout, text, tokens = self.manifest.ffns[layer].layout, self.text, self.tokens(layer)
         weight, bias = read_trigger(self.pack, self.manifest, layer)
         problem = LayerProblem(
             weight=weight,
@@ -245,7 +247,7 @@ class CalibrationWork:
                     lambda levels: self.rise(model, fitted, thresholds, levels, "validation"),
                     [
                         [point.predicted_share * entry.num_rows for point in each.operating]
-                        for each, entry in zip(fitted, self.manifest.layers, strict=True)
+                        for each, entry in zip(fitted, self.manifest.ffns, strict=True)
                     ],
                     LEVEL_RATIO,
                     budget,

@@ -14,7 +14,6 @@ from flashlm.errors import BudgetError, ConfigError
 from flashlm.planner.choices import Mode
 
 if TYPE_CHECKING:
-    from flashlm.planner.expert_shape import ExpertShape
     from flashlm.planner.plan_document import Plan
     from flashlm.planner.shape import ModelShape
 
@@ -109,7 +108,7 @@ def plan(
     _print_plans(found, shape, as_json)
 
 
-def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape | ExpertShape, as_json: bool) -> None:
+def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape, as_json: bool) -> None:
     from flashlm.sizes import format_size
 
     known = _known(shape)
@@ -132,11 +131,9 @@ def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape 
     )  # fmt: skip
 
 
-def _known(shape: ModelShape | ExpertShape) -> tuple[str, str | None]:
+def _known(shape: ModelShape) -> tuple[str, str | None]:
     """Return (what the speed depends on beside sizes, where that comes from), None where nothing is known."""
-    from flashlm.planner.expert_shape import ExpertShape
-
-    if isinstance(shape, ExpertShape):
+    if shape.experts:
         return "routing", shape.hits.origin
     return "sparsity", shape.sparse.origin if shape.sparse else None
 

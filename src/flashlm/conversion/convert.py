@@ -7,6 +7,7 @@ weights pass through a fixed set of buffers (about 0.6 GiB) in three overlapping
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +18,7 @@ from flashlm._version import __version__
 from flashlm.conversion.casts import CastCounts, describe_zeroed
 from flashlm.conversion.layer_file import LayerPools, write_layer
 from flashlm.conversion.pipeline import BufferPool, ReadAhead, WriteBehind
-from flashlm.conversion.plan import ConversionPlan, experts_file_name, layer_file_name, plan_conversion
+from flashlm.conversion.plan import ConversionPlan, StreamedFile, plan_conversion
 from flashlm.conversion.record import (
     ProgressRecord,
     only_one,
@@ -34,28 +35,32 @@ from flashlm.pack.manifest import (
     CONFIG_NAME,
     FLASH_DIR,
     RESIDENT_NAME,
-    ExpertsEntry,
-    LayerEntry,
     Manifest,
     ResidentEntry,
     SourceEntry,
+    UnitEntry,
     read_manifest,
     resident_path,
     write_manifest,
 )
 from flashlm.pack.pack_config import NOTE, NOTE_NAME
+from flashlm.pack.units import Kind
 from flashlm.rows.kernels import one_torch_thread
-from flashlm.rows.layout import canonical_dtype
+from flashlm.rows.layout import MATRIX, Part, canonical_dtype
 from flashlm.sizes import format_size
 from flashlm.storage.outside import read_bounded
 from flashlm.storage.ranges import RangeReader
 from flashlm.storage.writer import check_room, sync_folder, write_error, write_small_file
+from flashlm.structure.experts import ExpertLayer
+from flashlm.structure.families import FfnLayer
+from flashlm.structure.find_units import MIN_LINEAR_BYTES
 
 ProgressCallback = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is being worked on."""
 AnnounceCallback = Callable[[str], None]
 """Called with one line that says what will be, or was, done."""
 
+KIND_WORDS: dict[Kind, str] = {"ffn": "streamed layers", "experts": "layers of experts", "linear": "linear layers"}
 _SPARE_BYTES = 16 << 20  # manifest, progress record, file system overhead
 
 
@@ -65,6 +70,7 @@ def convert(
     *,
     dtype: str = "bfloat16",
     block_rows: int | None = None,
+    min_linear_bytes: int = MIN_LINEAR_BYTES,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
     announce: AnnounceCallback | None = None,
@@ -77,6 +83,7 @@ def convert(
             one is left as it is.
         dtype: Element type of the pack: bf16, fp16 or fp32 (or the full names).
         block_rows: Rows per block, a multiple of 16; by default blocks of about 4 MiB.
+        min_linear_bytes: Smaller linear layers (attention, output layer) stay in DRAM; larger ones can be streamed.
         trust_remote_code: Run model code that comes with the source, and keep it in the pack.
         progress: Called with (bytes done, bytes in all, what).
         announce: Called with one line about what will be written, one for each thing that is left out, and one where
@@ -95,7 +102,9 @@ def convert(
     folder = resolve_source(source, trust_remote_code=trust_remote_code, announce=announce)
     target = Path(pack).expanduser()
     _check_target(folder, target)
-    plan = plan_conversion(str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code)
+    plan = plan_conversion(
+        str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code, min_linear_bytes
+    )
     prepare_folder(target)
     with only_one(target), one_torch_thread():  # the other cores read and write
         record = open_record(target, plan.fingerprint)
@@ -131,10 +140,11 @@ def _describe(plan: ConversionPlan, record: ProgressRecord) -> str:
     done = sum(sizes[name] for name in record.finished if name in sizes)
     going_on = f", going on after {format_size(done)}" if done else ""
     streamed = sum(sizes.values()) - sizes[RESIDENT_NAME]
-    what = "layers of experts" if plan.experts else "streamed layers"
+    counts = Counter(file.unit.kind for file in plan.streamed)
+    what = " and ".join(f"{counts[kind]} {words}" for kind, words in KIND_WORDS.items() if counts[kind])
     return (
-        f"writing {format_size(sum(sizes.values()))} to {plan.pack}: {format_size(streamed)} in {len(plan.streamed)}"
-        f" {what}, {format_size(sizes[RESIDENT_NAME])} resident, {plan.dtype}{going_on}"
+        f"writing {format_size(sum(sizes.values()))} to {plan.pack}: {format_size(streamed)} in {what},"
+        f" {format_size(sizes[RESIDENT_NAME])} resident, {plan.dtype}{going_on}"
     )
 
 
@@ -232,44 +242,43 @@ def _cast_notes(plan: ConversionPlan, record: ProgressRecord) -> tuple[str, ...]
     return () if line is None else (line,)
 
 
+def _unit_entry(file: StreamedFile, checksums: tuple[str, ...]) -> UnitEntry:
+    found, layout = file.found, file.layout
+    identities: tuple[str, ...] = ()
+    biases: tuple[Part, ...] = ()
+    activation = ""
+    if isinstance(found, FfnLayer):
+        identities, activation, biases = found.identities, found.activation, found.bias_parts
+    elif isinstance(found, ExpertLayer):
+        activation = found.activation
+    elif found.has_bias:
+        biases = MATRIX
+    return UnitEntry(
+        kind=file.unit.kind,
+        module=found.module,
+        identities=identities,
+        file=file.name,
+        hidden_size=layout.hidden_size,
+        num_rows=layout.num_rows,
+        parts=layout.parts,
+        encoding=layout.dtype,  # type: ignore[arg-type]  # canonical_dtype returned it
+        block_rows=layout.block_rows,
+        row_stride_bytes=layout.row_stride_bytes,
+        block_stride_bytes=layout.block_stride_bytes,
+        num_active=file.unit.num_active,
+        activation=activation,
+        biases=biases,
+        checksums=checksums,
+    )
+
+
 def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
-    layout = plan.streamed[0].layout
-    entries = tuple(
-        LayerEntry(
-            module=layer.module,
-            identities=layer.identities,
-            file=layer_file_name(index),
-            num_rows=layer.num_rows,
-            has_up_bias=layer.up_bias is not None,
-            has_gate_bias=layer.gate_bias is not None,
-            has_down_bias=layer.down_bias is not None,
-            checksums=record.finished[layer_file_name(index)],
-        )
-        for index, layer in enumerate(plan.layers)
-    )
-    experts = tuple(
-        ExpertsEntry(
-            module=layer.module,
-            file=experts_file_name(index),
-            num_experts=layer.num_experts,
-            num_active=layer.num_active,
-            checksums=record.finished[experts_file_name(index)],
-        )
-        for index, layer in enumerate(plan.experts)
-    )
     return Manifest(
         flashlm_version=__version__,
         model_type=plan.model_type,
         num_hidden_layers=plan.num_hidden_layers,
         dtype=plan.dtype,  # type: ignore[arg-type]  # canonical_dtype returned it
-        hidden_size=layout.hidden_size,
-        has_gate=layout.has_gate,
-        activation=plan.experts[0].activation if plan.experts else plan.layers[0].activation,
-        block_rows=plan.block_rows,
-        row_stride_bytes=layout.row_stride_bytes,
-        block_stride_bytes=layout.block_stride_bytes,
-        layers=entries,
-        experts=experts,
+        units=tuple(_unit_entry(file, record.finished[file.name]) for file in plan.streamed),
         resident=ResidentEntry(
             num_bytes=plan.resident.num_bytes,
             chunk_bytes=CHECKSUM_CHUNK_BYTES,

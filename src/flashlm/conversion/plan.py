@@ -22,12 +22,17 @@ from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import Checkpoint, open_checkpoint
 from flashlm.pack.manifest import FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
 from flashlm.pack.pack_config import num_hidden_layers
-from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
+from flashlm.pack.units import Kind, Unit
+from flashlm.rows.layout import DTYPE_BYTES, ROWS_PER_STEP, LayerLayout
 from flashlm.storage.ranges import RangeReader
-from flashlm.structure.experts import ExpertLayer, find_expert_layers
-from flashlm.structure.families import FfnLayer, build_meta_model, find_ffn_layers
+from flashlm.structure.experts import ExpertLayer
+from flashlm.structure.families import FfnLayer, PartSource, build_meta_model
+from flashlm.structure.find_units import MIN_LINEAR_BYTES, FoundUnit, LinearLayer, find_units
 from flashlm.structure.model_config import load_config
+from flashlm.structure.unit_layouts import choose_layouts, streamed_names
 from flashlm.transformers_seam import dtype_plan
+
+FILE_NAMES: dict[Kind, str] = {"ffn": "layer", "experts": "experts", "linear": "linear"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +41,22 @@ class StreamedFile:
 
     Attributes:
         name: Its name in `flash/`.
-        layout: Its geometry.
+        found: What it holds of the model.
+        unit: The same, as sizes.
         part_names: Checkpoint names of the parts of its rows, for messages.
         read: Gives its rows in order.
     """
 
     name: str
-    layout: LayerLayout
+    found: FoundUnit
+    unit: Unit
     part_names: tuple[str, ...]
     read: Callable[[RangeReader, LayerPools], Iterator[RowChunk]]
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Its geometry."""
+        return self.unit.layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +70,7 @@ class ConversionPlan:
         model_type: The transformers model type.
         num_hidden_layers: Its decoder layers.
         dtype: Element type of the pack.
-        block_rows: Rows per block.
-        layers: The feed-forward layers, in forward order; none where there are experts.
-        experts: The layers of experts, in forward order.
-        streamed: The files of all of these.
+        streamed: The files of everything that is streamed, in forward order.
         num_column_parts: The most parts of a layer that lie column by column.
         resident: What goes into `flash/resident.safetensors`.
         left_out: Names of checkpoint tensors that the model does not have and transformers ignores.
@@ -75,9 +84,6 @@ class ConversionPlan:
     model_type: str
     num_hidden_layers: int
     dtype: str
-    block_rows: int
-    layers: tuple[FfnLayer, ...]
-    experts: tuple[ExpertLayer, ...]
     streamed: tuple[StreamedFile, ...]
     num_column_parts: int
     resident: ResidentPlan
@@ -102,18 +108,14 @@ class ConversionPlan:
         return {RESIDENT_NAME: self.resident.num_bytes} | {file.name: file.layout.file_bytes for file in self.streamed}
 
 
-def layer_file_name(index: int) -> str:
-    """Return the name of a layer's file in `flash/`."""
-    return f"layer-{index:05d}.rows"
-
-
-def experts_file_name(index: int) -> str:
-    """Return the name of the file of a layer's experts in `flash/`."""
-    return f"experts-{index:05d}.rows"
-
-
 def plan_conversion(
-    source_name: str, folder: Path, target: Path, dtype: str, block_rows: int | None, trust_remote_code: bool
+    source_name: str,
+    folder: Path,
+    target: Path,
+    dtype: str,
+    block_rows: int | None,
+    trust_remote_code: bool,
+    min_linear_bytes: int = MIN_LINEAR_BYTES,
 ) -> ConversionPlan:
     """Read the source's headers and config and decide what goes where; writes nothing.
 
@@ -125,22 +127,25 @@ def plan_conversion(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    experts = find_expert_layers(model)
-    layers = () if experts else find_ffn_layers(model)
+    found = find_units(model, dtype_bytes=DTYPE_BYTES[dtype], min_linear_bytes=min_linear_bytes)
+    experts = tuple(each for each in found if isinstance(each, ExpertLayer))
     names = map_names(model, checkpoint, experts, is_text_part=type(model.config) is not type(config))
-    entries, sources = names.entries, names.experts
+    entries = names.entries
     for duplicate, original in tied_pairs(model, entries):
         with RangeReader() as reader:
             if is_same(reader, entries[duplicate], entries[original]):
                 del entries[duplicate]
-    if experts and block_rows is not None:
-        raise ConfigError(
-            f"block_rows is {block_rows}: leave it out, a block of a mixture-of-experts model is an expert"
-        )
-    rows = experts[0].num_rows if experts else _block_rows(layers, dtype, block_rows)
-    parts = tuple(_layer_parts(model, layer, names) for layer in layers)
+    _check_block_rows(block_rows, has_experts=bool(experts))
+    types = _ResidentTypes(model, dtype)
+    found = tuple(each for each in found if not isinstance(each, LinearLayer) or _can_stream(each, names, types))
+    streamed = tuple(_streamed_files(model, found, choose_layouts(found, dtype, block_rows), names, dtype))
     small = choose_from_folder(folder, checkpoint.files, with_code=trust_remote_code)
-    settings = {"dtype": dtype, "block_rows": rows, "flashlm": __version__, "format": FORMAT_VERSION}
+    settings = {
+        "dtype": dtype,
+        "block_rows": [file.layout.block_rows for file in streamed],
+        "flashlm": __version__,
+        "format": FORMAT_VERSION,
+    }
     return ConversionPlan(
         pack=target,
         source_name=source_name,
@@ -148,81 +153,70 @@ def plan_conversion(
         model_type=config.model_type,
         num_hidden_layers=num_hidden_layers(config),
         dtype=dtype,
-        block_rows=rows,
-        layers=layers,
-        experts=experts,
-        streamed=(*_layer_files(layers, parts, dtype, rows), *_expert_files(sources, dtype)),
-        num_column_parts=max((sum(part.source.neuron_axis == 1 for part in each) for each in parts), default=0),
-        resident=ResidentPlan(_resident_tensors(model, layers, names, dtype)),
+        streamed=streamed,
+        num_column_parts=max(
+            (sum(part.neuron_axis == 1 for part in each.parts) for each in found if isinstance(each, FfnLayer)),
+            default=0,
+        ),
+        resident=ResidentPlan(_resident_tensors(found, names, types)),
         left_out=names.left_out,
         small=small,
         fingerprint=fingerprint(checkpoint, small.kept, settings),
     )
 
 
-def _layer_files(
-    layers: tuple[FfnLayer, ...], parts: tuple[tuple[LayerPart, ...], ...], dtype: str, block_rows: int
+def _check_block_rows(block_rows: int | None, *, has_experts: bool) -> None:
+    if block_rows is None:
+        return
+    if has_experts:
+        raise ConfigError(
+            f"block_rows is {block_rows}: leave it out, a block of a mixture-of-experts model is an expert"
+        )
+    if block_rows <= 0 or block_rows % ROWS_PER_STEP or block_rows > MAX_DIMENSION:
+        raise ConfigError(f"block_rows is {block_rows}: a multiple of {ROWS_PER_STEP} above zero expected")
+
+
+def _can_stream(layer: LinearLayer, names: NameMap, types: _ResidentTypes) -> bool:
+    """Return whether a linear layer's weight is one tensor of the checkpoint, and of the pack's dtype in the model."""
+    entry = names.entries.get(layer.weight)
+    if entry is None or not entry.dtype.is_floating_point or entry.shape != (layer.num_outputs, layer.num_inputs):
+        return False
+    return types.of(layer.weight, entry.dtype) == types.wanted
+
+
+def _streamed_files(
+    model: PreTrainedModel, found: tuple[FoundUnit, ...], units: tuple[Unit, ...], names: NameMap, dtype: str
 ) -> Iterator[StreamedFile]:
-    for index, (layer, found) in enumerate(zip(layers, parts, strict=True)):
-        layout = _layout(layer, dtype, block_rows)
-
-        def read(
-            reader: RangeReader, pools: LayerPools, layout: LayerLayout, found: tuple[LayerPart, ...]
-        ) -> Iterator[RowChunk]:
-            return read_layer(reader, layout, found, pools)
-
-        names = tuple(part.entry.name for part in found)
-        yield StreamedFile(
-            name=layer_file_name(index), layout=layout, part_names=names, read=partial(read, layout=layout, found=found)
-        )
-
-
-def _expert_files(sources: tuple[ExpertSource, ...], dtype: str) -> Iterator[StreamedFile]:
-    for index, source in enumerate(sources):
-        layer = source.layer
-        layout = LayerLayout(
-            hidden_size=layer.hidden_size,
-            num_rows=layer.num_experts * layer.num_rows,
-            has_gate=layer.has_gate,
-            dtype=dtype,
-            block_rows=layer.num_rows,
-        )
-
-        def read(
-            reader: RangeReader, pools: LayerPools, layout: LayerLayout, source: ExpertSource
-        ) -> Iterator[RowChunk]:
-            return read_experts(reader, layout, source, pools)
-
-        yield StreamedFile(
-            name=experts_file_name(index),
-            layout=layout,
-            part_names=source.part_names,
-            read=partial(read, layout=layout, source=source),
-        )
+    sources = iter(names.experts)
+    counts = {"ffn": 0, "experts": 0, "linear": 0}
+    for each, unit in zip(found, units, strict=True):
+        name = f"{FILE_NAMES[unit.kind]}-{counts[unit.kind]:05d}.rows"
+        counts[unit.kind] += 1
+        if isinstance(each, ExpertLayer):
+            source = next(sources)
+            part_names, read = source.part_names, partial(_read_experts, layout=unit.layout, source=source)
+        else:
+            parts = _layer_parts(model, each, names)
+            part_names = tuple(part.entry.name for part in parts)
+            read = partial(_read_layer, layout=unit.layout, parts=parts)
+        yield StreamedFile(name=name, found=each, unit=unit, part_names=part_names, read=read)
 
 
-def _block_rows(layers: tuple[FfnLayer, ...], dtype: str, wanted: int | None) -> int:
-    if wanted is not None:
-        if wanted <= 0 or wanted % ROWS_PER_STEP or wanted > MAX_DIMENSION:
-            raise ConfigError(f"block_rows is {wanted}: a multiple of {ROWS_PER_STEP} above zero expected")
-        return wanted
-    largest = max(layers, key=lambda layer: layer.num_rows)
-    return choose_block_rows(
-        hidden_size=largest.hidden_size, num_rows=largest.num_rows, has_gate=largest.has_gate, dtype=dtype
-    )
+def _read_experts(
+    reader: RangeReader, pools: LayerPools, layout: LayerLayout, source: ExpertSource
+) -> Iterator[RowChunk]:
+    return read_experts(reader, layout, source, pools)
 
 
-def _layout(layer: FfnLayer, dtype: str, block_rows: int) -> LayerLayout:
-    return LayerLayout(
-        hidden_size=layer.hidden_size,
-        num_rows=layer.num_rows,
-        has_gate=layer.has_gate,
-        dtype=dtype,
-        block_rows=block_rows,
-    )
+def _read_layer(
+    reader: RangeReader, pools: LayerPools, layout: LayerLayout, parts: tuple[LayerPart, ...]
+) -> Iterator[RowChunk]:
+    return read_layer(reader, layout, parts, pools)
 
 
-def _layer_parts(model: PreTrainedModel, layer: FfnLayer, names: NameMap) -> tuple[LayerPart, ...]:
+def _layer_parts(model: PreTrainedModel, layer: FfnLayer | LinearLayer, names: NameMap) -> tuple[LayerPart, ...]:
+    if isinstance(layer, LinearLayer):
+        return (LayerPart(PartSource(name=layer.weight), names.entries[layer.weight]),)
     for source in (*layer.parts, *layer.biases.values()):
         if source.name in names.made:
             raise UnsupportedModelError(
@@ -236,37 +230,45 @@ def _layer_parts(model: PreTrainedModel, layer: FfnLayer, names: NameMap) -> tup
     return parts
 
 
-def _resident_tensors(
-    model: PreTrainedModel, layers: tuple[FfnLayer, ...], names: NameMap, dtype: str
-) -> list[ResidentTensor]:
-    """Return every tensor that is not streamed, and the biases of the streamed layers under the pack's names."""
-    wanted: torch.dtype = getattr(torch, dtype)
-    # transformers keeps some weights in fp32 whatever is asked, the corrections of some routers among them.
-    kept = dtype_plan(model, wanted)
-    keeps = re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
-    streamed = {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
+class _ResidentTypes:
+    """The types of a model's weights in a pack: transformers keeps some in fp32, some routers' corrections for one."""
 
-    def target(name: str, source: torch.dtype) -> torch.dtype:
-        return pack_dtype(source, torch.float32 if keeps is not None and keeps.search(name) else wanted)
+    def __init__(self, model: PreTrainedModel, dtype: str) -> None:
+        self.wanted: torch.dtype = getattr(torch, dtype)
+        kept = dtype_plan(model, self.wanted)
+        self._keeps = re.compile("|".join(pattern.replace("*", ".*") for pattern in kept)) if kept else None
 
+    def of(self, name: str, source: torch.dtype) -> torch.dtype:
+        """Return the type of weight `name`, whose type in the checkpoint is `source`."""
+        keeps = self._keeps is not None and self._keeps.search(name)
+        return pack_dtype(source, torch.float32 if keeps else self.wanted)
+
+
+def _resident_tensors(found: tuple[FoundUnit, ...], names: NameMap, types: _ResidentTypes) -> list[ResidentTensor]:
+    """Return every tensor that is not streamed, and the biases of feed-forward layers under the pack's names."""
+    streamed = {name for each in found for name in streamed_names(each)}
     tensors = [
-        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=target(name, entry.dtype))
+        ResidentTensor(name=name, source=entry, shape=entry.shape, dtype=types.of(name, entry.dtype))
         for name, entry in names.entries.items()
         if name not in streamed
     ]
     tensors += [
         ResidentTensor(
-            name=name, source=each.group.entries[0], shape=each.shape, dtype=target(name, each.dtype), made=each
+            name=name, source=each.group.entries[0], shape=each.shape, dtype=types.of(name, each.dtype), made=each
         )
         for name, each in names.made.items()
     ]
     tensors.sort(key=lambda tensor: tensor.name)
-    for layer in layers:
+    for layer in (each for each in found if isinstance(each, FfnLayer)):
         for name, source in layer.biases.items():
             size = layer.hidden_size if name.endswith(".down_bias") else layer.num_rows
             tensors.append(
                 ResidentTensor(
-                    name=name, source=names.entries[source.name], first=source.first_neuron, shape=(size,), dtype=wanted
+                    name=name,
+                    source=names.entries[source.name],
+                    first=source.first_neuron,
+                    shape=(size,),
+                    dtype=types.wanted,
                 )
             )
     return tensors

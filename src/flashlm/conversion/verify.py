@@ -25,19 +25,17 @@ from flashlm.pack.manifest import (
     CONFIG_NAME,
     FLASH_DIR,
     MANIFEST_NAME,
-    ExpertsEntry,
-    LayerEntry,
     Manifest,
-    layer_path,
+    UnitEntry,
     manifest_path,
     order_path,
     read_manifest,
     resident_path,
+    unit_path,
     write_manifest,
 )
 from flashlm.pack.pack_config import read_pack_config
 from flashlm.pack.reorder import read_order
-from flashlm.rows.layout import LayerLayout
 from flashlm.storage.outside import check_regular, read_bounded
 from flashlm.storage.ranges import FailedRead, FileRange, RangeRead, RangeReader
 
@@ -129,8 +127,8 @@ def verify(
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, int, Iterator[_Range]]]:
     yield resident_path(folder), manifest.resident.num_bytes, _resident_ranges(folder, manifest)
-    for entry, layout in manifest.files:
-        yield layer_path(folder, entry), layout.file_bytes, _layer_ranges(folder, entry, layout)
+    for entry in manifest.units:
+        yield unit_path(folder, entry), entry.layout.file_bytes, _unit_ranges(folder, entry)
 
 
 def _resident_ranges(folder: Path, manifest: Manifest) -> Iterator[_Range]:
@@ -141,12 +139,12 @@ def _resident_ranges(folder: Path, manifest: Manifest) -> Iterator[_Range]:
         yield _Range(resident_path(folder), offset, num_bytes, f"chunk {chunk}", checksum)
 
 
-def _layer_ranges(folder: Path, entry: LayerEntry | ExpertsEntry, layout: LayerLayout) -> Iterator[_Range]:
+def _unit_ranges(folder: Path, entry: UnitEntry) -> Iterator[_Range]:
+    layout = entry.layout
     for block, checksum in enumerate(entry.checksums):
         rows = layout.rows_of(block)
-        is_expert = isinstance(entry, ExpertsEntry)
-        what = f"expert {block}" if is_expert else f"block {block} (rows {rows.start} to {rows.stop - 1})"
-        yield _Range(layer_path(folder, entry), layout.offset_of(block), layout.read_bytes(block), what, checksum)
+        what = f"expert {block}" if entry.kind == "experts" else f"block {block} (rows {rows.start} to {rows.stop - 1})"
+        yield _Range(unit_path(folder, entry), layout.offset_of(block), layout.read_bytes(block), what, checksum)
 
 
 def _size_problem(path: Path, size: int) -> str | None:
@@ -176,9 +174,9 @@ def _foreign(folder: Path, manifest: Manifest) -> list[str]:
         MANIFEST_NAME,
         resident_path(folder).name,
         *CALIBRATION_NAMES,
-        *(entry.file for entry, _ in manifest.files),
+        *(entry.file for entry in manifest.units),
     }
-    known |= {order_path(folder, entry).name for entry in manifest.layers if entry.order_checksum is not None}
+    known |= {order_path(folder, entry).name for entry in manifest.ffns if entry.order_checksum is not None}
     flash = folder / FLASH_DIR
     try:
         found = sorted(flash.iterdir())
@@ -229,7 +227,7 @@ def accept_small_files(pack: str | Path) -> list[str]:
 def _order_problems(folder: Path, manifest: Manifest) -> list[str]:
     """Return what is wrong with the files that say which neuron a row is."""
     problems = []
-    for entry in manifest.layers:
+    for entry in manifest.ffns:
         try:
             read_order(folder, entry)
         except PackError as error:

@@ -64,11 +64,11 @@ class Calibration:
                 index,
                 predictor,
                 tensors,
-                hidden_size=self.manifest.hidden_size,
+                hidden_size=self.manifest.main.hidden_size,
                 num_rows=entry.num_rows,
-                activation=ACT2FN[self.manifest.activation],
+                activation=ACT2FN[self.manifest.main.activation],
             )
-            for index, (entry, predictor) in enumerate(zip(self.manifest.layers, self.predictors, strict=True))
+            for index, (entry, predictor) in enumerate(zip(self.manifest.ffns, self.predictors, strict=True))
         ]
 
 

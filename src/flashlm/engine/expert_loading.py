@@ -1,4 +1,4 @@
-"""Loading a pack of experts: the modules' weights taken out before loading, the store connected after."""
+"""Loading experts: the modules' weights taken out before loading, the store connected after."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def take_out_experts(model: PreTrainedModel, manifest: Manifest) -> None:
     for entry in manifest.experts:
         try:
             module = model.get_submodule(entry.module)
-            names = (in_weight_name(has_gate=manifest.has_gate), OUT_WEIGHT_NAME)
+            names = (in_weight_name(has_gate=entry.layout.has_gate), OUT_WEIGHT_NAME)
             shapes = {name: tuple(module.get_parameter(name).shape) for name in names}
             for name in names:
                 module.register_parameter(name, None)
@@ -70,7 +70,7 @@ def connect_experts(
         StorageError: An expert can't be read.
         PackError: An expert is damaged.
     """
-    layouts = [manifest.experts_layout(index) for index in range(len(manifest.experts))]
+    layouts = [entry.layout for entry in manifest.experts]
     store = ExpertStore(reader, files, layouts, placement, policy=policy, counters=counters, check=check, slabs=slabs)
     store.warm()
     for index, entry in enumerate(manifest.experts):
@@ -78,6 +78,6 @@ def connect_experts(
         module.flash_experts = BoundExperts(layer=index, layout=layouts[index], store=store, gemm=gemm)  # type: ignore[assignment]
         shapes: dict[str, tuple[int, ...]] = module.flash_shapes  # type: ignore[assignment]
         for name, shape in shapes.items():
-            weight = StreamedWeight(f"{entry.module}.{name}", shape, getattr(torch, manifest.dtype))
+            weight = StreamedWeight(f"{entry.module}.{name}", shape, getattr(torch, entry.encoding))
             module.register_parameter(name, weight)  # type: ignore[arg-type]  # it counts as one
     return store

@@ -91,19 +91,18 @@ class ExpertStore:
         slabs: SlabAllocator | None = None,
     ) -> None:
         self._check = check or BlockCheck()
-        assert placement.experts is not None
         self._totals = counters or Counters()
         self.traffic = [LayerTraffic() for _ in layouts]
         self.policy = policy
         self.cache = ExpertCache(
-            placement.experts, num_spare=placement.num_slots, policy=policy.eviction, pinned=policy.pinned
+            placement.experts, num_spare=placement.num_spare, policy=policy.eviction, pinned=policy.pinned
         )
         self._capacities = placement.experts
         self._reader = reader
         self._files = files
         self._layouts = layouts
-        self._slot_bytes = placement.slot_bytes
-        self._slab = (slabs or SlabAllocator()).slab(placement.slot_bytes, self.cache.num_slots)
+        self._slot_bytes = placement.expert_bytes
+        self._slab = (slabs or SlabAllocator()).slab(placement.expert_bytes, self.cache.num_slots)
         self._turn = Turn()
         self._open: _Note | None = None
 

@@ -25,7 +25,7 @@ from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.forward_pass import Where, check_wanted, split_tokens, tiles
 from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
-from flashlm.memory.expert_needs import rows_per_product
+from flashlm.memory.needs import rows_per_product
 from flashlm.rows import kernels
 from flashlm.rows.encodings import encoding_of
 from flashlm.rows.layout import LayerLayout, round_up

@@ -54,6 +54,7 @@ class _Bound:
     """What a layer needs to run, known once the weights are placed. Biases are fp32 `(num_rows,)`."""
 
     stream: BlockStream
+    unit: int
     gemm: BlockGemm
     up_bias: torch.Tensor | None
     gate_bias: torch.Tensor | None
@@ -134,7 +135,7 @@ class FlashFFN(StreamedModule):
     """A feed-forward layer whose rows come from a `BlockStream`. Inference only.
 
     Args:
-        layer: Index of the layer in the stream.
+        layer: Its number among the streamed feed-forward layers.
         layout: Geometry of its rows.
         activation: Elementwise function of fp32 tensors.
         dtype: Element type of the biases.
@@ -185,6 +186,7 @@ class FlashFFN(StreamedModule):
     def bind(
         self,
         stream: BlockStream,
+        unit: int,
         gemm: BlockGemm,
         *,
         sparse: SparseRows | None = None,
@@ -195,13 +197,14 @@ class FlashFFN(StreamedModule):
 
         Args:
             stream: Gives whole blocks.
+            unit: The layer's number there.
             gemm: Products for many tokens.
             sparse: Gives scattered rows; None outside mode `sparse`.
             predict: The rows that tokens need; goes with `sparse`.
             order: int64 (num_rows,): which neuron each row is; None where rows lie in the checkpoint's order.
         """
         up_bias, gate_bias = _widened(self.up_bias, order), _widened(self.gate_bias, order)
-        self._bound = _Bound(stream, gemm, up_bias, gate_bias, sparse, predict)
+        self._bound = _Bound(stream, unit, gemm, up_bias, gate_bias, sparse, predict)
 
     def use_rows(self, sparse: SparseRows | None, predict: Selection | None) -> None:
         """Change where a bound layer gets scattered rows from, and which it asks for; both None: whole blocks again.
@@ -284,7 +287,7 @@ class FlashFFN(StreamedModule):
             is_watched = self.observer is not None or self.selection is not None
             plain = by_products.tokens.to(torch.float32).contiguous() if is_watched else by_products.tokens
             allowed = None if self.selection is None else self.selection(plain)
-        with bound.stream.layer(self.layer) as runs:
+        with bound.stream.unit(bound.unit) as runs:
             for run in runs:
                 if by_rows is not None:
                     for part in [run] if self.observer is None else _single_blocks(run, self.layout):

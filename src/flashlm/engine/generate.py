@@ -154,7 +154,7 @@ def _watch_prompt(model: PreTrainedModel, on_prompt: Progress | None) -> Iterato
     from torch import nn
 
     manifest = model.flash.manifest
-    names = [entry.module for entry in (manifest.experts or manifest.layers)]
+    names = [entry.module for entry in (manifest.experts or manifest.ffns)]
     done = 0
 
     def count(*_: Any) -> None:

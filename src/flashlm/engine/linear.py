@@ -1,11 +1,18 @@
-"""Resident linear layers (attention, output) where torch's 16-bit products are slow: processors without bf16 products.
+"""Linear layers (attention, output): how their products are made, whether the matrix is in memory or streamed.
 
-The same two ways as for streamed rows: our row kernels, in tiles, for tokens that are decoded or verified and for a few; and
-for prompts the weights widened to fp32 piece by piece and multiplied there. Measured on AVX2, bf16, 4096 x 4096: torch
-multiplies 128 tokens at 21 GFLOP/s, and at 80 in fp32; four tokens reach 5 GB/s in torch. Sums are fp32, rounded once.
+Where torch's 16-bit products are slow (processors without bf16 products) a matrix goes the same two ways as streamed rows:
+our row kernels, in tiles, for tokens that are decoded or verified and for a few; and for prompts the weights widened to fp32
+piece by piece and multiplied there. Measured on AVX2, bf16, 4096 x 4096: torch multiplies 128 tokens at 21 GFLOP/s, and at
+80 in fp32; four tokens reach 5 GB/s in torch. Sums are fp32, rounded once. Elsewhere the products are torch's own.
+
+The rows of a matrix are multiplied apart without changing a bit of the result, as long as they are cut at multiples of
+`ROWS_PER_STEP`: `tests/engine/test_linear.py` holds torch's products and ours to that. So a matrix that is streamed in
+blocks of rows gives what it gives in one piece.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,6 +21,68 @@ from torch.nn import functional as F
 from flashlm.engine.forward_pass import running_pass, tiles
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
+from flashlm.rows.layout import ROWS_PER_STEP
+
+# torch's own product; our row kernels, in the weights' dtype or in fp32; widened pieces.
+Way = Literal["torch", "rows", "fp32 rows", "widened"]
+
+
+def choose_way(input: torch.Tensor, dtype: torch.dtype, *, widens: bool) -> Way:
+    """Return how a matrix of `dtype` multiplies `input` (..., in_features); `widens` says that torch is slow at it."""
+    if not widens:
+        return "torch"
+    num_tokens = input.numel() // input.shape[-1]
+    if num_tokens > kernels.MAX_TOKENS and not _is_by_rows(input.shape):
+        return "widened"
+    return "rows" if input.dtype == dtype else "fp32 rows"
+
+
+def prepare(way: Way, tokens: torch.Tensor) -> torch.Tensor:
+    """Return `tokens` (num_tokens, in_features) as `multiply` wants them."""
+    return tokens if way in ("torch", "rows") else tokens.detach().to(torch.float32).contiguous()
+
+
+def multiply(
+    way: Way, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+) -> None:
+    """Write tokens·weightᵀ + bias into `output`.
+
+    Args:
+        way: As `choose_way` said.
+        tokens: (num_tokens, in_features), prepared.
+        weight: Some rows of a matrix, (rows, in_features), contiguous.
+        bias: Of these rows, or None.
+        output: (num_tokens, rows) in the dtype of the input, rows side by side.
+    """
+    if way == "torch":
+        output.copy_(F.linear(tokens, weight, bias))
+    elif way == "rows":
+        for tile in tiles(len(tokens)):
+            output[tile] = kernels.linear(tokens[tile], weight, bias)
+    elif way == "fp32 rows":
+        product = torch.empty(len(tokens), len(weight), dtype=torch.float32)
+        for tile in tiles(len(tokens)):
+            kernels.project(tokens[tile], kernels.matrix_rows(weight), 0, product[tile])
+        output.copy_(product if bias is None else product.add_(bias))
+    else:
+        _multiply_widened(tokens, weight, bias, output)
+
+
+def _multiply_widened(
+    tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+) -> None:
+    """Multiply piece by piece in fp32, and round each: all in fp32 are twice as large."""
+    num_rows, in_features = weight.shape
+    step = kernels.WIDEN_PIECE_BYTES // (4 * max(in_features, len(tokens))) // ROWS_PER_STEP * ROWS_PER_STEP
+    step = max(step, ROWS_PER_STEP)
+    scratch = torch.empty(min(step, num_rows), in_features, dtype=torch.float32)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        kernels.widen(kernels.matrix_rows(weight[start:stop]), 0, scratch[: stop - start])
+        piece = F.linear(tokens, scratch[: stop - start])
+        if bias is not None:
+            piece += bias[start:stop]
+        output[:, start:stop] = piece
 
 
 class WideningLinear(nn.Linear):
@@ -31,36 +100,11 @@ class WideningLinear(nn.Linear):
             )
         if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
-        tokens = input.detach().reshape(-1, self.in_features)
-        if len(tokens) > kernels.MAX_TOKENS and not _is_by_rows(input.shape):
-            output = self._multiply(tokens.to(torch.float32).contiguous(), input.dtype)
-        elif input.dtype == self.weight.dtype:
-            output = torch.cat([kernels.linear(tokens[tile], self.weight, self.bias) for tile in tiles(len(tokens))])
-        else:  # in another dtype
-            tokens = tokens.to(torch.float32).contiguous()
-            output = torch.empty(len(tokens), self.out_features, dtype=torch.float32)
-            for tile in tiles(len(tokens)):
-                kernels.project(tokens[tile], self._rows(0, self.out_features), 0, output[tile])
-            if self.bias is not None:
-                output += self.bias
-        return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
-
-    def _multiply(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the outputs of many tokens in `dtype`, rounded piece by piece: all in fp32 are twice as large."""
-        output = torch.empty(len(tokens), self.out_features, dtype=dtype)
-        step = max(kernels.WIDEN_PIECE_BYTES // (4 * max(self.in_features, len(tokens))), 1)
-        scratch = torch.empty(min(step, self.out_features), self.in_features, dtype=torch.float32)
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            kernels.widen(self._rows(start, stop), 0, scratch[: stop - start])
-            piece = F.linear(tokens, scratch[: stop - start])
-            if self.bias is not None:
-                piece += self.bias[start:stop]
-            output[:, start:stop] = piece
-        return output
-
-    def _rows(self, start: int, stop: int) -> kernels.RowBlock:
-        return kernels.matrix_rows(self.weight.detach()[start:stop])
+        way = choose_way(input, self.weight.dtype, widens=True)
+        tokens = prepare(way, input.detach().reshape(-1, self.in_features))
+        output = torch.empty(len(tokens), self.out_features, dtype=input.dtype)
+        multiply(way, tokens, self.weight, self.bias, output)
+        return output.view(*input.shape[:-1], self.out_features)
 
 
 def _is_by_rows(shape: torch.Size) -> bool:

@@ -30,7 +30,6 @@ from flashlm.engine.generation_guard import Wishes, generation_members
 from flashlm.engine.kv_pass import begin_pass, end_pass
 from flashlm.engine.turn import Turn
 from flashlm.errors import BudgetError
-from flashlm.memory.expert_needs import expert_pass_facts, expert_uses
 from flashlm.memory.limits import process_bytes, room_bytes
 from flashlm.memory.needs import SLACK_BYTES, pass_facts, writes_scores
 from flashlm.memory.pass_memory import (
@@ -71,10 +70,7 @@ class PassGuard:
     """
 
     def __init__(self, manifest: Manifest, decision: Decision, config: Any) -> None:
-        if manifest.experts:
-            facts = expert_pass_facts(config, expert_uses(manifest))
-        else:
-            facts = pass_facts(config, [manifest.layout(layer) for layer in range(len(manifest.layers))])
+        facts = pass_facts(config, [entry.unit for entry in manifest.units])
         placement, needs = decision.placement, decision.placement.needs
         self.context = decision.context
         self.caches = LiveCaches()

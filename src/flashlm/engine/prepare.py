@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 from flashlm.engine.calibrated import Calibration, find_calibration, find_routing
 from flashlm.engine.runtime import UnboundRuntime, apply
 from flashlm.errors import ConfigError
-from flashlm.memory.expert_needs import expert_uses, measure_expert_needs
 from flashlm.memory.limits import read_memory_limits
 from flashlm.memory.needs import DEFAULT_CONTEXT, torch_dtype
 from flashlm.pack.files import check_files
 from flashlm.pack.manifest import Manifest
-from flashlm.planner.decide import Decision, decide, decide_experts
+from flashlm.planner.decide import Decision, decide
 from flashlm.planner.machine import stored_rates
 from flashlm.planner.plan import model_needs
 from flashlm.planner.plan_use import check_plan
@@ -89,22 +88,16 @@ def _decided(
 ) -> Decision:
     context = settings.context or DEFAULT_CONTEXT
     default_dram_bytes = read_memory_limits().default_dram_bytes
-    if manifest.experts:
-        uses = expert_uses(manifest)
-        return decide_experts(
-            uses,
-            settings,
-            needs=measure_expert_needs(model.config, uses, manifest.resident.num_bytes, context),
-            default_dram_bytes=default_dram_bytes,
-            routing=find_routing(pack, manifest, must_exist=settings.expert_policy == "pinned"),
-        )
     sparse = None
     if calibration is not None:
         sparse = sparse_shape(calibration.sparsity, calibration.manifest, calibration.predictor_bytes)
     shape = shape_of_model(model, pack, manifest, sparse)
     needs = model_needs(shape, context)
-    rates = _rates(pack, manifest)
-    return decide(shape, settings, rates, needs=needs, default_dram_bytes=default_dram_bytes)
+    rates = None if manifest.experts else _rates(pack, manifest)
+    routing = None
+    if manifest.experts:
+        routing = find_routing(pack, manifest, must_exist=settings.expert_policy == "pinned")
+    return decide(shape, settings, rates, needs=needs, default_dram_bytes=default_dram_bytes, routing=routing)
 
 
 def _rates(pack: Path, manifest: Manifest) -> Rates | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from flashlm.engine.counters import Counters
 from flashlm.engine.expert_loading import connect_experts, take_out_experts
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import FlashFFN
+from flashlm.engine.flash_linear import bind_linear, take_out_weight
 from flashlm.engine.forward_pass import Phase
 from flashlm.engine.guards import guard
 from flashlm.engine.linear import fold_linears, widen_linears
@@ -41,12 +43,11 @@ from flashlm.errors import PackError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.needs import torch_dtype
-from flashlm.pack.manifest import Manifest, layer_path, resident_path
+from flashlm.pack.manifest import Manifest, UnitEntry, resident_path, unit_path
 from flashlm.pack.reorder import read_order
 from flashlm.planner.choices import CheckChoice, ResolvedMode
 from flashlm.planner.decide import Decision
 from flashlm.rows.kernels import MAX_TOKENS
-from flashlm.rows.layout import LayerLayout
 from flashlm.rows.products import BlockGemm
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
@@ -174,10 +175,11 @@ def apply(
     Raises:
         PackError: The pack does not belong to the model.
     """
-    if manifest.experts:
-        take_out_experts(model, manifest)
-    else:
-        _swap_layers(model, manifest)
+    _swap_layers(model, manifest)
+    take_out_experts(model, manifest)
+    for entry in manifest.dense:
+        if entry.kind == "linear":
+            take_out_weight(model, entry)
     reader = Reader(queue_depth=decision.queue_depth, piece_bytes=decision.piece_bytes)
     exactness = EXACT if calibration is None else calibration.exactness()
     logger.info("%s", describe(decision, manifest, exactness, reader))
@@ -209,29 +211,27 @@ class UnboundRuntime:
         """
         manifest, placement, passes = self.manifest, self.decision.placement, Passes()
         load_progress.expect(manifest.resident.num_bytes + placement.pinned_bytes)
-        load_progress.expect(0 if placement.experts is None else placement.cache_bytes)
+        load_progress.expect(placement.cache_bytes if placement.experts else 0)
         resident_load = load_resident(
             model, resident_path(self.pack), manifest.resident, self.reader, is_checked=self.check != "none"
         )
-        files = [self._open_layer(layer_path(self.pack, entry), layout) for entry, layout in manifest.files]
         slabs = SlabAllocator(Budget(placement.dram_bytes - placement.needs.total_bytes))
         gemm = BlockGemm(manifest.dtype)
-        stream, sparse, experts = None, None, None
+        experts = None
         if self.decision.policy is not None:
             experts = connect_experts(
                 model,
                 manifest,
                 self.reader,
-                files,
+                [self._open_unit(entry) for entry in manifest.experts],
                 placement,
                 self.decision.policy,
                 gemm,
                 passes.totals,
-                self._block_check(),
+                self._block_check(manifest.experts, "expert"),
                 slabs,
             )
-        else:
-            stream, sparse = self._bind_layers(model, files, gemm, passes.totals, slabs)
+        stream, sparse = self._bind_dense(model, gemm, passes.totals, slabs)
         load_progress.finish()
         model.requires_grad_(False)
         if gemm.strategy == "widen":
@@ -253,48 +253,55 @@ class UnboundRuntime:
         model.flash = runtime
         guard_passes(model, manifest, self.decision)
         guard(model)
-        passes.attach(model, [entry.module for entry, _ in manifest.files], self._measure)
+        passes.attach(model, [entry.module for entry in manifest.units], self._measure)
         weakref.finalize(model, runtime.close)
         return runtime
 
-    def _bind_layers(
-        self, model: PreTrainedModel, files: list[File], gemm: BlockGemm, counters: Counters, slabs: SlabAllocator
+    def _bind_dense(
+        self, model: PreTrainedModel, gemm: BlockGemm, counters: Counters, slabs: SlabAllocator
     ) -> tuple[BlockStream, SparseRows | None]:
-        """Connect the feed-forward layers to the stream, and in mode `sparse` to the neuron cache."""
-        manifest = self.manifest
-        layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
+        """Connect feed-forward and linear layers to the stream, in mode `sparse` the former to the neuron cache too."""
+        dense = self.manifest.dense
+        files = [self._open_unit(entry) for entry in dense]
         stream = BlockStream(
             self.reader,
             files,
-            layouts,
+            [entry.layout for entry in dense],
             self.decision.placement,
             read_ahead=self.decision.mode != "naive",
             counters=counters,
-            check=self._block_check(),
+            check=self._block_check(dense, "block"),
             slabs=slabs,
         )
-        sparse, predictors = self._bind_sparse(layouts, files, counters, slabs)
-        for index, entry in enumerate(manifest.layers):
+        of_ffns = [file for file, entry in zip(files, dense, strict=True) if entry.kind == "ffn"]
+        sparse, predictors = self._bind_sparse(of_ffns, counters, slabs)
+        index = 0
+        for unit, entry in enumerate(dense):
+            if entry.kind == "linear":
+                bind_linear(model, entry, stream, unit)
+                continue
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
             predict = predictors[index].predict if predictors else None
             stored = read_order(self.pack, entry)
             order = None if stored is None else torch.from_numpy(stored)
-            layer.bind(stream, gemm, sparse=sparse, predict=predict, order=order)
+            layer.bind(stream, unit, gemm, sparse=sparse, predict=predict, order=order)
             if layer.linears is not None:
                 owner = model.get_submodule(entry.module.rpartition(".")[0])
                 attach(layer, entry, owner, layer.linears, order)
             if self.calibration is not None:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
+            index += 1
         return stream, sparse
 
     def _bind_sparse(
-        self, layouts: list[LayerLayout], files: list[File], counters: Counters, slabs: SlabAllocator
+        self, files: list[File], counters: Counters, slabs: SlabAllocator
     ) -> tuple[SparseRows | None, list[Predictor]]:
         """Make the neuron cache and load the predictors; without a calibration there are none."""
-        capacities = self.decision.placement.cache
-        if self.calibration is None or capacities is None:
+        capacities = self.decision.placement.rows
+        if self.calibration is None or not capacities:
             return None, []
+        layouts = [entry.layout for entry in self.manifest.ffns]
         sparse = SparseRows(
             self.reader,
             files,
@@ -307,18 +314,20 @@ class UnboundRuntime:
         )
         sparse.warm()
         if self.check != "none":
-            sparse.use_check(RowCheck(self.reader, files, layouts, self._block_check()), keeps=self.check == "all")
+            check = RowCheck(self.reader, files, layouts, self._block_check(self.manifest.ffns, "block"))
+            sparse.use_check(check, keeps=self.check == "all")
         return sparse, self.calibration.load_predictors()
 
-    def _block_check(self) -> BlockCheck:
-        entries = [(layer_path(self.pack, entry), entry.checksums) for entry, _ in self.manifest.files]
-        what = "expert" if self.manifest.experts else "block"
-        return BlockCheck(entries, what, at_load=self.check != "none", always=self.check == "all")
+    def _block_check(self, entries: Sequence[UnitEntry], what: str) -> BlockCheck:
+        known = [(unit_path(self.pack, entry), entry.checksums) for entry in entries]
+        return BlockCheck(known, what, at_load=self.check != "none", always=self.check == "all")
 
-    def _open_layer(self, path: Path, layout: LayerLayout) -> File:
-        """Open a layer's file; through the page cache where its rows are no multiple of the device's block and are read."""
+    def _open_unit(self, entry: UnitEntry) -> File:
+        """Open a unit's file; through the page cache where its rows are no multiple of the device's block and are read."""
+        path, layout = unit_path(self.pack, entry), entry.layout
         file = self.reader.open(path, expected_bytes=layout.file_bytes)
-        if self.calibration is None or layout.row_stride_bytes % file.alignment_bytes == 0:
+        reads_rows = self.calibration is not None and entry.kind == "ffn"
+        if not reads_rows or layout.row_stride_bytes % file.alignment_bytes == 0:
             return file
         file.close()
         return self.reader.open(path, expected_bytes=layout.file_bytes, direct=False)
@@ -339,29 +348,29 @@ class UnboundRuntime:
 def describe(decision: Decision, manifest: Manifest, exactness: str, reader: Reader) -> str:
     """Return one line on a decision: mode, exactness and where the bytes are."""
     placement = decision.placement
-    streamed = f"streamed {format_size(placement.streamed_bytes)} a token"
-    if placement.cache is not None:
-        streamed = (
+    streamed = [f"streamed {format_size(placement.ring_bytes)} a token"] if placement.dense else []
+    if placement.rows:
+        streamed = [
             f"predictors {format_size(placement.needs.predictor_bytes)}, neuron cache"
-            f" {format_size(placement.cache_bytes)} of {format_size(placement.streamed_bytes)}"
-        )
-    elif placement.experts is not None:
+            f" {format_size(placement.cache_bytes)} of {format_size(placement.ring_bytes)}"
+        ]
+    if placement.experts:
         num_experts = sum(entry.num_experts for entry in manifest.experts)
-        streamed = (
+        streamed.append(
             f"expert cache {format_size(placement.cache_bytes)}: {sum(placement.experts)} of {num_experts}"
-            f" experts of {format_size(placement.slot_bytes)}{_describe_policy(decision)}"
+            f" experts of {format_size(placement.expert_bytes)}{_describe_policy(decision)}"
         )
     return (
         f"mode {decision.mode} ({exactness.split(':')[0]}), dram {format_size(placement.dram_bytes)}:"
         f" resident {format_size(placement.needs.resident_bytes)}, pinned {format_size(placement.pinned_bytes)},"
-        f" {streamed}, staging {format_size(placement.staging_bytes)},"
+        f" {', '.join(streamed)}, staging {format_size(placement.staging_bytes)},"
         f" context {decision.context} tokens; reader: {reader.describe()}"
     )
 
 
 def _describe_policy(decision: Decision) -> str:
     policy = decision.policy
-    if policy is None or decision.placement.num_slots == 0:  # all are held
+    if policy is None or decision.placement.num_spare == 0:  # all are held
         return ""
     num_pinned = sum(len(experts) for experts in policy.pinned)
     return f", {policy.name}" + (f" ({num_pinned} pinned)" if num_pinned else "")
@@ -377,19 +386,19 @@ def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, in
 
 def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
     """Put a `FlashFFN` in the place of every streamed layer, and identities where it does another module's work."""
-    if manifest.activation not in ACT2FN:
-        raise PackError(f"activation {manifest.activation!r} is unknown to this transformers: update it")
-    for layer, entry in enumerate(manifest.layers):
+    for layer, entry in enumerate(manifest.ffns):
+        if entry.activation not in ACT2FN:
+            raise PackError(f"activation {entry.activation!r} is unknown to this transformers: update it")
         try:
-            learned = find_learned(model.get_submodule(entry.module), manifest.activation)
+            learned = find_learned(model.get_submodule(entry.module), entry.activation)
             ffn = FlashFFN(
                 layer=layer,
-                layout=manifest.layout(layer),
-                activation=ACT2FN[manifest.activation] if learned is None else learned[1].__call__,
-                dtype=torch_dtype(manifest.dtype),
-                has_up_bias=entry.has_up_bias,
-                has_gate_bias=entry.has_gate_bias,
-                has_down_bias=entry.has_down_bias,
+                layout=entry.layout,
+                activation=ACT2FN[entry.activation] if learned is None else learned[1].__call__,
+                dtype=torch_dtype(entry.encoding),
+                has_up_bias="up" in entry.biases,
+                has_gate_bias="gate" in entry.biases,
+                has_down_bias="down" in entry.biases,
             )
             if learned is not None:  # its weights are resident, under the names that they have in the model
                 ffn.add_module(*learned)

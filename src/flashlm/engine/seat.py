@@ -22,7 +22,7 @@ from flashlm.transformers_seam import Conv1D
 
 if TYPE_CHECKING:
     from flashlm.engine.ffn import FlashFFN
-    from flashlm.pack.manifest import LayerEntry
+    from flashlm.pack.manifest import UnitEntry
 
 _LORA = "peft.tuners.lora.layer.Linear"
 
@@ -46,7 +46,7 @@ class Linears:
     is_conv: bool
 
 
-def find_linears(model: nn.Module, entry: LayerEntry) -> Linears | None:
+def find_linears(model: nn.Module, entry: UnitEntry) -> Linears | None:
     """Return the linear layers that the streamed layer of `entry` will replace in `model`; None where they are unknown."""
     owner = model.get_submodule(entry.module)
     parts = linear_parts(owner)
@@ -177,7 +177,7 @@ class Seat:
         return AdapterPass(branches, self.linears.is_fused, self.order, num_tokens) if branches else None
 
 
-def attach(ffn: FlashFFN, entry: LayerEntry, owner: nn.Module, linears: Linears, order: torch.Tensor | None) -> None:
+def attach(ffn: FlashFFN, entry: UnitEntry, owner: nn.Module, linears: Linears, order: torch.Tensor | None) -> None:
     """Give a loaded streamed layer the stand-ins of its family's linear layers, and a seat for adapters.
 
     Args:

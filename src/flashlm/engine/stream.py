@@ -1,9 +1,10 @@
 """The block stream: pinned blocks from memory, the others read ahead of the compute through a ring of staging slots.
 
-Streamed blocks are read in the order in which forward passes consume them, over and over: layer after layer, and from the
-last layer into the next token's first. Whenever a block has been consumed its slot is handed to the next read at once, so
-the device stays busy while anything else (attention, sampling, Python) runs; no thread of ours is needed for that. A caller
-that jumps is noticed and the ring restarts at the layer that is asked for.
+Streamed blocks are read in the order in which forward passes consume them, over and over: unit after unit (projections of
+attention, a feed-forward layer, the output layer), and from the last one into the next token's first. Whenever a block has
+been consumed its slot is handed to the next read at once, so the device stays busy while anything else (attention, sampling,
+Python) runs; no thread of ours is needed for that. A caller that jumps is noticed and the ring restarts at the unit that is
+asked for.
 
 A pass may be broken off at any instruction, by an interrupt above all, and what should clean up after it, too. So nothing
 depends on that: every slot has the ticket of its last read from before the read begins, which slots are free follows from
@@ -12,7 +13,7 @@ two counts, and a pass that did not come to its end is known by its mark, on whi
 Blocks that lie one behind the other in memory are given together, as a run: small blocks would cost more in calls than in
 bytes.
 
-`read_ahead=False` is mode `naive`: a layer's reads are begun only when the layer is reached, and stop at its end.
+`read_ahead=False` is mode `naive`: a unit's reads are begun only when it is reached, and stop at its end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
+
+import torch
 
 from flashlm.engine.block_check import BlockCheck
 from flashlm.engine.counters import Counters
@@ -36,7 +39,7 @@ from flashlm.storage.slab import SlabAllocator, SlotRef
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
-    """Blocks of a layer, in file order and one behind the other in memory.
+    """Blocks of a unit, in file order and one behind the other in memory.
 
     Attributes:
         blocks: Their numbers.
@@ -51,7 +54,7 @@ class BlockRun:
 class _Step:
     """One streamed block in the cyclic order."""
 
-    layer: int
+    unit: int
     block: int
     file: File
     offset: int
@@ -60,22 +63,22 @@ class _Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pass:
-    """One pass over one layer."""
+    """One pass over one unit."""
 
-    layer: int
+    unit: int
 
 
 class BlockStream:
-    """Gives the blocks of each layer in file order, wherever they live.
+    """Gives the blocks of each dense unit in file order, wherever they live.
 
     Pinned blocks are read at construction, at the device's sequential rate.
 
     Args:
-        reader: The reader, shared with nothing else while the stream lives.
-        files: One open layer file per streamed layer.
+        reader: The model's reader.
+        files: One open file per unit of which a token uses every block, in forward order.
         layouts: Their geometry.
         placement: What is pinned, and the staging.
-        read_ahead: False begins a layer's reads only when it is reached.
+        read_ahead: False begins a unit's reads only when it is reached.
         counters: The model's totals; what a forward pass causes is counted in the pass.
         check: What is held against checksums; None: nothing.
         slabs: Gives the memory of the ring and the pinned blocks; None: without a bound.
@@ -105,8 +108,8 @@ class BlockStream:
         self._read_ahead = read_ahead
         self._turn = Turn()
         self._pinned_bytes = [
-            [layout.read_bytes(block) for block in range(count)]
-            for layout, count in zip(layouts, placement.num_pinned, strict=True)
+            [layout.read_bytes(block) for block in range(each.num_pinned)]
+            for layout, each in zip(layouts, placement.dense, strict=True)
         ]
         self._strides = [layout.block_stride_bytes for layout in layouts]
         self._run_blocks = [layout.run_blocks for layout in layouts]
@@ -135,7 +138,7 @@ class BlockStream:
     def _read_pinned(
         self, files: Sequence[File], layouts: Sequence[LayerLayout], slabs: SlabAllocator
     ) -> list[list[SlotRef]]:
-        """Read every pinned block into slabs, one a layer; return where each layer's blocks are."""
+        """Read every pinned block into slabs, one a unit; return where each unit's blocks are."""
         if not any(self._pinned_bytes):
             return [[] for _ in layouts]
         cuts = [(stride, sum(sizes)) for stride, sizes in zip(self._strides, self._pinned_bytes, strict=True)]
@@ -152,30 +155,40 @@ class BlockStream:
             for file, layout, places in zip(files, layouts, pinned, strict=True)
             for block, place in enumerate(places)
         ]
-        blocks = [(layer, block) for layer, sizes in enumerate(self._pinned_bytes) for block in range(len(sizes))]
+        blocks = [(unit, block) for unit, sizes in enumerate(self._pinned_bytes) for block in range(len(sizes))]
         self._check.read(self._reader, requests, blocks)
         return pinned
 
     def _check_first(self, files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement) -> None:
-        """Check one block of each layer of which none is pinned: a file of another layer or pack is noticed at once."""
+        """Check one block of each unit of which none is pinned: a file of another unit or pack is noticed at once."""
         if not self._ring:
             return
-        for layer, (file, layout, num_pinned) in enumerate(zip(files, layouts, placement.num_pinned, strict=True)):
-            if num_pinned == 0:
+        for unit, (file, layout, each) in enumerate(zip(files, layouts, placement.dense, strict=True)):
+            if each.num_pinned == 0:
                 request = ReadRequest.into(self._ring[0], file, layout.offset_of(0), layout.read_bytes(0))
-                self._check.sample(self._reader, request, layer, 0)
+                self._check.sample(self._reader, request, unit, 0)
 
-    def layer(self, layer: int) -> AbstractContextManager[Iterator[BlockRun]]:
-        """Give the blocks of `layer`, in file order; each run is valid until the next one is taken.
+    def pinned_bytes(self, unit: int) -> torch.Tensor | None:
+        """Return the bytes of `unit` where all its blocks are pinned: uint8, as in its file; None where they are not.
 
-        Only one forward pass at a time gets a layer; others wait. One that ends early costs what was read ahead.
+        The tensor is a view that keeps the memory alive.
+        """
+        sizes = self._pinned_bytes[unit]
+        if len(sizes) < self._num_blocks[unit]:
+            return None
+        return torch.from_numpy(self._pinned[unit][0].numpy(sum(sizes)))
+
+    def unit(self, unit: int) -> AbstractContextManager[Iterator[BlockRun]]:
+        """Give the blocks of `unit`, in file order; each run is valid until the next one is taken.
+
+        Only one forward pass at a time gets a unit; others wait. One that ends early costs what was read ahead.
 
         Raises:
-            StorageError: A block can't be read; or there are fewer than the layer has, or the pass was overtaken by
+            StorageError: A block can't be read; or there are fewer than the unit has, or the pass was overtaken by
                 another one of its thread.
             PackError: A streamed block is damaged (where that is checked).
         """
-        current = _Pass(layer)
+        current = _Pass(unit)
         return self._turn.take(self._enter, partial(self._leave, current), current)
 
     def _enter(self, current: _Pass) -> Iterator[BlockRun]:
@@ -183,7 +196,7 @@ class BlockStream:
             self._restart_at(0)
         self._open = current
         if self._steps:
-            self._aim(current.layer)
+            self._aim(current.unit)
         return self._runs(current)
 
     def _leave(self, current: _Pass, runs: Iterator[BlockRun], has_failed: bool) -> None:
@@ -196,12 +209,12 @@ class BlockStream:
         self._open = None
 
     def _runs(self, current: _Pass) -> Iterator[BlockRun]:
-        layer = current.layer
+        unit = current.unit
         self._check_is_open(current)
         counters = self.counters
-        sizes, places = self._pinned_bytes[layer], self._pinned[layer]
-        for start in range(0, len(sizes), self._run_blocks[layer]):
-            blocks = range(start, min(start + self._run_blocks[layer], len(sizes)))
+        sizes, places = self._pinned_bytes[unit], self._pinned[unit]
+        for start in range(0, len(sizes), self._run_blocks[unit]):
+            blocks = range(start, min(start + self._run_blocks[unit], len(sizes)))
             counters.pinned_bytes += sum(sizes[start : blocks.stop])
             counters.num_pinned += len(blocks)
             yield BlockRun(blocks, places[start])
@@ -209,21 +222,21 @@ class BlockStream:
             if self._num_begun > self._num_consumed:  # asking begins the next pieces where some have landed meanwhile
                 self._reader.is_done(self._ticket(self._num_begun - 1))
         next_block = len(sizes)
-        while next_block < self._num_blocks[layer]:
-            self._check_is_next(layer, next_block)
-            run = range(next_block, next_block + self._land(layer))
+        while next_block < self._num_blocks[unit]:
+            self._check_is_next(unit, next_block)
+            run = range(next_block, next_block + self._land(unit))
             yield BlockRun(run, self._ring[self._num_consumed % self._num_slots])
             self._check_is_open(current)
             self._num_consumed += len(run)
             next_block = run.stop
-            self._submit(layer)
+            self._submit(unit)
         self._open = None
 
-    def _land(self, layer: int) -> int:
-        """Wait for the next block of `layer`; return how many there are by then, in neighbouring slots."""
+    def _land(self, unit: int) -> int:
+        """Wait for the next block of `unit`; return how many there are by then, in neighbouring slots."""
         counters = self.counters
-        joins = self._slot_bytes == self._strides[layer]
-        most = min(self._run_blocks[layer], self._num_slots // 4) if joins else 1
+        joins = self._slot_bytes == self._strides[unit]
+        most = min(self._run_blocks[unit], self._num_slots // 4) if joins else 1
         count = 0
         for number in range(self._num_consumed, self._num_begun):
             position = self._position(number)
@@ -234,10 +247,10 @@ class BlockStream:
                 counters.wait_s += time.perf_counter() - started_s
             else:
                 follows = position > 0 and number % self._num_slots > 0  # of its neighbour, in the order and in memory
-                if count >= most or not follows or step.layer != layer or not self._reader.is_done(ticket):
+                if count >= most or not follows or step.unit != unit or not self._reader.is_done(ticket):
                     break
                 self._reader.wait(ticket)
-            self._check.streamed(step.layer, step.block, self._ring[number % self._num_slots], step.num_bytes)
+            self._check.streamed(step.unit, step.block, self._ring[number % self._num_slots], step.num_bytes)
             counters.bytes_read += step.num_bytes
             counters.num_reads += 1
             count += 1
@@ -257,27 +270,27 @@ class BlockStream:
         if self._open is not current:
             raise overtaken()
 
-    def _check_is_next(self, layer: int, block: int) -> None:
-        """Refuse to give fewer blocks than the layer has, or others: a sum that lacks one would be wrong in silence."""
-        first = self._first[layer]
+    def _check_is_next(self, unit: int, block: int) -> None:
+        """Refuse to give fewer blocks than the unit has, or others: a sum that lacks one would be wrong in silence."""
+        first = self._first[unit]
         if first is not None and self._num_begun > self._num_consumed:
-            wanted = first + block - len(self._pinned_bytes[layer])
+            wanted = first + block - len(self._pinned_bytes[unit])
             if self._position(self._num_consumed) == wanted:
                 return
         raise StorageError(
-            f"layer {layer} gave {block} of its {self._num_blocks[layer]} blocks, and the next one is not being read:"
-            " this answer is lost, the next pass reads them anew",
-            path=str(self._files[layer].path),
+            f"{self._files[unit].path.name} gave {block} of its {self._num_blocks[unit]} blocks, and the next one is not"
+            " being read: this answer is lost, the next pass reads them anew",
+            path=str(self._files[unit].path),
         )
 
-    def _aim(self, layer: int) -> None:
-        """Make the ring's next landing the first streamed block of `layer`, and fill it."""
-        first = self._first[layer]
+    def _aim(self, unit: int) -> None:
+        """Make the ring's next landing the first streamed block of `unit`, and fill it."""
+        first = self._first[unit]
         if first is None:
             return
         if self._num_begun == self._num_consumed or self._position(self._num_consumed) != first:
             self._restart_at(first)
-        self._submit(layer)
+        self._submit(unit)
 
     def _restart_at(self, position: int) -> None:
         """Let all reads land, forget them, and continue at `position`. An interrupt leaves it to the next one."""
@@ -285,11 +298,11 @@ class BlockStream:
         self._num_begun = self._num_consumed = 0
         self._first_step = position
 
-    def _submit(self, layer: int) -> None:
+    def _submit(self, unit: int) -> None:
         """Give every free slot the next read."""
         while self._num_begun - self._num_consumed < self._num_slots:
             step = self._steps[self._position(self._num_begun)]
-            if not self._read_ahead and step.layer != layer:
+            if not self._read_ahead and step.unit != unit:
                 return
             slot = self._num_begun % self._num_slots
             request = ReadRequest.into(self._ring[slot], step.file, step.offset, step.num_bytes)
@@ -306,11 +319,11 @@ class BlockStream:
 def _schedule(
     files: Sequence[File], layouts: Sequence[LayerLayout], placement: Placement
 ) -> tuple[list[_Step], list[int | None]]:
-    """Return all streamed blocks in the order of use, and where each layer's first one stands (None: all pinned)."""
+    """Return all streamed blocks in the order of use, and where each unit's first one stands (None: all pinned)."""
     steps: list[_Step] = []
     first: list[int | None] = []
-    for layer, (file, layout) in enumerate(zip(files, layouts, strict=True)):
-        streamed = range(placement.num_pinned[layer], layout.num_blocks)
+    for unit, (file, layout) in enumerate(zip(files, layouts, strict=True)):
+        streamed = range(placement.dense[unit].num_pinned, layout.num_blocks)
         first.append(len(steps) if streamed else None)
-        steps += [_Step(layer, block, file, layout.offset_of(block), layout.read_bytes(block)) for block in streamed]
+        steps += [_Step(unit, block, file, layout.offset_of(block), layout.read_bytes(block)) for block in streamed]
     return steps, first

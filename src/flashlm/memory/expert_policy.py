@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flashlm.errors import ConfigError
-from flashlm.memory.expert_budget import NUM_SPARE_SLOTS
+from flashlm.memory.budget import NUM_SPARE_SLOTS
 from flashlm.memory.expert_cache import PolicyName, replay
 
 ExpertPolicy = Literal["lru", "lfu", "pinned"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ import torch
 from flashlm.memory.budget import Needs
 from flashlm.memory.limits import process_bytes
 from flashlm.memory.pass_memory import PassFacts, working_bytes
+from flashlm.pack.units import Unit, of_kind
 from flashlm.rows.kernels import WIDEN_PIECE_BYTES, choose_strategy
-from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
+from flashlm.rows.layout import DTYPE_BYTES, ROWS_PER_STEP, LayerLayout
 from flashlm.transformers_seam import attention_implementation
 
 DEFAULT_CONTEXT = 2048
@@ -21,6 +23,9 @@ SLACK_BYTES = 160 << 20
 # Live hidden-size vectors per token at the peak of a prefill: residual, norm, q, k, v, attention output, their
 # transposed copies, and the streamed layer's fp32 input and output.
 LIVE_VECTORS_PER_TOKEN = 12
+# Live fp32 vectors of a prompt's tokens in a layer of experts: input, sum, one expert's tokens, its output, and a copy.
+LIVE_EXPERT_VECTORS = 5
+LIVE_ROW_VECTORS = 5  # of one product's rows: gate, up, both joined, the activation, their product
 # Settings with which a family makes a second copy of its logits.
 _LOGIT_SCALINGS = (
     "final_logit_softcapping",
@@ -51,16 +56,26 @@ def _kv_elements(layer: Any) -> int:
     return num_kv_heads * (key_dim + value_dim)
 
 
-def pass_facts(config: Any, layouts: Sequence[LayerLayout]) -> PassFacts:
-    """Return what the memory of a model's passes depends on, of its transformers `config` and its streamed layers.
+def rows_per_product(layout: LayerLayout) -> int:
+    """Return the rows of an expert that one matrix product takes, so that their fp32 copy stays small."""
+    row_bytes = layout.num_parts * layout.hidden_size * 4
+    return min(max(WIDEN_PIECE_BYTES // row_bytes // ROWS_PER_STEP, 1) * ROWS_PER_STEP, layout.block_rows)
+
+
+def pass_facts(config: Any, units: Sequence[Unit]) -> PassFacts:
+    """Return what the memory of a model's passes depends on, of its transformers `config` and what is streamed.
 
     A config that no model has been built from does not say how attention will be computed: sdpa is assumed.
     """
     text = config.get_text_config(decoder=True)
+    experts = of_kind(units, "experts")
+    pieces = [replace(unit.layout, block_rows=rows_per_product(unit.layout)) for unit in experts]
+    layouts = [*(unit.layout for unit in of_kind(units, "ffn")), *pieces]
     layout = max(layouts, key=lambda each: each.block_stride_bytes)
     dtype_bytes = DTYPE_BYTES[layout.dtype]
     widened = layout.num_parts if choose_strategy(layout.dtype) == "widen" else 0
     hidden_size = int(text.hidden_size)
+    expert_bytes = max(map(_expert_token_bytes, experts, pieces), default=0)
     return PassFacts(
         hidden_size=hidden_size,
         vocab_size=int(text.vocab_size),
@@ -69,11 +84,19 @@ def pass_facts(config: Any, layouts: Sequence[LayerLayout]) -> PassFacts:
         dtype_bytes=dtype_bytes,
         kv_token_bytes=kv_cache_bytes_per_token(config, DTYPE_BYTES[layouts[0].dtype]),
         scratch_bytes=layout.block_rows * widened * layout.hidden_size * 4 + (WIDEN_PIECE_BYTES if widened else 0),
-        token_bytes=hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4) + 3 * layout.block_rows * 4,
+        token_bytes=hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4)
+        + 3 * layout.block_rows * 4
+        + expert_bytes,
         writes_scores=writes_scores(config),
         masks=any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")),
         logit_copies=2 if any(getattr(text, name, None) for name in _LOGIT_SCALINGS) else 1,
     )
+
+
+def _expert_token_bytes(unit: Unit, piece: LayerLayout) -> int:
+    """Return what a prompt's token has live in a layer of experts: vectors, scores, their copies, sorted indices."""
+    vectors_bytes = (LIVE_EXPERT_VECTORS * piece.hidden_size + LIVE_ROW_VECTORS * piece.block_rows) * 4
+    return vectors_bytes + 8 * 4 * unit.num_blocks + 64 * unit.num_active
 
 
 def _values(text: Any, name: str) -> list[int]:
@@ -103,18 +126,18 @@ def _has_wider_keys(layer: Any) -> bool:
 
 
 def measure_needs(
-    config: Any, layouts: Sequence[LayerLayout], *, resident_bytes: int, context: int, predictor_bytes: int = 0
+    config: Any, units: Sequence[Unit], *, resident_bytes: int, context: int, predictor_bytes: int = 0
 ) -> Needs:
     """Return what loading a pack into this process takes.
 
     Args:
         config: The transformers config of the model.
-        layouts: The streamed layers.
+        units: What is streamed.
         resident_bytes: Size of the resident weights.
         context: Tokens of the KV cache, over all sequences.
         predictor_bytes: Size of the row predictors that will be used.
     """
-    dtype_bytes = DTYPE_BYTES[layouts[0].dtype]
+    dtype_bytes = DTYPE_BYTES[units[0].layout.dtype]
     kv_bytes_per_token = kv_cache_bytes_per_token(config, dtype_bytes)
     # transformers' dynamic cache grows a layer by copying it: one layer exists twice for a moment.
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -123,7 +146,7 @@ def measure_needs(
         process_bytes=process_bytes(),
         resident_bytes=resident_bytes,
         kv_cache_bytes=kv_bytes,
-        working_bytes=SLACK_BYTES + working_bytes(pass_facts(config, layouts), context),
+        working_bytes=SLACK_BYTES + working_bytes(pass_facts(config, units), context),
         predictor_bytes=predictor_bytes,
         slack_bytes=SLACK_BYTES,
     )

@@ -7,8 +7,6 @@ from typing import Any
 
 from flashlm.errors import ConfigError
 from flashlm.memory.budget import floor_bytes
-from flashlm.memory.expert_budget import expert_floor_bytes
-from flashlm.memory.expert_needs import expert_uses, measure_expert_needs
 from flashlm.memory.limits import mapped_file_bytes
 from flashlm.memory.needs import DEFAULT_CONTEXT, measure_needs
 from flashlm.pack.manifest import read_manifest
@@ -49,12 +47,6 @@ def smallest_dram_bytes(pack: str | Path, context: int | None = None, *, is_chec
     config: Any = load_pack_config(Path(pack), manifest, is_checked=is_checked)
     del config.quantization_config
     build_meta_model(config)
-    if manifest.experts:
-        uses = expert_uses(manifest)
-        expert_needs = measure_expert_needs(config, uses, manifest.resident.num_bytes, context or DEFAULT_CONTEXT)
-        return expert_floor_bytes(uses, expert_needs) + process_margin_bytes()
-    layouts = [manifest.layout(layer) for layer in range(len(manifest.layers))]
-    needs = measure_needs(
-        config, layouts, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT
-    )
-    return floor_bytes(layouts, needs) + process_margin_bytes()
+    units = [entry.unit for entry in manifest.units]
+    needs = measure_needs(config, units, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT)
+    return floor_bytes(units, needs) + process_margin_bytes()

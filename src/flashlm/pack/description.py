@@ -19,6 +19,8 @@ class PackInfo:
         model_type: The transformers model type.
         dtype: Element type of rows and resident floating-point weights.
         num_layers: Streamed FFNs, or layers of experts.
+        num_linears: Linear layers that can be streamed: attention, output layer.
+        linear_bytes: Bytes of their files.
         num_experts: Experts of all layers; 0 in a model without.
         num_active_experts: Experts that a token uses, over all layers.
         expert_bytes: Bytes of an expert; 0 in a model without.
@@ -28,9 +30,9 @@ class PackInfo:
         activation: Name in transformers' `ACT2FN`.
         block_rows: Rows per block.
         block_bytes: Bytes from one block to the next.
-        num_blocks: Blocks of all layers; a block of experts is one of them.
-        resident_bytes: Bytes of `model.safetensors`.
-        streamed_bytes: Bytes of all layer files.
+        num_blocks: Blocks of these layers; a block of experts is one of them.
+        resident_bytes: Bytes of the resident file.
+        streamed_bytes: Bytes of all other weight files.
         source: Where the weights came from.
         flashlm_version: The flashlm that wrote the pack.
         format_version: Version of the format.
@@ -41,6 +43,8 @@ class PackInfo:
     model_type: str
     dtype: str
     num_layers: int
+    num_linears: int
+    linear_bytes: int
     num_experts: int
     num_active_experts: int
     expert_bytes: int
@@ -81,6 +85,8 @@ class PackInfo:
                 ("each", f"{format_size(self.expert_bytes)}, {formula}{act}"),
                 ("a token uses", f"{self.num_active_experts} experts, {format_size(token_bytes)}"),
             ]
+        if self.num_linears:
+            shape.append(("linear layers", f"{self.num_linears}, {format_size(self.linear_bytes)}"))
         return [
             ("model type", self.model_type),
             ("source", self.source),
@@ -101,21 +107,26 @@ def describe(pack: str | Path) -> PackInfo:
     """
     folder = Path(pack)
     manifest = read_manifest(folder)
+    main = manifest.main
+    alike = manifest.experts or manifest.ffns
+    linears = [unit for unit in manifest.units if unit.kind == "linear"]
     return PackInfo(
         pack=folder,
         model_type=manifest.model_type,
         dtype=manifest.dtype,
-        num_layers=len(manifest.files),
-        num_experts=sum(entry.num_experts for entry in manifest.experts),
-        num_active_experts=sum(entry.num_active for entry in manifest.experts),
-        expert_bytes=manifest.block_stride_bytes if manifest.experts else 0,
-        hidden_size=manifest.hidden_size,
-        ffn_size=max((layer.num_rows for layer in manifest.layers), default=manifest.block_rows),
-        has_gate=manifest.has_gate,
-        activation=manifest.activation,
-        block_rows=manifest.block_rows,
-        block_bytes=manifest.block_stride_bytes,
-        num_blocks=sum(layout.num_blocks for _, layout in manifest.files),
+        num_layers=len(alike),
+        num_linears=len(linears),
+        linear_bytes=sum(unit.layout.file_bytes for unit in linears),
+        num_experts=sum(unit.num_experts for unit in manifest.experts),
+        num_active_experts=sum(unit.num_active for unit in manifest.experts),
+        expert_bytes=main.block_stride_bytes if manifest.experts else 0,
+        hidden_size=main.hidden_size,
+        ffn_size=main.block_rows if manifest.experts else max(unit.num_rows for unit in manifest.ffns),
+        has_gate=main.layout.has_gate,
+        activation=main.activation,
+        block_rows=main.block_rows,
+        block_bytes=main.block_stride_bytes,
+        num_blocks=sum(unit.layout.num_blocks for unit in alike),
         resident_bytes=manifest.resident.num_bytes,
         streamed_bytes=manifest.streamed_bytes,
         source=manifest.source.name,

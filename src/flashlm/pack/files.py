@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 
 from flashlm.errors import PackError, StorageError
-from flashlm.pack.manifest import CONFIG_NAME, Manifest, layer_path, resident_path
+from flashlm.pack.manifest import CONFIG_NAME, Manifest, resident_path, unit_path
 from flashlm.pack.pack_config import NOTE_NAME, read_pack_config
 from flashlm.storage.outside import check_regular, read_bounded
 
@@ -40,8 +40,8 @@ def check_files(pack: Path, manifest: Manifest) -> None:
         PackError: In the place of a file is something else: a pipe, a device, a folder.
     """
     check_resident_file(pack, manifest)
-    for entry, layout in manifest.files:
-        _check_size(layer_path(pack, entry), layout.file_bytes)
+    for entry in manifest.units:
+        _check_size(unit_path(pack, entry), entry.layout.file_bytes)
 
 
 def check_resident_file(pack: Path, manifest: Manifest) -> None:

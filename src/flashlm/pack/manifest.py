@@ -7,6 +7,7 @@ allocated, and file names that would leave the pack are refused. It ends with a 
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,9 +16,10 @@ from pydantic import Field, model_validator
 
 from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import PackError
-from flashlm.rows.layout import LayerLayout
+from flashlm.pack.units import Kind, Unit
+from flashlm.rows.layout import GATED, MATRIX, UNGATED, LayerLayout, Part
 
-FORMAT_VERSION: Literal[3] = 3
+FORMAT_VERSION: Literal[4] = 4
 CUSTOM_GATE = "custom"  # the activation of experts that do more than act(gate) * up
 FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
@@ -33,6 +35,7 @@ CALIBRATION_NAMES = (
 )
 
 MAX_LAYERS = 2_000  # a model of so many is built in seconds; none has half of them
+MAX_UNITS = 32_000  # a layer has a feed-forward layer or experts, and some ten linear layers
 MAX_DIMENSION = 1 << 24
 MAX_MANIFEST_BYTES = 64 << 20
 CONFIG_NAME = "config.json"
@@ -41,52 +44,93 @@ Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
 SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+(/[^/\\\x00]+)*$", max_length=255)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", max_length=1024)]
-LayerFileName = Annotated[str, Field(pattern=r"^layer-\d{5}(\.[0-9a-f]{8})?\.rows$")]
-ExpertsFileName = Annotated[str, Field(pattern=r"^experts-\d{5}\.rows$")]
+UnitFileName = Annotated[str, Field(pattern=r"^(layer|experts|linear)-\d{5}(\.[0-9a-f]{8})?\.rows$")]
 
 
-class LayerEntry(Strict):
-    """One streamed FFN.
+class UnitEntry(Strict):
+    """One streamed unit: a feed-forward layer, the routed experts of a layer, or a linear layer.
 
     Attributes:
-        module: Dotted path of the module that the engine replaces by the streamed FFN.
-        identities: Dotted paths of modules whose work the streamed FFN takes over; they become `nn.Identity`.
-        file: Name of the layer's file in `flash/`.
-        num_rows: Neurons (d_ffn).
-        has_up_bias, has_gate_bias, has_down_bias: Whether the resident file holds `<module>.up_bias` (d_ffn,),
-            `<module>.gate_bias` (d_ffn,), `<module>.down_bias` (d_model,).
+        kind: Which of these.
+        module: Dotted path of the module in the model: `ffn`: the one that the streamed layer replaces; `experts`: the
+            experts module, without its two large weights; `linear`: the linear layer, without its weight.
+        identities: Dotted paths of modules whose work a streamed feed-forward layer takes over.
+        file: Name of the unit's file in `flash/`.
+        hidden_size: Elements of each part of a row: d_model; what experts take and give; a linear layer's inputs.
+        num_rows: Neurons of a feed-forward layer (d_ffn), or of all experts; a linear layer's outputs.
+        parts: What a row is made of, in order.
+        encoding: Element type of the rows.
+        block_rows: Rows per block: the neurons of an expert in a layer of experts.
+        row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout.
+        num_active: Blocks that a token uses: all, but a few of a layer of experts.
+        activation: Name in transformers' `ACT2FN`; "custom" where experts have a way of their own; none of a linear layer.
+        biases: Parts of a feed-forward layer or linear layer whose biases the resident file holds: `<module>.up_bias`
+            (num_rows,), `.gate_bias` (num_rows,), `.down_bias` (hidden_size,); of a linear layer `<module>.bias`.
         checksums: xxh3-64 of each block as read (padding included), 16 hexadecimal digits.
-        order_checksum: xxh3-64 of the layer's `.order` file, which says which checkpoint neuron each row is; None where
-            rows lie in the checkpoint's order, and there is no such file.
+        order_checksum: xxh3-64 of the `.order` file of a feed-forward layer, which says which checkpoint neuron each row
+            is; None where rows lie in the checkpoint's order, and there is no such file.
     """
 
+    kind: Kind
     module: ModuleName
     identities: tuple[ModuleName, ...] = ()
-    file: LayerFileName
-    num_rows: Dimension
-    has_up_bias: bool
-    has_gate_bias: bool
-    has_down_bias: bool
+    file: UnitFileName
+    hidden_size: Dimension
+    num_rows: Annotated[int, Field(gt=0, le=MAX_DIMENSION**2)]
+    parts: tuple[Part, ...]
+    encoding: Literal["bfloat16", "float16", "float32"]
+    block_rows: Dimension
+    row_stride_bytes: Annotated[int, Field(gt=0)]
+    block_stride_bytes: Annotated[int, Field(gt=0)]
+    num_active: Annotated[int, Field(gt=0)]
+    activation: str = ""
+    biases: tuple[Part, ...] = ()
     checksums: tuple[Checksum, ...]
     order_checksum: Checksum | None = None
 
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> UnitEntry:
+        layout = self.layout
+        allowed = (MATRIX,) if self.kind == "linear" else (GATED, UNGATED)
+        if self.parts not in allowed:
+            raise ValueError(f"a unit of kind {self.kind} has no rows of {self.parts}")
+        if (layout.row_stride_bytes, layout.block_stride_bytes) != (self.row_stride_bytes, self.block_stride_bytes):
+            raise ValueError(
+                f"strides {self.row_stride_bytes} and {self.block_stride_bytes} do not follow from the shapes"
+            )
+        if len(self.checksums) != layout.num_blocks:
+            raise ValueError(f"{self.file} has {layout.num_blocks} blocks but {len(self.checksums)} checksums")
+        if not set(self.biases) <= set(self.parts) or (self.kind == "experts" and self.biases):
+            raise ValueError(f"biases of {self.biases} in a unit of kind {self.kind}")
+        if self.kind == "experts":
+            if self.num_active > layout.num_blocks or self.num_rows % self.block_rows:
+                raise ValueError("more active experts than experts, or a part of one")
+        elif self.num_active != layout.num_blocks:
+            raise ValueError(f"a token uses all {layout.num_blocks} blocks of {self.file}, not {self.num_active}")
+        if self.kind != "ffn" and (self.identities or self.order_checksum is not None):
+            raise ValueError(f"identities or an order of rows in a unit of kind {self.kind}")
+        return self
 
-class ExpertsEntry(Strict):
-    """The routed experts of one layer; a block of its file is an expert.
+    @cached_property
+    def layout(self) -> LayerLayout:
+        """The unit's geometry."""
+        return LayerLayout(
+            hidden_size=self.hidden_size,
+            num_rows=self.num_rows,
+            parts=self.parts,
+            dtype=self.encoding,
+            block_rows=self.block_rows,
+        )
 
-    Attributes:
-        module: Dotted path of the experts module, whose weights are in the file instead of in the resident one.
-        file: Name of its file in `flash/`.
-        num_experts: Experts.
-        num_active: Experts that a token uses.
-        checksums: xxh3-64 of each expert as read (padding included), 16 hexadecimal digits.
-    """
+    @property
+    def unit(self) -> Unit:
+        """The unit, as sizes."""
+        return Unit(kind=self.kind, layout=self.layout, num_active=self.num_active)
 
-    module: ModuleName
-    file: ExpertsFileName
-    num_experts: Dimension
-    num_active: Dimension
-    checksums: tuple[Checksum, ...]
+    @property
+    def num_experts(self) -> int:
+        """Blocks: experts, where it is a layer of these."""
+        return self.layout.num_blocks
 
 
 class ResidentEntry(Strict):
@@ -122,99 +166,81 @@ class Manifest(Strict):
         flashlm_version: The flashlm that wrote the pack.
         model_type: The transformers model type.
         num_hidden_layers: Decoder layers of the model by its config, those included of which nothing is streamed.
-        dtype: Element type of rows and resident floating-point weights.
-        hidden_size: d_model of the streamed FFNs, or what experts take and give.
-        has_gate: Whether rows hold a gate part.
-        activation: Name of the activation in transformers' `ACT2FN`; "custom" where experts have a way of their own.
-        block_rows: Rows per block: the neurons of an expert where there are experts.
-        row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout.
-        layers: The streamed FFNs, in the order in which a forward pass meets them; none where there are experts.
-        experts: The layers of experts, in the same order; none in a model without.
+        dtype: Element type of resident floating-point weights.
+        units: What is streamed, in the order in which a forward pass meets it.
         resident: The resident file.
         small_files: xxh3-64 of config.json and of every file that was copied beside it (tokenizer, generation config).
         source: Where the weights came from.
     """
 
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[4] = FORMAT_VERSION
     flashlm_version: str
     model_type: str
     num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
     dtype: Literal["bfloat16", "float16", "float32"]
-    hidden_size: Dimension
-    has_gate: bool
-    activation: str
-    block_rows: Dimension
-    row_stride_bytes: Annotated[int, Field(gt=0)]
-    block_stride_bytes: Annotated[int, Field(gt=0)]
-    layers: Annotated[tuple[LayerEntry, ...], Field(max_length=MAX_LAYERS)]
-    experts: Annotated[tuple[ExpertsEntry, ...], Field(max_length=MAX_LAYERS)] = ()
+    units: Annotated[tuple[UnitEntry, ...], Field(min_length=1, max_length=MAX_UNITS)]
     resident: ResidentEntry
     small_files: dict[SmallFileName, Checksum] = Field(default_factory=dict)
     source: SourceEntry
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Manifest:
-        if bool(self.layers) == bool(self.experts):
-            raise ValueError("streamed layers or layers of experts expected, and not both")
         if any({"", ".", ".."} & set(name.split("/")) for name in self.small_files):
             raise ValueError("a small file is no file in the pack")
-        if len(self.files) > self.num_hidden_layers:
-            raise ValueError(f"{len(self.files)} streamed layers in a model of {self.num_hidden_layers}")
-        if self.num_hidden_layers > 8 * len(self.files) + 64:  # no family streams so few; building them would take long
-            raise ValueError(f"{self.num_hidden_layers} layers in a model of which {len(self.files)} are streamed")
-        if any(layer.num_active > layer.num_experts for layer in self.experts):
-            raise ValueError("more active experts than experts")
-        for layer, layout in self.files:
-            if (layout.row_stride_bytes, layout.block_stride_bytes) != (self.row_stride_bytes, self.block_stride_bytes):
-                raise ValueError(
-                    f"strides {self.row_stride_bytes} and {self.block_stride_bytes} do not follow from the shapes"
-                )
-            if len(layer.checksums) != layout.num_blocks:
-                raise ValueError(f"{layer.file} has {layout.num_blocks} blocks but {len(layer.checksums)} checksums")
-        if len({layer.file for layer, _ in self.files}) != len(self.files):
-            raise ValueError("two layers name the same file")
+        main = max(len(self.ffns), len(self.experts))
+        if main == 0:
+            raise ValueError("feed-forward layers or layers of experts expected")
+        if main > self.num_hidden_layers:
+            raise ValueError(f"{main} streamed layers in a model of {self.num_hidden_layers}")
+        if self.num_hidden_layers > 8 * main + 64:  # no family streams so few; building them would take long
+            raise ValueError(f"{self.num_hidden_layers} layers in a model of which {main} are streamed")
+        if any(unit.encoding != self.dtype for unit in self.units):  # no mixed packs are written yet
+            raise ValueError(f"rows of another encoding than the pack's dtype, {self.dtype}")
+        if len({unit.file for unit in self.units}) != len(self.units):
+            raise ValueError("two units name the same file")
+        if len({unit.module for unit in self.units}) != len(self.units):
+            raise ValueError("two units name the same module")
         wanted = -(-self.resident.num_bytes // self.resident.chunk_bytes)
         if len(self.resident.checksums) != wanted:
             raise ValueError(f"{RESIDENT_NAME} needs {wanted} checksums, has {len(self.resident.checksums)}")
         return self
 
-    def layout(self, layer: int) -> LayerLayout:
-        """Return the geometry of streamed layer `layer`."""
-        return LayerLayout(
-            hidden_size=self.hidden_size,
-            num_rows=self.layers[layer].num_rows,
-            has_gate=self.has_gate,
-            dtype=self.dtype,
-            block_rows=self.block_rows,
-        )
+    @cached_property
+    def ffns(self) -> tuple[UnitEntry, ...]:
+        """The streamed feed-forward layers."""
+        return tuple(unit for unit in self.units if unit.kind == "ffn")
 
-    def experts_layout(self, layer: int) -> LayerLayout:
-        """Return the geometry of the file of experts `layer`: block e is expert e."""
-        return LayerLayout(
-            hidden_size=self.hidden_size,
-            num_rows=self.experts[layer].num_experts * self.block_rows,
-            has_gate=self.has_gate,
-            dtype=self.dtype,
-            block_rows=self.block_rows,
-        )
+    @cached_property
+    def experts(self) -> tuple[UnitEntry, ...]:
+        """The layers of experts."""
+        return tuple(unit for unit in self.units if unit.kind == "experts")
+
+    @cached_property
+    def dense(self) -> tuple[UnitEntry, ...]:
+        """The units of which a token uses every block."""
+        return tuple(unit for unit in self.units if unit.kind != "experts")
 
     @property
-    def files(self) -> list[tuple[LayerEntry | ExpertsEntry, LayerLayout]]:
-        """Every streamed file's entry and geometry."""
-        layers = [(entry, self.layout(index)) for index, entry in enumerate(self.layers)]
-        return [*layers, *((entry, self.experts_layout(index)) for index, entry in enumerate(self.experts))]
+    def main(self) -> UnitEntry:
+        """The first feed-forward layer or layer of experts; all of a kind are alike but in their rows."""
+        return (self.experts or self.ffns)[0]
+
+    def with_units(self, units: tuple[UnitEntry, ...]) -> Manifest:
+        """Return this manifest with other units."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return Manifest(**(fields | {"units": units}))
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes of all layer files."""
-        return sum(layout.file_bytes for _, layout in self.files)
+        """Bytes of all units' files."""
+        return sum(unit.layout.file_bytes for unit in self.units)
 
     @property
     def weights_fingerprint(self) -> str:
         """What identifies the weights, their order included: a digest of all checksums. Calibrations belong to one."""
         digest = xxhash.xxh3_64()
-        for entry, _ in self.files:
-            for checksum in entry.checksums:
+        for unit in self.units:
+            for checksum in unit.checksums:
                 digest.update(checksum.encode())
         for checksum in self.resident.checksums:
             digest.update(checksum.encode())
@@ -235,14 +261,14 @@ def manifest_path(pack: Path) -> Path:
     return pack / FLASH_DIR / MANIFEST_NAME
 
 
-def layer_path(pack: Path, entry: LayerEntry | ExpertsEntry) -> Path:
-    """Return the path of a layer's file."""
+def unit_path(pack: Path, entry: UnitEntry) -> Path:
+    """Return the path of a unit's file."""
     return pack / FLASH_DIR / entry.file
 
 
-def order_path(pack: Path, entry: LayerEntry) -> Path:
-    """Return where the order of a layer's rows is kept: int32 little-endian (num_rows,)."""
-    return layer_path(pack, entry).with_suffix(".order")
+def order_path(pack: Path, entry: UnitEntry) -> Path:
+    """Return where the order of a feed-forward layer's rows is kept: int32 little-endian (num_rows,)."""
+    return unit_path(pack, entry).with_suffix(".order")
 
 
 def resident_path(pack: Path) -> Path:

@@ -16,7 +16,7 @@ import xxhash
 
 from flashlm.errors import PackError
 from flashlm.pack.checksums import check_bytes
-from flashlm.pack.manifest import FLASH_DIR, LayerEntry, Manifest, layer_path, order_path, write_manifest
+from flashlm.pack.manifest import FLASH_DIR, Manifest, UnitEntry, order_path, unit_path, write_manifest
 from flashlm.rows.layout import LayerLayout
 from flashlm.storage.outside import read_bounded
 from flashlm.storage.ranges import FileRange, RangeReader
@@ -44,17 +44,17 @@ def reorder(
         StorageError: No room for one layer more, or a file can't be read or written.
     """
     _check(pack, manifest, orders)
-    total = manifest.streamed_bytes
+    total = sum(entry.layout.file_bytes for entry in manifest.ffns)
     done = 0
     for index, order in enumerate(orders):
-        layout = manifest.layout(index)
         manifest = _reorder_layer(pack, manifest, index, order)
-        done += layout.file_bytes
-        progress(done, total, manifest.layers[index].file)
+        entry = manifest.ffns[index]
+        done += entry.layout.file_bytes
+        progress(done, total, entry.file)
     return manifest
 
 
-def read_order(pack: Path, entry: LayerEntry) -> Order | None:
+def read_order(pack: Path, entry: UnitEntry) -> Order | None:
     """Return which checkpoint neuron each row of a layer is, int64 (num_rows,); None where they lie as they came.
 
     Raises:
@@ -73,30 +73,30 @@ def read_order(pack: Path, entry: LayerEntry) -> Order | None:
 
 
 def _check(pack: Path, manifest: Manifest, orders: Sequence[Order]) -> None:
-    if len(orders) != len(manifest.layers):
-        raise PackError(f"{len(manifest.layers)} layers need as many orders, got {len(orders)}")
-    for entry, order in zip(manifest.layers, orders, strict=True):
+    if len(orders) != len(manifest.ffns):
+        raise PackError(f"{len(manifest.ffns)} layers need as many orders, got {len(orders)}")
+    for entry, order in zip(manifest.ffns, orders, strict=True):
         if not np.array_equal(np.sort(order), np.arange(entry.num_rows)):
             raise PackError(f"the order of {entry.module} is no permutation of its {entry.num_rows} rows")
-    needed = max(manifest.layout(index).file_bytes for index in range(len(orders))) + SPARE_BYTES
+    needed = max(entry.layout.file_bytes for entry in manifest.ffns) + SPARE_BYTES
     check_room(pack, needed, what="the copy of a layer that ordering its rows takes")
 
 
 def _reorder_layer(pack: Path, manifest: Manifest, index: int, order: Order) -> Manifest:
-    entry, layout = manifest.layers[index], manifest.layout(index)
+    entry = manifest.ffns[index]
+    layout = entry.layout
     before = read_order(pack, entry)
     neurons = (order if before is None else before[order]).astype("<i4").tobytes()
     mark = xxhash.xxh3_64_hexdigest(neurons)
     target = entry.model_copy(update={"file": f"layer-{index:05d}.{mark[:8]}.rows", "order_checksum": mark})
     if target.file == entry.file:
         return manifest
-    checksums = _write_rows(layer_path(pack, entry), layer_path(pack, target), layout, order, entry.checksums)
+    checksums = _write_rows(unit_path(pack, entry), unit_path(pack, target), layout, order, entry.checksums)
     write_small_file(order_path(pack, target), neurons)
-    layers = list(manifest.layers)
-    layers[index] = target.model_copy(update={"checksums": checksums})
-    changed = manifest.model_copy(update={"layers": tuple(layers)})
+    written = target.model_copy(update={"checksums": checksums})
+    changed = manifest.with_units(tuple(written if each is entry else each for each in manifest.units))
     write_manifest(pack, changed)
-    layer_path(pack, entry).unlink(missing_ok=True)
+    unit_path(pack, entry).unlink(missing_ok=True)
     if entry.order_checksum is not None:
         order_path(pack, entry).unlink(missing_ok=True)
     return changed
@@ -135,8 +135,8 @@ def _write_rows(
 
 def remove_strays(pack: Path, manifest: Manifest) -> None:
     """Remove layer files that the manifest does not name: what an ordering that was stopped left behind."""
-    known = {entry.file for entry in manifest.layers}
-    known |= {order_path(pack, entry).name for entry in manifest.layers}
+    known = {entry.file for entry in manifest.ffns}
+    known |= {order_path(pack, entry).name for entry in manifest.ffns}
     for path in (pack / FLASH_DIR).glob("layer-*"):
         if path.name not in known and path.suffix in (".rows", ".order"):
             path.unlink(missing_ok=True)

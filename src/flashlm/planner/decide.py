@@ -7,16 +7,14 @@ nothing of running models; `engine/runtime.py` carries the decision out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flashlm.errors import ConfigError
-from flashlm.memory.budget import Needs, Placement, place, place_sparse
-from flashlm.memory.expert_budget import ExpertUse, is_close_to_floor, place_experts
+from flashlm.errors import BudgetError, ConfigError
+from flashlm.memory.budget import Needs, Placement, is_close_to_floor, place
 from flashlm.memory.expert_policy import CachePolicy, make_policy
 from flashlm.memory.needs import DEFAULT_CONTEXT
 from flashlm.planner.choices import ResolvedMode
-from flashlm.planner.expert_estimate import EXPERT_READS
+from flashlm.planner.estimate import EXPERT_READS
 from flashlm.planner.plan import STREAM_QUEUE_DEPTH, cheapest
 from flashlm.planner.rates import Rates
 from flashlm.planner.settings import Settings
@@ -50,13 +48,19 @@ class Decision:
 
 
 def decide(
-    shape: ModelShape, settings: Settings, rates: Rates | None, *, needs: Needs, default_dram_bytes: int
+    shape: ModelShape,
+    settings: Settings,
+    rates: Rates | None,
+    *,
+    needs: Needs,
+    default_dram_bytes: int,
+    routing: Routing | None = None,
 ) -> Decision:
-    """Return how a model of feed-forward layers runs.
+    """Return how a model runs.
 
-    With rates the cheapest way by the cost model is taken, within what the settings leave open. Without, `auto` is
-    `hybrid`, which is exact and never slower than `naive`, unless the model does not fit and a calibration has met its
-    error budget. A plan's reads go before both.
+    A mixture of experts has one mode. Of the others, with rates the cheapest way by the cost model is taken, within what
+    the settings leave open. Without, `auto` is `hybrid`, which is exact and never slower than `naive`, unless the model does
+    not fit and a calibration has met its error budget. A plan's reads go before both.
 
     Args:
         shape: The model, with what its calibration says.
@@ -64,15 +68,18 @@ def decide(
         rates: What the pack's device and the machine can do; None where that is not known.
         needs: What the process must hold beside what is placed, at the settings' context and without predictors.
         default_dram_bytes: The budget where the settings state none.
+        routing: How a calibration's text used experts; None without one.
 
     Raises:
         BudgetError: It does not fit; it says what is needed and for what.
-        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known, or mode `experts`.
+        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known, or policy `pinned` without a calibration.
     """
     dram_bytes = settings.dram_bytes or default_dram_bytes
+    if shape.experts:
+        return _decide_experts(shape, settings, needs, dram_bytes, routing)
     planned = settings.reads
     placement = place(
-        shape.layouts,
+        shape.units,
         needs,
         dram_bytes,
         max_pinned_bytes=settings.max_pinned_bytes,
@@ -93,7 +100,12 @@ def decide(
         if shape.sparse is None:
             raise ConfigError(f"mode='sparse': nothing is known of the sparsity of {shape.name}; calibrate it first")
         with_predictors = replace(needs, predictor_bytes=shape.sparse.predictor_bytes)
-        placement = place_sparse(shape.layouts, shape.sparse.uses, with_predictors, dram_bytes)
+        try:
+            placement = place(shape.units, with_predictors, dram_bytes, uses=shape.sparse.uses)
+        except BudgetError:
+            if settings.mode == "sparse":
+                raise
+            mode = "hybrid"  # which needs less
     return Decision(
         mode=mode,
         context=settings.context or DEFAULT_CONTEXT,
@@ -105,31 +117,13 @@ def decide(
     )
 
 
-def decide_experts(
-    uses: Sequence[ExpertUse],
-    settings: Settings,
-    *,
-    needs: Needs,
-    default_dram_bytes: int,
-    routing: Routing | None,
+def _decide_experts(
+    shape: ModelShape, settings: Settings, needs: Needs, dram_bytes: int, routing: Routing | None
 ) -> Decision:
-    """Return how a mixture of experts runs: one mode, as many experts as fit, and what its calibration found best.
-
-    Args:
-        uses: The layers of experts.
-        settings: What the user chose.
-        needs: What the process must hold beside experts, at the settings' context.
-        default_dram_bytes: The budget where the settings state none.
-        routing: What a calibration saw; None without one.
-
-    Raises:
-        BudgetError: Not even one token's experts fit.
-        ConfigError: Policy `pinned` without a calibration.
-    """
-    dram_bytes = settings.dram_bytes or default_dram_bytes
-    placement = place_experts(uses, needs, dram_bytes, max_cache_bytes=settings.pin_bytes)
-    capacities = placement.experts or ()
-    num_held, num_experts = sum(capacities), sum(use.num_experts for use in uses)
+    """Return how a mixture of experts runs: as many experts as fit, and what its calibration found best for the cache."""
+    placement = place(shape.units, needs, dram_bytes, max_pinned_bytes=settings.max_pinned_bytes)
+    num_held, num_experts = sum(placement.experts), sum(unit.num_blocks for unit in shape.experts)
+    num_active = [unit.num_active for unit in shape.experts]
     name = settings.expert_policy
     if name == "auto":
         name = "lru" if routing is None else routing.best_policy(num_held / num_experts)
@@ -137,10 +131,10 @@ def decide_experts(
     notes = []
     if settings.expert_policy != "auto" and num_held == num_experts:
         notes.append(f"expert_policy={settings.expert_policy} has no effect: all experts are held")
-    if is_close_to_floor(uses, placement):
+    if is_close_to_floor(shape.units, placement):
         notes.append(
-            f"the expert cache holds {num_held} experts, a token uses {sum(use.num_active for use in uses)}: next to"
-            " nothing will be found in it; raise dram"
+            f"the expert cache holds {num_held} experts, a token uses {sum(num_active)}: next to nothing will be found in"
+            " it; raise dram"
         )
     planned = settings.reads
     return Decision(
@@ -149,7 +143,7 @@ def decide_experts(
         placement=placement,
         piece_bytes=EXPERT_READS.piece_bytes if planned is None else planned.piece_bytes,
         queue_depth=EXPERT_READS.queue_depth if planned is None else planned.queue_depth,
-        policy=make_policy(name, capacities, [use.num_active for use in uses], counts),
+        policy=make_policy(name, placement.experts, num_active, counts),
         notes=tuple(notes),
     )
 

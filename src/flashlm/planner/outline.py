@@ -5,40 +5,37 @@ Imports no transformers: the quantizer reads plans, and is imported in the midst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from itertools import groupby
 
 from flashlm.pack.manifest import Manifest
-from flashlm.rows.layout import LayerLayout
+from flashlm.pack.units import Unit
 
 
-def outline(model_type: str, layers: Sequence[tuple[LayerLayout, int | None]]) -> str:
-    """Return model type, dtype and streamed layers in words that differ where any of these do.
+def outline(model_type: str, units: Iterable[Unit]) -> str:
+    """Return model type, dtype and streamed units in words that differ where any of these do.
 
     Args:
         model_type: The transformers model type.
-        layers: Of each its geometry, and how many of its blocks are active experts of a token; None where it has none.
+        units: What is streamed, in forward order.
     """
-    groups = []
-    for (layout, num_active), alike in groupby(layers, key=_geometry_of):
-        rows = f"{layout.num_rows} rows"
-        if num_active is not None:
-            rows = f"{layout.num_blocks} experts ({num_active} active) of {layout.block_rows} rows"
-        groups.append(f"{len(list(alike))} layers of {rows} of {layout.num_parts} x {layout.hidden_size}")
-    return f"{model_type}, {layers[0][0].dtype}, " + ", ".join(groups)
+    units = list(units)
+    main = groupby(_words(unit) for unit in units if unit.kind != "linear")
+    linears = groupby(sorted(_words(unit) for unit in units if unit.kind == "linear"))
+    groups = [f"{len(list(alike))} {words}" for words, alike in (*main, *linears)]
+    return f"{model_type}, {units[0].layout.dtype}, " + ", ".join(groups)
 
 
-def _geometry_of(layer: tuple[LayerLayout, int | None]) -> tuple[LayerLayout, int | None]:
-    """Return a layer without how its rows are cut into blocks, which a conversion may choose; experts are blocks."""
-    layout, num_active = layer
-    return (layout if num_active is not None else replace(layout, block_rows=1)), num_active
+def _words(unit: Unit) -> str:
+    layout = unit.layout
+    if unit.kind == "linear":
+        return f"linear layers of {layout.num_rows} x {layout.hidden_size}"
+    rows = f"{layout.num_rows} rows"
+    if unit.kind == "experts":
+        rows = f"{unit.num_blocks} experts ({unit.num_active} active) of {layout.block_rows} rows"
+    return f"layers of {rows} of {layout.num_parts} x {layout.hidden_size}"
 
 
 def outline_of_pack(manifest: Manifest) -> str:
     """Return the outline that the shape of a pack has, without building its model."""
-    layers: list[tuple[LayerLayout, int | None]] = [
-        (manifest.layout(layer), None) for layer in range(len(manifest.layers))
-    ]
-    layers += [(manifest.experts_layout(index), entry.num_active) for index, entry in enumerate(manifest.experts)]
-    return outline(manifest.model_type, layers)
+    return outline(manifest.model_type, (entry.unit for entry in manifest.units))

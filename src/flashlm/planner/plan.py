@@ -2,7 +2,7 @@
 
 Candidates are costed with `estimate`, not chosen by rule; what the engine can do and what is allowed bound the search.
 `naive` is never better than `hybrid` and is planned only where it is asked for. Mode `sparse` is a candidate where a
-calibration has met its error budget, or where it is asked for.
+calibration has met its error budget, or where it is asked for. A mixture of experts has one mode, `experts`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flashlm.errors import BudgetError, ConfigError
-from flashlm.memory.budget import Needs, Placement, place, place_sparse
-from flashlm.memory.expert_budget import place_experts
-from flashlm.memory.expert_needs import measure_expert_needs
+from flashlm.memory.budget import Needs, Placement, place
 from flashlm.memory.needs import DEFAULT_CONTEXT, measure_needs
+from flashlm.pack.units import dense_units
 from flashlm.planner.bottleneck import would_help
 from flashlm.planner.choices import ResolvedMode
 from flashlm.planner.cost import TokenCost
-from flashlm.planner.estimate import DenseUse, dense_use, exact_token, prompt_s, sparse_token
-from flashlm.planner.expert_plan import make_expert_plan
-from flashlm.planner.expert_shape import ExpertShape
+from flashlm.planner.estimate import EXPERT_READS, DenseUse, dense_use, exact_token, hit_share, prompt_s, sparse_token
 from flashlm.planner.plan_document import Plan
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape
@@ -63,11 +60,11 @@ class Candidate:
 
 def model_needs(shape: ModelShape, context: int) -> Needs:
     """Return what the model must hold before anything is pinned, predictors aside, in a process like this one."""
-    return measure_needs(shape.config, shape.layouts, resident_bytes=shape.resident_bytes, context=context)
+    return measure_needs(shape.config, shape.units, resident_bytes=shape.resident_bytes, context=context)
 
 
 def make_plan(
-    shape: ModelShape | ExpertShape,
+    shape: ModelShape,
     rates: Rates,
     dram_bytes: int,
     *,
@@ -89,8 +86,6 @@ def make_plan(
     """
     context = context or DEFAULT_CONTEXT
     check_mode(shape, mode)
-    if isinstance(shape, ExpertShape):
-        return make_expert_plan(shape, rates, dram_bytes, context, min(PROMPT_TOKENS, context))
     needs = model_needs(shape, context)
     best = cheapest(shape, rates, dram_bytes, mode, needs)
     num_tokens = min(PROMPT_TOKENS, context)
@@ -103,6 +98,7 @@ def make_plan(
         is_exact=best.mode != "sparse",
         max_gap=best.max_gap,
         window=_window(shape, best.placement),
+        hit_share=hit_share(shape, best.cost, best.placement),
         staging_bytes=best.placement.staging_bytes,
         piece_bytes=best.reads.piece_bytes,
         queue_depth=best.reads.queue_depth,
@@ -127,13 +123,13 @@ def make_plan(
     )
 
 
-def check_mode(shape: ModelShape | ExpertShape, mode: str) -> None:
+def check_mode(shape: ModelShape, mode: str) -> None:
     """Refuse a mode that is not the model's.
 
     Raises:
         ConfigError: Why not.
     """
-    if isinstance(shape, ExpertShape):
+    if shape.experts:
         if mode not in ("auto", "experts"):
             raise ConfigError(f"mode={mode!r}: {shape.name} is a mixture of experts; leave mode out, or choose experts")
     elif mode == "experts":
@@ -142,19 +138,14 @@ def check_mode(shape: ModelShape | ExpertShape, mode: str) -> None:
         raise ConfigError(f"nothing is known of the sparsity of {shape.name}: convert it and run `flashlm calibrate`")
 
 
-def check_fits(shape: ModelShape | ExpertShape, dram_bytes: int, context: int | None) -> None:
+def check_fits(shape: ModelShape, dram_bytes: int, context: int | None) -> None:
     """Refuse a budget in which no mode has room. Needs no machine's rates.
 
     Raises:
         BudgetError: It says what is needed and for what.
     """
     context = context or DEFAULT_CONTEXT
-    if isinstance(shape, ExpertShape):
-        place_experts(
-            shape.uses, measure_expert_needs(shape.config, shape.uses, shape.resident_bytes, context), dram_bytes
-        )
-    else:
-        place(shape.layouts, model_needs(shape, context), dram_bytes, max_pinned_bytes=0)
+    place(shape.units, model_needs(shape, context), dram_bytes, max_pinned_bytes=0)
 
 
 def cheapest(shape: ModelShape, rates: Rates, dram_bytes: int, mode: str, needs: Needs) -> Candidate:
@@ -180,6 +171,11 @@ def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, mode: str, need
         BudgetError: None fits.
     """
     use = dense_use(shape)
+    if shape.experts:
+        placement = place(shape.units, needs, dram_bytes)
+        cost = exact_token(shape, placement, rates, use, reads_ahead=True)
+        yield Candidate(mode="experts", max_gap=0, placement=placement, cost=cost, reads=EXPERT_READS)
+        return
     if mode in ("auto", "hybrid", "naive"):
         exact = list(_exact(shape, rates, dram_bytes, needs, use, mode))
         yield from exact
@@ -190,15 +186,14 @@ def candidates(shape: ModelShape, rates: Rates, dram_bytes: int, mode: str, need
         return
     try:
         with_predictors = replace(needs, predictor_bytes=sparse.predictor_bytes)
-        placement = place_sparse(shape.layouts, sparse.uses, with_predictors, dram_bytes)
+        placement = place(shape.units, with_predictors, dram_bytes, uses=sparse.uses)
     except BudgetError:
         if mode == "sparse":
             raise
         return  # hybrid needs less
-    assert placement.cache is not None
     reads = row_reads(rates, max(layout.row_stride_bytes for layout in shape.layouts))
     for max_gap in GAPS:
-        cost = sparse_token(shape, sparse, placement.cache, rates, max_gap=max_gap)
+        cost = sparse_token(shape, sparse, placement, rates, max_gap=max_gap)
         yield Candidate(mode="sparse", max_gap=max_gap, placement=placement, cost=cost, reads=reads)
 
 
@@ -206,15 +201,15 @@ def _exact(
     shape: ModelShape, rates: Rates, dram_bytes: int, needs: Needs, use: DenseUse, mode: str
 ) -> Iterator[Candidate]:
     """Yield `hybrid` with every staging worth trying, or `naive`."""
-    slot_bytes = max(layout.block_stride_bytes for layout in shape.layouts)
+    slot_bytes = max(unit.layout.block_stride_bytes for unit in dense_units(shape.units))
     reads = stream_reads(rates)
     if mode == "naive":
-        placement = place(shape.layouts, needs, dram_bytes, max_pinned_bytes=0)
+        placement = place(shape.units, needs, dram_bytes, max_pinned_bytes=0)
         cost = exact_token(shape, placement, rates, use, reads_ahead=False)
         yield Candidate(mode="naive", max_gap=0, placement=placement, cost=cost, reads=reads)
         return
     for num_slots in STAGING_SLOTS:
-        placement = place(shape.layouts, needs, dram_bytes, staging_bytes=num_slots * slot_bytes)
+        placement = place(shape.units, needs, dram_bytes, staging_bytes=num_slots * slot_bytes)
         cost = exact_token(shape, placement, rates, use, reads_ahead=True)
         yield Candidate(mode="hybrid", max_gap=0, placement=placement, cost=cost, reads=reads)
 
@@ -244,7 +239,7 @@ def _clearly_better(default: ReadSetting, alike: Sequence[ReadSetting], others: 
 
 
 def _window(shape: ModelShape, placement: Placement) -> int:
-    if placement.cache is None or shape.sparse is None:
+    if not placement.rows or shape.sparse is None:
         return 0
-    pairs = zip(shape.sparse.uses, placement.cache, strict=True)
+    pairs = zip(shape.sparse.uses, placement.rows, strict=True)
     return int(statistics.median_low(use.window(capacity.num_slots) for use, capacity in pairs))

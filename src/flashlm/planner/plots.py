@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashlm.errors import BudgetError, ConfigError, StorageError
-from flashlm.planner.expert_shape import ExpertShape
 from flashlm.planner.plan import make_plan
 from flashlm.planner.plan_document import Plan
 from flashlm.planner.rates import Rates
@@ -79,7 +78,7 @@ def plot_reads(profile: DeviceProfile, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_latency(shape: ModelShape | ExpertShape, rates: Rates, context: int | None, path: Path) -> None:
+def plot_latency(shape: ModelShape, rates: Rates, context: int | None, path: Path) -> None:
     """Draw the predicted time of a token over DRAM, from the floor to where everything fits, per mode.
 
     Raises:
@@ -106,9 +105,9 @@ def plot_latency(shape: ModelShape | ExpertShape, rates: Rates, context: int | N
     _save(figure, path)
 
 
-def _curves(shape: ModelShape | ExpertShape) -> list[tuple[str, str, str]]:
+def _curves(shape: ModelShape) -> list[tuple[str, str, str]]:
     """Return (mode, label, color) of what can be drawn."""
-    if isinstance(shape, ExpertShape):
+    if shape.experts:
         return [("experts", f"experts, exact ({shape.hits.origin})", "#3b6ea8")]
     curves = [("hybrid", "hybrid, exact", "#3b6ea8")]
     if shape.sparse is not None:
@@ -116,8 +115,8 @@ def _curves(shape: ModelShape | ExpertShape) -> list[tuple[str, str, str]]:
     return curves
 
 
-def _floor_bytes(shape: ModelShape | ExpertShape, rates: Rates, context: int | None) -> int:
-    mode = "experts" if isinstance(shape, ExpertShape) else "hybrid"
+def _floor_bytes(shape: ModelShape, rates: Rates, context: int | None) -> int:
+    mode = "experts" if shape.experts else "hybrid"
     try:
         make_plan(shape, rates, 1, context=context, mode=mode)
     except BudgetError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flashlm.memory.cache_plan import LayerUse
-from flashlm.planner.expert_shape import ExpertShape
 from flashlm.planner.shape import RELU_NAMES, ModelShape, SparseShape
 from flashlm.sparsity.presets import paper_preset
 
@@ -15,11 +14,9 @@ USE_CURVE = (0.1226, 0.162, 0.1922, 0.2175, 0.2396, 0.2593, 0.2771, 0.2934, 0.30
 ACTIVE_OF_PREDICTED = 0.29
 
 
-def assume_sparsity(shape: ModelShape | ExpertShape) -> ModelShape | ExpertShape:
+def assume_sparsity(shape: ModelShape) -> ModelShape:
     """Return the shape with the published sparsity, where its activation has exact zeros and nothing better is known."""
-    if isinstance(shape, ExpertShape):
-        return shape
-    if shape.sparse is not None or shape.activation not in RELU_NAMES:
+    if shape.experts or shape.sparse is not None or shape.activation not in RELU_NAMES:
         return shape
     preset = paper_preset(shape.model_type)
     num_layers = len(shape.layouts)

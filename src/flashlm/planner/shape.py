@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,17 @@ from transformers import PreTrainedModel
 
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
-from flashlm.memory.expert_needs import expert_uses
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
-from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, resident_bytes, uses_of_layers
+from flashlm.pack.units import Unit, of_kind
 from flashlm.planner.outline import outline
-from flashlm.rows.layout import DTYPE_BYTES, LayerLayout, canonical_dtype, choose_block_rows
+from flashlm.rows.layout import DTYPE_BYTES, LayerLayout, canonical_dtype
 from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
 from flashlm.structure import activations
-from flashlm.structure.experts import ExpertLayer, find_expert_layers
-from flashlm.structure.families import FfnLayer, build_meta_model, find_ffn_layers
+from flashlm.structure.families import FfnLayer, build_meta_model
+from flashlm.structure.find_units import FoundUnit, LinearLayer, find_units
 from flashlm.structure.model_config import load_config, load_pack_config
+from flashlm.structure.unit_layouts import choose_layouts, streamed_names
 from flashlm.transformers_seam import Conv1D
 
 CONFIG_NAME = "config.json"
@@ -52,37 +54,77 @@ class SparseShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HitCurve:
+    """The share of a token's experts that the cache has, over the share of all experts that it holds.
+
+    Attributes:
+        points: (share held, share found), ascending; between them, and to (0, 0) and (1, 1), the line. None at all is
+            uniform routing: every expert is as likely as any other, whatever came before.
+        origin: Where it comes from.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    origin: str
+
+    def hit_share(self, held_share: float) -> float:
+        """Return the share that is found where `held_share` of the experts are held."""
+        line = [(0.0, 0.0), *self.points, (1.0, 1.0)]
+        for (low, low_hits), (high, high_hits) in pairwise(line):
+            if low <= held_share <= high and high > low:
+                return low_hits + (held_share - low) / (high - low) * (high_hits - low_hits)
+        return 1.0
+
+
+UNIFORM = HitCurve(origin="ASSUMED uniform: as many found as are held")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A model as the cost model sees it.
 
     Attributes:
         name: Where it comes from, as it was given.
         model_type: The transformers model type.
-        activation: The FFN's, by its name in `ACT2FN`.
+        activation: That of its feed-forward layers or experts, by its name in `ACT2FN`.
         config: Its transformers config.
-        layouts: The streamed layers.
+        units: What is streamed, in forward order.
         resident_bytes: Weights that stay in DRAM.
-        matrix_bytes: Of these, what every token multiplies with; an embedding table that is only looked up is not.
-        num_matrices: Linear layers that these make.
+        matrix_bytes: Linear layers that every token is multiplied with, streamed or not, but for feed-forward layers and
+            experts that are streamed as such; an embedding table that is only looked up is not.
+        num_matrices: How many these are.
+        num_layers: Decoder layers.
         is_pack: Whether it is converted already.
         sparse: What is known of its sparsity; None where nothing is.
+        hits: How often a cache of experts has one.
     """
 
     name: str
     model_type: str
     activation: str
     config: Any
-    layouts: tuple[LayerLayout, ...]
+    units: tuple[Unit, ...]
     resident_bytes: int
     matrix_bytes: int
     is_pack: bool
     num_matrices: int = 0
+    num_layers: int
     sparse: SparseShape | None = None
+    hits: HitCurve = UNIFORM
 
     @property
     def dtype(self) -> str:
         """Element type of the pack, a key of `DTYPE_BYTES`."""
-        return self.layouts[0].dtype
+        return self.units[0].layout.dtype
+
+    @property
+    def layouts(self) -> tuple[LayerLayout, ...]:
+        """Geometry of the streamed feed-forward layers."""
+        return tuple(unit.layout for unit in of_kind(self.units, "ffn"))
+
+    @property
+    def experts(self) -> tuple[Unit, ...]:
+        """The layers of experts."""
+        return tuple(of_kind(self.units, "experts"))
 
     @property
     def output_bytes(self) -> int:
@@ -92,13 +134,13 @@ class ModelShape:
 
     @property
     def outline(self) -> str:
-        """Model type, dtype and streamed layers, in words that differ where any of these do."""
-        return outline(self.model_type, [(layout, None) for layout in self.layouts])
+        """Model type, dtype and streamed units, in words that differ where any of these do."""
+        return outline(self.model_type, self.units)
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes of all layer files."""
-        return sum(layout.file_bytes for layout in self.layouts)
+        """Bytes of all units' files."""
+        return sum(unit.layout.file_bytes for unit in self.units)
 
     @property
     def total_bytes(self) -> int:
@@ -106,7 +148,7 @@ class ModelShape:
         return self.resident_bytes + self.streamed_bytes
 
 
-def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bool = False) -> ModelShape | ExpertShape:
+def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bool = False) -> ModelShape:
     """Return the shape of a pack, a model folder, a config.json, or a model on the hub (its config only).
 
     Args:
@@ -125,69 +167,50 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
     config = _read_config(source, trust_remote_code)
     dtype = canonical_dtype(dtype)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    if experts := find_expert_layers(model):
-        return _expert_shape(str(source), model, experts, dtype)
-    layers = find_ffn_layers(model)
-    largest = max(layers, key=lambda layer: layer.num_rows)
-    block_rows = choose_block_rows(
-        hidden_size=largest.hidden_size, num_rows=largest.num_rows, has_gate=largest.has_gate, dtype=dtype
-    )
-    layouts = tuple(
-        LayerLayout(
-            hidden_size=layer.hidden_size,
-            num_rows=layer.num_rows,
-            has_gate=layer.has_gate,
-            dtype=dtype,
-            block_rows=block_rows,
-        )
-        for layer in layers
-    )
-    streamed = _streamed_names(layers)
-    matrices = _matrices(model, streamed)
+    found = find_units(model, dtype_bytes=DTYPE_BYTES[dtype])
+    streamed = {name for each in found for name in streamed_names(each)}
+    matrices = _matrices(model, _replaced(found))
     resident = sum(p.numel() for name, p in model.named_parameters() if name not in streamed)
     return ModelShape(
         name=str(source),
         model_type=config.model_type,
-        activation=largest.activation,
+        activation=_activation(found),
         config=config,
-        layouts=layouts,
+        units=choose_layouts(found, dtype),
         resident_bytes=resident * DTYPE_BYTES[dtype],
         matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[dtype],
         num_matrices=len(matrices),
+        num_layers=_num_layers(config),
         is_pack=False,
     )
 
 
-def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape | ExpertShape:
+def _activation(found: Iterable[FoundUnit]) -> str:
+    return next(each.activation for each in found if not isinstance(each, LinearLayer))
+
+
+def _replaced(found: Iterable[FoundUnit]) -> set[str]:
+    """Return the names of weights that streamed feed-forward layers take the place of."""
+    return {name for each in found if isinstance(each, FfnLayer) for name in streamed_names(each)}
+
+
+def _num_layers(config: Any) -> int:
+    return int(config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape:
     manifest = read_manifest(pack)
     config: Any = load_pack_config(pack, manifest, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    if manifest.experts:
-        return _expert_pack_shape(pack, model, manifest)
     return shape_of_model(model, pack, manifest, _pack_sparsity(pack, manifest))
-
-
-def _expert_shape(name: str, model: PreTrainedModel, layers: tuple[ExpertLayer, ...], dtype: str) -> ExpertShape:
-    matrices = _matrices(model, set())
-    return ExpertShape(
-        name=name,
-        model_type=model.config.model_type,
-        config=model.config,
-        uses=uses_of_layers(layers, dtype),
-        resident_bytes=resident_bytes(sum(p.numel() for p in model.parameters()), layers, dtype),
-        matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[dtype],
-        num_matrices=len(matrices),
-        num_layers=int(model.config.get_text_config(decoder=True).num_hidden_layers),
-        is_pack=False,
-    )
 
 
 def _pack_hits(pack: Path, manifest: Manifest) -> HitCurve:
     """Return how often the expert cache has an expert, as the pack's routing calibration found; else as assumed."""
     try:
-        routing = read_routing(pack, manifest)
+        routing = read_routing(pack, manifest) if manifest.experts else None
     except PackError:
         return UNIFORM
     if routing is None or not routing.replays:
@@ -198,46 +221,32 @@ def _pack_hits(pack: Path, manifest: Manifest) -> HitCurve:
     )
 
 
-def _expert_pack_shape(pack: Path, model: PreTrainedModel, manifest: Manifest) -> ExpertShape:
-    matrices = _matrices(model, set())
-    return ExpertShape(
-        name=str(pack),
-        model_type=manifest.model_type,
-        config=model.config,
-        uses=tuple(expert_uses(manifest)),
-        resident_bytes=manifest.resident.num_bytes,
-        matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[manifest.dtype],
-        num_matrices=len(matrices),
-        num_layers=int(model.config.get_text_config(decoder=True).num_hidden_layers),
-        is_pack=True,
-        hits=_pack_hits(pack, manifest),
-    )
-
-
 def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, sparse: SparseShape | None) -> ModelShape:
     """Return the shape of a pack whose model has been built, its feed-forward layers still in place."""
     # By the manifest, not by looking for FFNs again: that needs weights, and here they may be on the meta device.
-    replaced = tuple(f"{name}." for entry in manifest.layers for name in (entry.module, *entry.identities))
+    replaced = tuple(f"{name}." for entry in manifest.ffns for name in (entry.module, *entry.identities))
     streamed = {name for name, _ in model.named_parameters() if name.startswith(replaced)}
     matrices = _matrices(model, streamed)
     return ModelShape(
         name=str(pack),
         model_type=manifest.model_type,
-        activation=manifest.activation,
+        activation=manifest.main.activation,
         config=model.config,
-        layouts=tuple(manifest.layout(layer) for layer in range(len(manifest.layers))),
+        units=tuple(entry.unit for entry in manifest.units),
         resident_bytes=manifest.resident.num_bytes,
         matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[manifest.dtype],
         num_matrices=len(matrices),
+        num_layers=_num_layers(model.config),
         is_pack=True,
         sparse=sparse,
+        hits=_pack_hits(pack, manifest),
     )
 
 
 def _pack_sparsity(pack: Path, manifest: Manifest) -> SparseShape | None:
     """Return what the pack's calibration says; None without one that can be used."""
     try:
-        sparsity = read_sparsity(pack, manifest)
+        sparsity = read_sparsity(pack, manifest) if manifest.ffns else None
     except PackError:
         return None
     if sparsity is None or not sparsity.has_predictors:
@@ -255,7 +264,7 @@ def sparse_shape(sparsity: Sparsity, manifest: Manifest, predictor_bytes: int) -
     return SparseShape(
         uses=tuple(
             LayerUse(num_rows=entry.num_rows, use_curve=layer.use_curve)
-            for entry, layer in zip(manifest.layers, sparsity.layers, strict=True)
+            for entry, layer in zip(manifest.ffns, sparsity.layers, strict=True)
         ),
         active_shares=tuple(recalled),
         predictor_bytes=predictor_bytes,
@@ -290,12 +299,8 @@ def _fetch_config(source: str, trust_remote_code: bool) -> Path:
         raise ConfigError(f"{source} is neither local nor a model whose config the hub gives: {reason}") from error
 
 
-def _streamed_names(layers: tuple[FfnLayer, ...]) -> set[str]:
-    return {source.name for layer in layers for source in (*layer.parts, *layer.biases.values())}
-
-
 def _matrices(model: PreTrainedModel, streamed: set[str]) -> list[torch.Tensor]:
-    """Return the weights of resident linear layers: a tied output layer counts, a table of embeddings does not."""
+    """Return the weights of linear layers: a tied output layer counts, a table of embeddings does not."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         module.weight

@@ -1,14 +1,16 @@
-"""Where every neuron of a streamed layer lies in its file: the paper's row-column bundles (§3.2), cut into blocks.
+"""Where every row of a streamed unit lies in its file, cut into blocks: the paper's row-column bundles (§3.2), or a matrix.
 
-Row *i* of a layer is `[gate_i | up_i | down_:,i]` (no gate where the FFN has none), each part `hidden_size` elements.
-Rows are padded to `ROW_ALIGN_BYTES`; `block_rows` rows make a block, which starts on `BLOCK_ALIGN_BYTES`. The block is
-the unit of streaming, pinning, computing and checksums, so none of these depends on the memory budget. In a
-mixture-of-experts layer a block is an expert. Pure arithmetic: this module knows neither files nor tensors.
+Row *i* of a feed-forward layer is `[gate_i | up_i | down_:,i]` (no gate where it has none), each part `hidden_size`
+elements; row *i* of a linear layer is row *i* of its matrix. `block_rows` rows make a block, which starts on
+`BLOCK_ALIGN_BYTES`. The block is what is streamed, pinned, computed with and has a checksum, so none of these depends on
+the memory budget. In a layer of experts a block is an expert. Pure arithmetic: this module knows neither files nor tensors.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from flashlm.errors import ConfigError
 
@@ -42,6 +44,17 @@ def canonical_dtype(dtype: str) -> str:
     return DTYPE_NAMES[dtype]
 
 
+Part = Literal["gate", "up", "down", "weight"]
+GATED: tuple[Part, ...] = ("gate", "up", "down")
+UNGATED: tuple[Part, ...] = ("up", "down")
+MATRIX: tuple[Part, ...] = ("weight",)
+
+
+def ffn_parts(*, has_gate: bool) -> tuple[Part, ...]:
+    """Return the parts of a feed-forward layer's rows."""
+    return GATED if has_gate else UNGATED
+
+
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
@@ -49,26 +62,36 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLayout:
-    """The geometry of one streamed layer file.
+    """The geometry of one streamed file.
 
     Attributes:
-        hidden_size: Elements of each part of a row (d_model).
-        num_rows: Neurons of the layer (d_ffn).
-        has_gate: Whether a row starts with a gate part.
+        hidden_size: Elements of each part of a row: d_model, or a linear layer's inputs.
+        num_rows: Neurons of a feed-forward layer (d_ffn), or a linear layer's outputs.
+        parts: What a row is made of: `GATED`, `UNGATED` or `MATRIX`.
         dtype: Element type of the rows, a key of `DTYPE_BYTES`.
         block_rows: Rows per block (the last block may hold fewer).
     """
 
     hidden_size: int
     num_rows: int
-    has_gate: bool
+    parts: tuple[Part, ...]
     dtype: str
     block_rows: int
 
     @property
     def num_parts(self) -> int:
-        """Parts of a row: 3 with a gate, else 2."""
-        return 3 if self.has_gate else 2
+        """Parts of a row."""
+        return len(self.parts)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether a row starts with a gate part."""
+        return self.parts == GATED
+
+    @property
+    def row_align_bytes(self) -> int:
+        """What rows are padded to: those of a matrix to nothing, so that it lies in memory as others expect it."""
+        return DTYPE_BYTES[self.dtype] if self.parts == MATRIX else ROW_ALIGN_BYTES
 
     @property
     def row_bytes(self) -> int:
@@ -78,7 +101,7 @@ class LayerLayout:
     @property
     def row_stride_bytes(self) -> int:
         """Bytes from one row to the next."""
-        return round_up(self.row_bytes, ROW_ALIGN_BYTES)
+        return round_up(self.row_bytes, self.row_align_bytes)
 
     @property
     def block_stride_bytes(self) -> int:
@@ -119,10 +142,27 @@ class LayerLayout:
 
 def choose_block_rows(*, hidden_size: int, num_rows: int, has_gate: bool, dtype: str) -> int:
     """Return the rows per block: about 4 MiB for large layers, finer for small ones, a multiple of `ROWS_PER_STEP`."""
-    parts = 3 if has_gate else 2
-    row_stride_bytes = round_up(parts * hidden_size * DTYPE_BYTES[dtype], ROW_ALIGN_BYTES)
+    num_parts = len(ffn_parts(has_gate=has_gate))
+    row_stride_bytes = round_up(num_parts * hidden_size * DTYPE_BYTES[dtype], ROW_ALIGN_BYTES)
     target_bytes = num_rows * row_stride_bytes // BLOCKS_PER_LAYER
     target_bytes = min(max(target_bytes, MIN_BLOCK_BYTES), MAX_BLOCK_BYTES)
     rows = max(target_bytes // row_stride_bytes, 1)
     rows = max(rows // ROWS_PER_STEP, 1) * ROWS_PER_STEP
     return min(rows, round_up(num_rows, ROWS_PER_STEP))
+
+
+def matrix_row_step(row_bytes: int) -> int:
+    """Return what the rows per block of a matrix are a multiple of, so that its blocks join in memory without padding."""
+    return math.lcm(ROWS_PER_STEP, BLOCK_ALIGN_BYTES // math.gcd(row_bytes, BLOCK_ALIGN_BYTES))
+
+
+def choose_matrix_rows(*, num_rows: int, row_bytes: int, block_bytes: int) -> int:
+    """Return the rows per block of a matrix.
+
+    Args:
+        num_rows: Its rows.
+        row_bytes: Bytes of one.
+        block_bytes: What a block may take: staging slots are of one size, that of the largest block.
+    """
+    step = matrix_row_step(row_bytes)
+    return min(max(block_bytes // row_bytes // step, 1) * step, round_up(num_rows, step))

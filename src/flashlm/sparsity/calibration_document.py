@@ -209,7 +209,7 @@ def read_sparsity(pack: Path, manifest: Manifest) -> Sparsity | None:
     found = _KIND.read(path)
     if found is None:
         return None
-    if found.fingerprint != fingerprint(manifest) or len(found.layers) != len(manifest.layers):
+    if found.fingerprint != fingerprint(manifest) or len(found.layers) != len(manifest.ffns):
         raise other_weights(path, pack)
     return found
 

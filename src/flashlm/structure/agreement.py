@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from flashlm.errors import UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
-from flashlm.pack.manifest import Manifest
+from flashlm.pack.manifest import Manifest, UnitEntry
+from flashlm.rows.layout import MATRIX, ffn_parts
 from flashlm.structure.asked import misfit
-from flashlm.structure.experts import find_expert_layers
-from flashlm.structure.families import find_ffn_layers
+from flashlm.structure.experts import ExpertLayer
+from flashlm.structure.find_units import FoundUnit, LinearLayer, find_units
 
 
 def check_structure(model: PreTrainedModel, manifest: Manifest, pack: Path) -> None:
@@ -42,14 +43,20 @@ def structure_problems(model: PreTrainedModel, manifest: Manifest) -> Iterator[s
     except UnsupportedModelError as error:
         yield f"the pack does not fit {kind}, in which flashlm finds nothing to stream ({error})"
         return
-    stated = _stated(manifest)
+    stated = [_stated(entry) for entry in manifest.units]
+    modules = {entry["module"] for entry in stated}
+    # Small linear layers are streamed or not as the conversion was asked to.
+    found = [entry for entry in found if entry["kind"] != "linear" or entry["module"] in modules]
     if len(found) != len(stated):
-        yield f"the pack streams {len(stated)} layers, {kind} has {len(found)}"
+        yield f"the pack streams {len(stated)} units, {kind} has {len(found)}"
         return
-    for layer, (wanted, actual) in enumerate(zip(found, stated, strict=True)):
+    for index, (wanted, actual) in enumerate(zip(found, stated, strict=True)):
+        if wanted["kind"] != actual["kind"]:
+            yield f"the manifest says that unit {index} is of kind {actual['kind']}, {kind} has {wanted['kind']}"
+            continue
         for what, value in wanted.items():
             if actual[what] != value:
-                yield f"the manifest says that {what} of streamed layer {layer} is {actual[what]!r}, {kind} has {value!r}"
+                yield f"the manifest says that {what} of streamed unit {index} is {actual[what]!r}, {kind} has {value!r}"
 
 
 def shape_problems(model: PreTrainedModel, tensors: dict[str, TensorEntry]) -> list[str]:
@@ -69,49 +76,42 @@ def _found(model: PreTrainedModel) -> list[dict[str, Any]]:
     model.eval()  # dropout would be taken for something else than the formula
     try:
         with torch.device("cpu"):
-            experts = find_expert_layers(model)
-            layers = () if experts else find_ffn_layers(model)
+            found = find_units(model, dtype_bytes=1, min_linear_bytes=0)
     finally:
         model.train(was_training)
         torch.set_default_dtype(before)
-    if experts:
-        return [
-            {
-                "module": each.module,
-                "num_experts": each.num_experts,
-                "num_active": each.num_active,
-                "num_rows": each.num_rows,
-                "hidden_size": each.hidden_size,
-                "has_gate": each.has_gate,
-                "activation": each.activation,
-            }
-            for each in experts
-        ]
-    return [
-        {
-            "module": each.module,
-            "identities": each.identities,
-            "num_rows": each.num_rows,
-            "hidden_size": each.hidden_size,
-            "has_gate": each.has_gate,
-            "activation": each.activation,
-            "has_up_bias": each.up_bias is not None,
-            "has_gate_bias": each.gate_bias is not None,
-            "has_down_bias": each.down_bias is not None,
+    return [_described(each) for each in found]
+
+
+def _described(found: FoundUnit) -> dict[str, Any]:
+    """Return what a manifest should say of a unit, by the fields of its entry."""
+    if isinstance(found, LinearLayer):
+        return {
+            "kind": "linear",
+            "module": found.module,
+            "num_rows": found.num_outputs,
+            "hidden_size": found.num_inputs,
+            "parts": MATRIX,
+            "biases": MATRIX if found.has_bias else (),
         }
-        for each in layers
-    ]
-
-
-def _stated(manifest: Manifest) -> list[dict[str, Any]]:
     shared = {
-        "hidden_size": manifest.hidden_size,
-        "has_gate": manifest.has_gate,
-        "activation": manifest.activation,
+        "module": found.module,
+        "hidden_size": found.hidden_size,
+        "parts": ffn_parts(has_gate=found.has_gate),
+        "activation": found.activation,
     }
-    layers = [entry.model_dump(exclude={"checksums", "order_checksum", "file"}) | shared for entry in manifest.layers]
-    experts = [
-        entry.model_dump(exclude={"checksums", "file"}) | shared | {"num_rows": manifest.block_rows}
-        for entry in manifest.experts
-    ]
-    return [*layers, *experts]
+    if isinstance(found, ExpertLayer):
+        num_rows = found.num_experts * found.num_rows
+        experts = {"num_rows": num_rows, "block_rows": found.num_rows, "num_active": found.num_active}
+        return {"kind": "experts", **shared, **experts}
+    return {
+        "kind": "ffn",
+        **shared,
+        "identities": found.identities,
+        "num_rows": found.num_rows,
+        "biases": found.bias_parts,
+    }
+
+
+def _stated(entry: UnitEntry) -> dict[str, Any]:
+    return entry.model_dump(exclude={"checksums", "order_checksum", "file"})

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flashlm.errors import UnsupportedModelError
+from flashlm.rows.layout import Part
 from flashlm.structure.ffn_probe import (
     FfnParts,
     activation_name,
@@ -83,6 +84,12 @@ class FfnLayer:
     def parts(self) -> tuple[PartSource, ...]:
         """The weights in the order in which a row holds them."""
         return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+
+    @property
+    def bias_parts(self) -> tuple[Part, ...]:
+        """The parts that have a bias, in the order of the weights."""
+        biases: dict[Part, PartSource | None] = {"gate": self.gate_bias, "up": self.up_bias, "down": self.down_bias}
+        return tuple(part for part, source in biases.items() if source is not None)
 
     @property
     def biases(self) -> dict[str, PartSource]:
@@ -163,7 +170,7 @@ def find_ffn_layers(model: PreTrainedModel) -> tuple[FfnLayer, ...]:
         UnsupportedModelError: An FFN that can't be placed, none or several in a layer, or layers that disagree.
     """
     _refuse_experts(model)
-    path, layers = _decoder_layers(model)
+    path, layers = decoder_layers(model)
     found = tuple(_ffn_of_layer(model, f"{path}.{index}", layer) for index, layer in enumerate(layers))
     for what in ("hidden_size", "has_gate", "activation"):
         values = {getattr(ffn, what) for ffn in found}
@@ -189,7 +196,12 @@ def _refuse_experts(model: PreTrainedModel) -> None:
             )
 
 
-def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the path of the model's list of decoder layers, and the list.
+
+    Raises:
+        UnsupportedModelError: There is none, or more than one that looks like it.
+    """
     num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [
         (name, module)

@@ -1,0 +1,123 @@
+"""The streamed linear layer: y = x·Wᵀ + b over blocks of rows of W, each of which gives some of the outputs.
+
+It is the model's own `nn.Linear`, without its weight: names, hooks and adapters find it where it was. A matrix that is
+pinned as a whole is an ordinary weight in memory, and its layer an ordinary one; any other placement gives the same bits
+(`engine/linear.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from flashlm.engine.guards import StreamedModule, check_hidden_states
+from flashlm.engine.linear import choose_way, multiply, prepare
+from flashlm.engine.standin import StreamedWeight, refuse
+from flashlm.engine.stream import BlockRun, BlockStream
+from flashlm.errors import ConfigError, PackError
+from flashlm.rows.kernels import choose_strategy
+from flashlm.rows.layout import LayerLayout
+from flashlm.transformers_seam import keep_from_initialising
+
+if TYPE_CHECKING:
+    from flashlm.pack.manifest import UnitEntry
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundMatrix:
+    """What a streamed linear layer runs on."""
+
+    stream: BlockStream
+    unit: int
+    layout: LayerLayout
+    dtype: torch.dtype
+    widens: bool
+
+
+class FlashLinear(StreamedModule, nn.Linear):
+    """An `nn.Linear` whose weight comes from a `BlockStream`. Inference only; `bind_linear` makes one."""
+
+    seat = None
+    weight: Any
+    flash_bound: _BoundMatrix
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # reads and native kernels: nothing to trace
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input·weightᵀ + bias; (..., in_features) to (..., out_features), in the dtype of `input`.
+
+        Raises:
+            ConfigError: A gradient is asked for, or the input is on another device or of a dtype that weights don't have.
+            StorageError: A block can't be read.
+        """
+        bound = self.flash_bound
+        check_hidden_states(self, input)
+        way = choose_way(input, bound.dtype, widens=bound.widens)
+        tokens = prepare(way, input.detach().reshape(-1, self.in_features))
+        output = torch.empty(len(tokens), self.out_features, dtype=input.dtype)
+        with bound.stream.unit(bound.unit) as runs:
+            for run in runs:
+                span, rows = _rows(bound, run)
+                bias = None if self.bias is None else self.bias[span]
+                multiply(way, tokens, rows, bias, output[:, span])
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            refuse(f"{self.weight.flash_name.removesuffix('.weight')}.{name}", "can't be replaced")
+        super().__setattr__(name, value)
+
+
+def _rows(bound: _BoundMatrix, run: BlockRun) -> tuple[slice, torch.Tensor]:
+    """Return which rows of the matrix a run of blocks is, and a view of them."""
+    layout = bound.layout
+    span = slice(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
+    num_rows = span.stop - span.start
+    content = torch.from_numpy(run.place.numpy(num_rows * layout.row_bytes))
+    return span, content.view(bound.dtype).view(num_rows, layout.hidden_size)
+
+
+def take_out_weight(model: nn.Module, entry: UnitEntry) -> None:
+    """Remove the weight of a streamed linear layer before the others are loaded.
+
+    Raises:
+        PackError: The pack does not belong to the model.
+    """
+    try:
+        module = model.get_submodule(entry.module)
+    except AttributeError as error:
+        raise PackError(
+            f"the pack streams {entry.module}, which {type(model).__name__} does not have ({error}):"
+            " convert the model again with this version of transformers"
+        ) from error
+    module.register_parameter("weight", None)
+    keep_from_initialising(module)  # transformers would fill what it takes for a missing weight with random numbers
+
+
+def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: int) -> None:
+    """Connect a linear layer to its matrix: an ordinary weight where it is pinned as a whole, else the stream.
+
+    Args:
+        model: The model, its other weights loaded.
+        entry: What the manifest says of the layer.
+        stream: Gives its blocks.
+        unit: The layer's number there.
+    """
+    module: Any = model.get_submodule(entry.module)
+    layout, dtype = entry.layout, getattr(torch, entry.encoding)
+    if not isinstance(module, nn.Linear):
+        raise ConfigError(f"{entry.module} is {type(module).__name__}: a linear layer expected")
+    shape = (layout.num_rows, layout.hidden_size)
+    pinned = stream.pinned_bytes(unit)
+    if pinned is not None:
+        weight = pinned[: layout.num_rows * layout.row_bytes].view(dtype).view(shape)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        return
+    module.register_parameter("weight", StreamedWeight(f"{entry.module}.weight", shape, dtype))  # type: ignore[arg-type]
+    module.__class__ = FlashLinear
+    vars(module)["_dtype"] = dtype
+    vars(module)["flash_bound"] = _BoundMatrix(
+        stream, unit, layout, dtype, widens=choose_strategy(entry.encoding) == "widen"
+    )

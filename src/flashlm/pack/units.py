@@ -1,0 +1,58 @@
+"""A unit: whatever is streamed. Its kind, its geometry, and how many of its blocks a token uses; nothing of files or models.
+
+Units stand in the order in which a forward pass meets them. Manifest, budget, planner and engine speak of the same ones:
+
+* `ffn`: a feed-forward layer, whose rows are its neurons;
+* `experts`: the routed experts of a layer, each a block of which a token uses a few;
+* `linear`: a matrix that every token is multiplied with: attention's projections, the output layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from flashlm.rows.layout import LayerLayout
+
+Kind = Literal["ffn", "experts", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """One unit, as sizes.
+
+    Attributes:
+        kind: What it is.
+        layout: Its geometry.
+        num_active: Blocks that a token uses: all, but a few of a layer of experts.
+    """
+
+    kind: Kind
+    layout: LayerLayout
+    num_active: int
+
+    @classmethod
+    def dense(cls, kind: Literal["ffn", "linear"], layout: LayerLayout) -> Unit:
+        """Make a unit of which a token uses every block."""
+        return cls(kind=kind, layout=layout, num_active=layout.num_blocks)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a token uses all of it."""
+        return self.kind != "experts"
+
+    @property
+    def num_blocks(self) -> int:
+        """Its blocks: experts, where it is a layer of these."""
+        return self.layout.num_blocks
+
+
+def of_kind(units: Iterable[Unit], kind: Kind) -> list[Unit]:
+    """Return the units of one kind, in order."""
+    return [unit for unit in units if unit.kind == kind]
+
+
+def dense_units(units: Iterable[Unit]) -> list[Unit]:
+    """Return those of which a token uses every block, in order: what goes through the staging."""
+    return [unit for unit in units if unit.is_dense]
