@@ -48,6 +48,19 @@ class RowBlock {
               slots);
     }
 
+    // The rows of a matrix of plain elements, (num_rows, num_parts * width), side by side.
+    static RowBlock of_matrix(nb::handle matrix, size_t num_parts, nb::handle slots) {
+        const Array array(matrix, "rows");
+        const unsigned encoding = array.encoding();
+        if (encoding == NUM_ENCODINGS || array.num_dims() != 2 || (array.size(1) > 1 && array.stride(1) != 1)) {
+            throw Refused("rows must be bfloat16, float16 or float32, elements side by side, on the CPU, got " +
+                          array.described());
+        }
+        const size_t num_rows = slots.is_none() ? array.size(0) : Array(slots, "slots").num_elements();
+        return RowBlock(matrix, num_rows, array.stride(0) * array.element_bytes(),
+                        array.size(1) / std::max<size_t>(num_parts, 1), encoding, num_parts, slots);
+    }
+
     const Rows& rows() const { return rows_; }
     EncodingCode encoding() const { return encoding_; }
     size_t num_parts() const { return num_parts_; }
@@ -420,6 +433,7 @@ void bind_rows(nb::module_& m) {
         .def_prop_ro("row_stride_bytes", &RowBlock::stride_bytes)
         .def_prop_ro("num_parts", &RowBlock::num_parts)
         .def_prop_ro("encoding", [](const RowBlock& self) { return static_cast<unsigned>(self.encoding()); });
+    m.def("matrix_rows", &RowBlock::of_matrix, "matrix"_a, "num_parts"_a, "slots"_a.none(), "The rows of a matrix.");
     m.def("project", &project, "x"_a, "rows"_a, "part"_a, "out"_a, "bias"_a.none() = nb::none(),
           "out[t, r] = x[t] . row[r].part (+ bias[r])");
     m.def("accumulate", &accumulate, "h"_a, "rows"_a, "y"_a, "y[t] += sum over r of h[t, r] * row[r].down");

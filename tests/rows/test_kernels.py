@@ -285,8 +285,11 @@ def test_the_tensor_calls_check_their_arguments():
     ):
         with pytest.raises(ConfigError, match=message):
             kernels.project(*arguments)
-    with pytest.raises(ConfigError, match="rows must be bfloat16"):
-        kernels.matrix_rows(torch.zeros(4, 8, dtype=torch.int8))
+    for bad in (torch.zeros(4, 8, dtype=torch.int8), torch.zeros(8, 4).T, torch.zeros(8), torch.zeros(4, 8).to("meta")):
+        with pytest.raises(ConfigError, match="rows must be bfloat16"):
+            kernels.matrix_rows(bad)
+    with pytest.raises(ConfigError, match="num_parts"):
+        kernels.matrix_rows(torch.zeros(4, 8), num_parts=0)
     with pytest.raises(ConfigError, match="does not fit a row stride"):
         kernels.matrix_rows(case.storage.as_strided((4, 24), (20, 1)))
     with pytest.raises(ConfigError, match="h must be float32"):

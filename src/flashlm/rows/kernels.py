@@ -17,7 +17,6 @@ import torch
 
 from flashlm import _native
 from flashlm._native import RowBlock, SlotRef
-from flashlm.rows.encodings import encoding_of
 
 __all__ = [
     "MAX_TOKENS",
@@ -102,10 +101,7 @@ def matrix_rows(matrix: torch.Tensor, *, num_parts: int = 1, slots: torch.Tensor
     Raises:
         ConfigError: A dtype or layout is not as stated, a slot is outside, or the matrix is not on the CPU.
     """
-    stride_bytes = matrix.stride(0) * matrix.element_size()
-    num_rows = len(matrix) if slots is None else len(slots)
-    width = matrix.shape[1] // num_parts
-    return RowBlock(matrix, num_rows, stride_bytes, width, encoding_of(matrix.dtype).code, num_parts, slots)
+    return _native.matrix_rows(matrix, num_parts, slots)
 
 
 def project(x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
