@@ -34,7 +34,6 @@ from transformers import (
     StoppingCriteriaList,
     TextStreamer,
 )
-from transformers.generation import BaseStreamer
 
 from flashlm.engine.counters import Counters
 from flashlm.engine.forward_pass import Pass, PassCancelledError, PassWatch, Phase
@@ -416,14 +415,15 @@ class _Run(PassWatch):
         return step
 
 
-class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped here
-    """transformers' way of telling tokens: first the prompt, then one or several at a time."""
+class _Streamer:
+    """What `generate` tells tokens to: first the prompt, then one or several at a time."""
 
     def __init__(self, run: _Run) -> None:
         self._run = run
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        """Take tokens."""
         if not self._is_prompt:
             self._run.came(value.flatten().tolist())
         self._is_prompt = False
