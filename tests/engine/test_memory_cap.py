@@ -46,7 +46,13 @@ model = flashlm.load(pack, dram=dram, context=num_tokens)
 placement = model.flash.placement
 assert placement.pinned_bytes and placement.streamed_bytes, placement
 ids = torch.randint(3, 900, (1, num_tokens - 24))
-model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+if sys.argv[3] == "generate":
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+else:  # in a thread, whose heap is one of its own
+    from flashlm.engine.session import Session
+    session = Session(model)
+    for prompt in (ids, ids[:, :-200], ids):
+        assert list(session.stream(prompt, max_new_tokens=24, do_sample=False))  # it may end early
 from flashlm.memory.limits import peak_process_bytes
 print(peak_process_bytes())
 """
@@ -60,13 +66,14 @@ def method() -> str:
         pytest.skip(f"no memory limit can be set here: {error}")
 
 
-def test_a_process_capped_at_dram_is_never_killed(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["generate", "session"])
+def test_a_process_capped_at_dram_is_never_killed(way: str, method: str, tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1000}
     save_checkpoint(tmp_path / "source", "llama", max_position_embeddings=512, **shape)
     convert(tmp_path / "source", tmp_path / "pack")
     floor = json.loads(caps_child_output("floors", tmp_path / "pack", 512))["512"]
     dram_bytes = floor + (40 << 20)
-    argv = [sys.executable, "-c", STREAMED, str(tmp_path / "pack"), str(dram_bytes)]
+    argv = [sys.executable, "-c", STREAMED, str(tmp_path / "pack"), str(dram_bytes), way]
     done = run_capped(argv, limit_bytes=dram_bytes, timeout_s=240, capture=True, method=method)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= dram_bytes

@@ -12,7 +12,8 @@ the next streamed layer; between two passes nothing is lost.
 The session owns the KV cache. A later prompt that begins with what the cache holds is computed from there on, as it is in
 any chat with a cache; the rest of the cache is cut away, or all of it dropped where it can't be cut. Mode `sparse` keeps the
 prompts' part only: prompts are exact there and decoded tokens are not. Nothing of a session lives on the runtime, so
-sessions of one model do not know of each other; they take turns layer by layer (`engine/turn.py`).
+sessions of one model do not know of each other; they take turns layer by layer (`engine/turn.py`). Only the random numbers
+of sampling are torch's, and so the process's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from flashlm.engine.counters import Counters
 from flashlm.engine.forward_pass import Pass, PassCancelledError, PassWatch, Phase
@@ -408,14 +415,15 @@ class _Run(PassWatch):
         return step
 
 
-class _Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped here
-    """transformers' way of telling tokens: first the prompt, then one or several at a time."""
+class _Streamer:
+    """What `generate` tells tokens to: first the prompt, then one or several at a time."""
 
     def __init__(self, run: _Run) -> None:
         self._run = run
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        """Take tokens."""
         if not self._is_prompt:
             self._run.came(value.flatten().tolist())
         self._is_prompt = False
