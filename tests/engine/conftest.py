@@ -37,6 +37,17 @@ class TinyPack:
 
 @pytest.fixture(scope="session")
 def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], TinyPack]:
+    """Makes packs that stream feed-forward layers or experts; the linear layers of tiny models are too small."""
+    return _maker(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def whole_pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], TinyPack]:
+    """Makes packs that stream linear layers too, however small they are."""
+    return _maker(tmp_path_factory, min_linear_bytes=0)
+
+
+def _maker(tmp_path_factory: pytest.TempPathFactory, **settings: int) -> Callable[..., TinyPack]:
     made: dict[tuple[str, str], TinyPack] = {}
 
     def make(family: str, dtype: str = "float32") -> TinyPack:
@@ -46,7 +57,7 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
             overrides = {positions: NUM_POSITIONS, **OVERRIDES.get(family, {})}
             save_checkpoint(folder / "source", family, **overrides)
             block_rows = None if family in EXPERT_FAMILIES else BLOCK_ROWS
-            convert(folder / "source", folder / "pack", dtype=dtype, block_rows=block_rows)
+            convert(folder / "source", folder / "pack", dtype=dtype, block_rows=block_rows, **settings)
             made[family, dtype] = TinyPack(folder / "source", folder / "pack")
         return made[family, dtype]
 

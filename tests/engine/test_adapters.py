@@ -276,6 +276,23 @@ def test_merging_is_refused_before_anything_is_merged(tiny_pack: Make, tmp_path:
     assert torch.equal(merged.generate(_tokens(2, 6), **GREEDY), reference.generate(_tokens(2, 6), **GREEDY))
 
 
+def test_streamed_attention_takes_adapters_unmerged(whole_pack: Make, tmp_path: Path) -> None:
+    tiny = whole_pack("llama", "float32")
+    attention = ["q_proj", "o_proj"]
+    reference = _adapted(tiny, tmp_path / "attention", LoraConfig(r=4, target_modules=attention))
+    models = [
+        PeftModel.from_pretrained(_load(tiny.pack, **each), tmp_path / "attention")
+        for each in ({"pin": None}, {"pin": 0}, {"mode": "naive"})
+    ]
+    for shape in ((1, 1), (2, 6), (2, 40)):
+        first, *others = [_logits(model, _tokens(*shape)) for model in models]
+        assert torch.allclose(first, _logits(reference, _tokens(*shape)), atol=1e-5)
+        assert all(torch.equal(each, first) for each in others), shape
+    with pytest.raises(ConfigError, match=r"can't be merged: .*q_proj is streamed"):
+        models[1].merge_and_unload()
+    assert torch.equal(_logits(models[1], _tokens(2, 6)), _logits(models[0], _tokens(2, 6)))
+
+
 def test_sparse_takes_adapters_on_attention_only(tiny_pack: Make, tmp_path: Path) -> None:
     tiny = tiny_pack("llama", "float32")
     pack = Path(shutil.copytree(tiny.pack, tmp_path / "pack"))

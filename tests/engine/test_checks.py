@@ -138,7 +138,7 @@ def test_rows_of_mode_sparse_are_checked(
     expected = _run(pack, mode="sparse")
     assert torch.equal(_run(pack, mode="sparse", check="all"), expected)
     model = flashlm.load(pack, dram="3GiB", context=160, mode="sparse", check="all")
-    layout = read_manifest(pack).layout(1)
+    layout = read_manifest(pack).ffns[1].layout
     path = unit_path(pack, read_manifest(pack).ffns[1])
     model.flash.sparse.cache.forget(1, torch.tensor([20, 21], dtype=torch.int32))
     _flip(path, layout.offset_of(1) + 4 * layout.row_stride_bytes + 2)  # row 20, after loading
@@ -201,13 +201,15 @@ def test_a_signed_manifest_is_held_against_the_model(
 
 def test_biases_and_identities_are_held_too(copied: Callable[[str], Path]) -> None:
     pack = copied("opt")
-    for field in ("has_up_bias", "has_down_bias"):
-        change_manifest(pack, lambda content, field=field: content["units"][1].update({field: False}))
-        with pytest.raises(PackError, match=f"{field} of streamed layer 1 is False, OPTForCausalLM has True"):
+    for biases in (["down"], ["up"]):
+        change_manifest(pack, lambda content, biases=biases: content["units"][1].update(biases=biases))
+        with pytest.raises(
+            PackError, match=r"biases of streamed unit 1 is \('.*',\), OPTForCausalLM has \('up', 'down'\)"
+        ):
             flashlm.load(pack)
-        change_manifest(pack, lambda content, field=field: content["units"][1].update({field: True}))
+    change_manifest(pack, lambda content: content["units"][1].update(biases=["up", "down"]))
     change_manifest(pack, lambda content: content["units"][0].update(identities=[]))
-    with pytest.raises(PackError, match="identities of streamed layer 0"):
+    with pytest.raises(PackError, match="identities of streamed unit 0"):
         flashlm.load(pack)
 
 
@@ -244,7 +246,7 @@ def test_a_setting_that_is_not_the_packs_is_named(
 
 def test_a_pack_of_another_model_is_converted_again(copied: Callable[[str], Path]) -> None:
     pack = copied("llama")
-    change_manifest(pack, lambda content: content.update(activation="relu"))
+    change_manifest(pack, lambda content: content["units"][0].update(activation="relu"))
     with pytest.raises(PackError, match="is 'relu', LlamaForCausalLM has 'silu': convert the model again"):
         AutoModelForCausalLM.from_pretrained(pack)
 

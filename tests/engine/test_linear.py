@@ -1,6 +1,9 @@
-"""Resident 16-bit layers that compute in fp32: few tokens, many, other dtypes, refusals."""
+"""Linear layers: a matrix cut into blocks of rows gives the bits of the whole one, and so does one that is streamed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,65 +11,108 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flashlm.engine.linear import WideningLinear, widen_linears
+import flashlm
+from flashlm.conversion.convert import convert
+from flashlm.engine.flash_linear import FlashLinear
+from flashlm.engine.linear import choose_way, multiply, prepare
 from flashlm.errors import ConfigError
-from flashlm.rows import kernels
+from flashlm.pack.manifest import read_manifest
+from flashlm.rows.kernels import choose_strategy
+from tests.engine.conftest import TinyPack
+from tests.models import save_checkpoint
 
-DTYPES = (torch.bfloat16, torch.float16)
+Make = Callable[..., TinyPack]
+STEP = 16
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 3), max_size=2),
-    num_tokens=st.integers(0, 40),
-    sizes=st.tuples(st.integers(1, 200), st.integers(1, 200)),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    num_tokens=st.sampled_from([1, 2, 5, 16, 17, 40, 300]),
+    num_inputs=st.integers(1, 300),
+    num_steps=st.integers(1, 40),
     has_bias=st.booleans(),
-    is_strided=st.booleans(),
+    data=st.data(),
 )
-@torch.no_grad()
-def test_products_are_those_in_fp64_rounded_once(shape, num_tokens, sizes, dtype, has_bias, is_strided) -> None:
-    inputs, outputs = sizes
-    model = nn.Sequential(nn.Linear(inputs, outputs, bias=has_bias, dtype=dtype))
-    assert widen_linears(model) == 1
-    x = torch.randn(*shape, num_tokens, 2 * inputs if is_strided else inputs).to(dtype)[..., :inputs]
-    found = model(x)
-    assert (found.dtype, found.shape) == (dtype, (*shape, num_tokens, outputs))
-    layer = model[0]
-    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if has_bias else 0.0)
-    scale = x.double().abs() @ layer.weight.double().abs().T + 1.0
-    assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6 * scale).all()
+def test_blocks_of_rows_give_the_bits_of_the_whole_matrix(
+    dtype: torch.dtype, num_tokens: int, num_inputs: int, num_steps: int, has_bias: bool, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(num_inputs)
+    num_rows = STEP * num_steps
+    weight = torch.randn(num_rows, num_inputs, generator=generator).to(dtype)
+    bias = torch.randn(num_rows, generator=generator).to(dtype) if has_bias else None
+    tokens = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
+    cuts = sorted({STEP * cut for cut in data.draw(st.lists(st.integers(1, num_steps), max_size=5))} - {num_rows})
+    widens = choose_strategy(str(dtype).removeprefix("torch.")) == "widen"
+    for widened in {widens, dtype != torch.float32}:
+        way = choose_way(tokens, dtype, widens=widened)
+        prepared = prepare(way, tokens)
+        whole, pieces = torch.empty(num_tokens, num_rows, dtype=dtype), torch.empty(num_tokens, num_rows, dtype=dtype)
+        multiply(way, prepared, weight, bias, whole)
+        for start, stop in zip([0, *cuts], [*cuts, num_rows], strict=True):
+            some = None if bias is None else bias[start:stop]
+            multiply(way, prepared, weight[start:stop].clone(), some, pieces[:, start:stop])
+        assert torch.equal(whole, pieces), way
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@torch.no_grad()
-def test_a_token_has_the_same_bits_alone_and_among_a_few(dtype: torch.dtype) -> None:
-    layer = nn.Linear(96, 80, dtype=dtype)
-    widen_linears(nn.Sequential(layer))
-    assert isinstance(layer, WideningLinear)
-    x = torch.randn(1, kernels.MAX_TOKENS, 96).to(dtype)
-    together = layer(x)
-    assert all(torch.equal(layer(x[:, at : at + 1]), together[:, at : at + 1]) for at in range(kernels.MAX_TOKENS))
+def linears(model: nn.Module) -> list[nn.Module]:
+    return [model.get_submodule(each.module) for each in model.flash.manifest.units if each.kind == "linear"]
 
 
-@torch.no_grad()
-def test_an_input_of_another_dtype_keeps_it() -> None:
-    layer = nn.Linear(8, 4, dtype=torch.bfloat16)
-    widen_linears(nn.Sequential(layer))
-    x = torch.randn(2, 8)
-    found = layer(x)
-    assert found.dtype == torch.float32
-    expected = x @ layer.weight.float().T + layer.bias.float()
-    assert torch.allclose(found, expected, atol=1e-5)
+def test_what_is_pinned_as_a_whole_is_an_ordinary_layer(whole_pack: Make) -> None:
+    pack = whole_pack("llama", "bfloat16").pack
+    pinned, streamed = flashlm.load(pack), flashlm.load(pack, pin=0)
+    assert len(linears(pinned)) == 5
+    assert not any(isinstance(each, FlashLinear) for each in linears(pinned))
+    assert all(isinstance(each, FlashLinear) for each in linears(streamed))
+    assert streamed.flash.placement.ring_bytes == read_manifest(pack).streamed_bytes
+    names = [name for name, _ in pinned.named_parameters()]
+    assert names == [name for name, _ in streamed.named_parameters()]
+    assert sum(each.numel() for each in pinned.parameters()) == sum(each.numel() for each in streamed.parameters())
+    for mine, other in zip(linears(pinned), linears(streamed), strict=True):
+        assert mine.weight.shape == other.weight.shape
+        with pytest.raises(ConfigError, match=r"weight is streamed and can't be used"):
+            other.weight.sum()
+        with pytest.raises(ConfigError, match="can't be replaced"):
+            other.weight = nn.Parameter(torch.zeros(other.weight.shape))
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    weight = torch.zeros(4, 8, dtype=torch.bfloat16)
-    for x in (torch.zeros(1, 8), torch.zeros(1, 7).bfloat16(), torch.zeros(kernels.MAX_TOKENS + 1, 8).bfloat16()):
-        with pytest.raises(ConfigError, match="expected"):
-            kernels.linear(x, weight, None)
-    with pytest.raises(ConfigError, match="contiguous"):
-        kernels.linear(torch.zeros(1, 4).bfloat16(), weight.T, None)
-    for bias in (torch.zeros(3), torch.zeros(1), torch.zeros(4, dtype=torch.bfloat16)):
-        with pytest.raises(ConfigError, match="bias must be"):
-            kernels.linear(torch.zeros(1, 8), torch.zeros(4, 8), bias)
+@pytest.mark.parametrize("family", ["opt", "llama", "phi3", "gpt_neox", "deepseek_v3", "qwen3_next"])
+def test_a_token_reads_every_unit_once_and_never_jumps(
+    family: str, whole_pack: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order that a conversion reads out of the forwards is the one that a pass takes."""
+    model = flashlm.load(whole_pack(family).pack, pin=0)
+    stream = model.flash._stream
+    restarts: list[int] = []
+    restart = stream._restart_at
+    monkeypatch.setattr(stream, "_restart_at", lambda position: (restarts.append(position), restart(position)))
+    ids = torch.arange(3, 8)[None]
+    with torch.no_grad():
+        model(ids)
+        restarts.clear()
+        for _ in range(3):
+            model(ids[:, :1])
+    assert not restarts
+    record = model.flash.telemetry.records[-1]
+    misses_bytes = record.miss_experts * model.flash.placement.expert_bytes
+    assert record.bytes_read == model.flash.placement.ring_bytes + misses_bytes
+
+
+def test_dense_layers_and_shared_experts_are_streamed_beside_experts(whole_pack: Make) -> None:
+    tiny = whole_pack("deepseek_v3")
+    manifest = read_manifest(tiny.pack)
+    modules = {each.module for each in manifest.units if each.kind == "linear"}
+    assert "model.layers.0.mlp.down_proj" in modules
+    assert "model.layers.1.mlp.shared_experts.down_proj" in modules
+    assert "lm_head" in modules
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = flashlm.load(tiny.pack)(ids).logits
+        assert torch.equal(flashlm.load(tiny.pack, pin=0)(ids).logits, expected)
+
+
+def test_small_linear_layers_stay_in_memory(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "source", "llama")
+    manifest = convert(tmp_path / "source", tmp_path / "pack")
+    assert {each.kind for each in manifest.units} == {"ffn"}

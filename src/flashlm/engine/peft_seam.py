@@ -163,11 +163,20 @@ def _announce(pack: LoadedPack, num_bytes: int) -> None:
         )
 
 
+def _adapted_on_flash(model: nn.Module) -> list[str]:
+    """Return the names of streamed linear layers that have an adapter."""
+    from flashlm.engine.flash_linear import FlashLinear
+
+    names = [seat.path_of(role) for seat in _seats(model) for role, _ in seat.wrappers()]
+    return names + [
+        name for name, module in model.named_modules() if isinstance(module._modules.get("base_layer"), FlashLinear)
+    ]
+
+
 def _check_merge(original: Any) -> Any:
     @functools.wraps(original)
     def _check_merge_allowed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seats = [] if _pack_in(self.model) is None else _seats(self.model)
-        adapted = [seat.path_of(role) for seat in seats for role, _ in seat.wrappers()]
+        adapted = [] if _pack_in(self.model) is None else _adapted_on_flash(self.model)
         if adapted:
             raise ConfigError(
                 f"the adapter can't be merged: {adapted[0]} is streamed. Use it unmerged, or merge it into the checkpoint"

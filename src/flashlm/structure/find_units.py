@@ -76,7 +76,12 @@ def find_units(
     except UnsupportedModelError:  # of experts only: they are found wherever they are
         return main
     replaced = {name for each in main if isinstance(each, FfnLayer) for name in (each.module, *each.identities)}
-    walk = _Walk(by_module={each.module: each for each in main}, replaced=replaced, once=_used_once(model))
+    walk = _Walk(
+        by_module={each.module: each for each in main},
+        replaced=replaced,
+        once=_used_once(model),
+        initialised=_initialised_by_name(type(model)),
+    )
     found: list[FoundUnit] = []
     for index, layer in enumerate(layers):
         found += walk.units(layer, f"{path}.{index}")
@@ -114,6 +119,7 @@ class _Walk:
     by_module: dict[str, FfnLayer | ExpertLayer]
     replaced: set[str]
     once: set[str]
+    initialised: frozenset[str]
     met: set[str] = field(default_factory=set)
 
     def units(self, module: nn.Module, path: str) -> Iterator[FoundUnit]:
@@ -138,8 +144,9 @@ class _Walk:
                 yield from self.units(child, where)
 
     def linear(self, module: nn.Linear, path: str) -> LinearLayer | None:
-        """Return the linear layer at `path`; None where its weight is another module's too, or is part of another unit."""
-        if path in self.replaced or f"{path}.weight" not in self.once:
+        """Return the linear layer at `path`; None where its weight is not its own affair."""
+        is_named = path.rpartition(".")[2] in self.initialised
+        if path in self.replaced or is_named or f"{path}.weight" not in self.once:
             return None
         return LinearLayer(
             module=path,
@@ -147,6 +154,15 @@ class _Walk:
             num_outputs=module.out_features,
             has_bias=module.bias is not None,
         )
+
+
+def _initialised_by_name(cls: type[PreTrainedModel]) -> frozenset[str]:
+    """Return the names of layers whose weights a family fills by name before loading, through the module around them."""
+    try:
+        source = inspect.getsource(cls._init_weights)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(r"\.(\w+)\.weight", source))
 
 
 def _output_layer(model: PreTrainedModel, walk: _Walk) -> Iterator[LinearLayer]:
