@@ -126,8 +126,14 @@ def main() -> int:
     options = ["--jobs", str(arguments.jobs), "--only", arguments.only] + ["--verbose"] * arguments.verbose
     python = str(Path(arguments.python).absolute())  # not resolved: a venv's is a link
     new = measure(python, options, is_quick=arguments.quick)
-    errors = [name for name, found in new["cases"].items() if any(each.startswith("error") for each in found.values())]
-    print(f"{len(new['cases'])} cases in {new['seconds']} s, {len(errors)} with errors", *errors, sep="\n  ")
+    errors = [
+        f"{name}: {phase}: {digest}"
+        for name, found in new["cases"].items()
+        for phase, digest in found.items()
+        if digest.startswith("error")
+    ]
+    new["num_errors"] = len(errors)
+    print(f"{len(new['cases'])} cases in {new['seconds']} s, {len(errors)} errors", *errors, sep="\n  ")
     if arguments.out is not None:
         arguments.out.write_text(dumps(new))
     if old is None:
