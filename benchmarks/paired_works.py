@@ -6,8 +6,6 @@ The checkouts may be laid out in other ways: only what both have is used, which 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -35,65 +33,40 @@ MODES = {  # mode, rows of an expert (0: no experts), share of the streamed byte
 CASES = [f"{mode}, {dtype}" for dtype in ("bfloat16", "float32") for mode in MODES]
 CASES += ["conversion, bfloat16", "start-up"]
 CASES += [f"recurrent M={size} g={groups}" for size, groups in ((64, 4), (128, 4), (400, 4), (400, 1))]
-SIMULATED = "weights are random, predictors are trained on random text; models of 4 layers, hidden size 2048, 2048 rows"
+SIMULATED = "but in mode sparse, which is the demo model's, weights are random; 4 layers, hidden size 2048, 2048 rows"
+DEMO = (
+    Path(__file__).resolve().parents[1] / "recipes" / "demo_lm" / "model"
+)  # a calibration of a larger one takes minutes
 
 
 def make_source(folder: Path, *, rows: int, dtype: str) -> Path:
-    """Write a random checkpoint and a tokenizer of its words, where there is none; experts of `rows`, 0: a dense model."""
+    """Write a random checkpoint where there is none: of experts of `rows`, or dense with 0."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source = folder / f"{dtype}-{rows}"
-    if not (source / "tokenizer.json").exists():
+    if not (source / "config.json").exists():
         torch.manual_seed(0)
         kind = {**MIXTURE, "moe_intermediate_size": rows} if rows else DENSE
         config = AutoConfig.for_model(**SIZES, **HEADS, **kind, dtype=dtype)
         AutoModelForCausalLM.from_config(config).save_pretrained(source)
-        words = Tokenizer(
-            models.WordLevel({f"w{index}": index for index in range(SIZES["vocab_size"])}, unk_token="w0")
-        )
-        words.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(source)
     return source
 
 
 def command_line(*arguments: str) -> str:
-    """Run `flashlm ARGUMENTS` in this process; return its stdout."""
-    from flashlm.__main__ import main
-
-    with contextlib.redirect_stdout(io.StringIO()) as stdout:
-        try:
-            main(list(arguments))
-        except SystemExit as end:
-            if end.code:
-                raise RuntimeError(f"flashlm {' '.join(arguments)}: exit status {end.code}") from None
-    return stdout.getvalue()
+    """Run `flashlm ARGUMENTS` of this checkout; return its stdout."""
+    command = [sys.executable, "-m", "flashlm", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def calibrate(pack: Path) -> None:
-    import torch
-
-    text = pack.parent / "text.txt"
-    ids = torch.randint(0, SIZES["vocab_size"], (1024,), generator=torch.Generator().manual_seed(0))
-    text.write_text(" ".join(f"w{int(token)}" for token in ids))
-    options = (
-        "--max-tokens",
-        "1024",
-        "--rank",
-        "32",
-        "--device",
-        "cpu",
-        "--recall",
-        "0.5",
-        "--max-ppl-increase",
-        "1000",
-    )
-    command_line("calibrate", str(pack), "--text", str(text), *options)
+    # A threshold of one's own: the error budget is then measured once and not searched.
+    options = ("--max-tokens", "1024", "--rank", "16", "--threshold", "0.5", "--device", "cpu")
+    command_line("calibrate", str(pack), "--text", str(DEMO / "README.md"), *options)
 
 
 def load_tightly(pack: Path, **settings: Any) -> Any:
-    """Load with 4 MiB more than the least, which the refusal of less tells: both checkouts get the smallest cache."""
+    """Load with 256 KiB more than the least, which the refusal of less tells: both checkouts get the smallest cache."""
     import flashlm
 
     dram_bytes = 1 << 20
@@ -101,7 +74,7 @@ def load_tightly(pack: Path, **settings: Any) -> Any:
         try:
             return flashlm.load(pack, dram=dram_bytes, **settings)
         except flashlm.BudgetError as error:  # the least grows once predictors are looked at
-            dram_bytes = error.needed_bytes + (4 << 20)
+            dram_bytes = error.needed_bytes + (256 << 10)
 
 
 def streamed(case: str, folder: Path) -> dict[str, Any]:
@@ -113,15 +86,16 @@ def streamed(case: str, folder: Path) -> dict[str, Any]:
 
     name, dtype = case.rsplit(", ", 1)
     mode, rows, share = MODES[name]
-    source = make_source(folder.parent, rows=rows, dtype=dtype)
+    source = DEMO if mode == "sparse" else make_source(folder.parent, rows=rows, dtype=dtype)
     pack = folder / f"{dtype}-{rows}{'-calibrated' * (mode == 'sparse')}"
-    if not (pack / "done").exists():
+    made = folder / f"{pack.name}.made"
+    if not made.exists():
         shutil.rmtree(pack, ignore_errors=True)
         flashlm.convert(source, pack, dtype=dtype)
         if mode == "sparse":
             calibrate(pack)
-        (pack / "done").touch()
-    settings: dict[str, Any] = {"mode": mode, "context": 1024}
+        made.touch()
+    settings: dict[str, Any] = {"mode": mode, "context": 512 if mode == "sparse" else 1024}
     if mode == "sparse" and share < 1:
         model: Any = load_tightly(pack, **settings).eval()
     else:
@@ -161,12 +135,7 @@ def conversion(case: str, folder: Path) -> dict[str, Any]:
 def start_up() -> dict[str, Any]:
     """Return what is asked of the command line before anything heavy is needed, each in a process of its own."""
     asked = {"flashlm --help": ["--help"], "flashlm generate --help": ["generate", "--help"]}
-    return {
-        name: lambda arguments=arguments: subprocess.run(
-            [sys.executable, "-m", "flashlm", *arguments], stdout=subprocess.DEVNULL, check=True
-        )
-        for name, arguments in asked.items()
-    }
+    return {name: lambda arguments=arguments: command_line(*arguments) for name, arguments in asked.items()}
 
 
 def works_of(case: str, folder: Path) -> dict[str, Any]:
