@@ -12,7 +12,7 @@ TRANSFORMERS_VERSIONS := 5.20.0 5.24.0
 # What tells whether a transformers fits: loading, converting, and equal tokens for every family.
 PARITY_TESTS := tests/test_transformers_seam.py tests/engine/test_transformers_ways.py tests/engine/test_parity.py \
 	tests/engine/test_loading.py tests/engine/test_experts.py tests/engine/test_expert_families.py \
-	tests/engine/test_paper_families.py tests/pack/test_families.py tests/pack/test_experts.py tests/pack/test_convert.py \
+	tests/engine/test_paper_families.py tests/structure/test_families.py tests/structure/test_experts.py tests/conversion/test_convert.py \
 	tests/pru/test_language_model.py tests/pru/test_registration.py
 
 SANITIZE := .venv-sanitize

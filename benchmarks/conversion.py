@@ -61,7 +61,7 @@ def copy_rate(files: list[Path], target: Path) -> float:
 
 def convert_rate(checkpoint: Path, pack: Path) -> float:
     """Convert, remove the pack, return GB/s of the pack's bytes."""
-    from flashlm.pack.convert import convert
+    from flashlm.conversion.convert import convert
 
     start_s = time.perf_counter()
     convert(checkpoint, pack)

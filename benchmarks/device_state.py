@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flashlm import kernels
+from flashlm.rows import kernels
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, RowGeometry, Ticket
 
 BLOCKS_IN_FLIGHT, NUM_BLOCKS = 16, 64

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flashlm import kernels
 from flashlm.pack.manifest import read_manifest
 from flashlm.planner.expert_estimate import EXPERT_READS
+from flashlm.rows import kernels
 from flashlm.storage.reader import AlignedBuffer, Reader, ReadRequest
 
 NUM_SLOTS, NUM_READS = 8, 24

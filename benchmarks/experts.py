@@ -30,9 +30,9 @@ from shapes import SHAPES
 from flashlm.planner.expert_shape import ExpertShape, HitCurve
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan
-from flashlm.planner.probe import probe
-from flashlm.planner.profile import DeviceProfile, profile_path
 from flashlm.planner.shape import read_shape
+from flashlm.probe.device_profile import DeviceProfile, profile_path
+from flashlm.probe.probe import probe
 from flashlm.sizes import format_size, parse_size_bytes
 
 PEERS = ("llama.cpp", "accelerate")

@@ -13,7 +13,7 @@ from torch_runner import Spec, TorchRunner
 
 def convert_checkpoint(source: Path, pack: Path, dtype: str) -> None:
     """Convert a checkpoint to a pack."""
-    from flashlm.pack.convert import convert
+    from flashlm.conversion.convert import convert
 
     convert(source, pack, dtype=dtype)
 

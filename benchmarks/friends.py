@@ -4,7 +4,7 @@
 
 Every neuron is stored with the neuron that fires with it most often; one read brings both. What is counted, on the
 activations of a calibration text (nothing is simulated but the cache; no timings): bytes and reads per token with and
-without such bundles, and with rows chained by co-activation instead (`flashlm.sparsity.order`), in one window(k) cache each.
+without such bundles, and with rows chained by co-activation instead (`flashlm.calibration.order`), in one window(k) cache each.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from machine import describe_commit, describe_machine, today
 
 import flashlm
-from flashlm.engine.evaluate import read_token_ids
+from flashlm.calibration.evaluate import read_token_ids
+from flashlm.calibration.order import neuron_order
 from flashlm.engine.ffn import FlashFFN
-from flashlm.sparsity.order import neuron_order
 
 
 def record(pack: Path, text: Path, num_tokens: int, window_tokens: int = 256) -> list[np.ndarray]:

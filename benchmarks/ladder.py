@@ -232,7 +232,7 @@ def table(rows: list[Record], title: str) -> str:
 
 def own_ids(pack: Path, text: Path | None) -> list[int]:
     """Return the tokens of a text for a model of one's own."""
-    from flashlm.engine.evaluate import read_token_ids
+    from flashlm.calibration.evaluate import read_token_ids
 
     if text is None:
         raise SystemExit("--pack needs --text FILE: tokens that the model has not seen")

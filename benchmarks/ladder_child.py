@@ -213,7 +213,7 @@ def _trace_spec(spec: Spec, model: Any) -> row_trace.ModelSpec:
 def prepare(spec: Spec, recorder: Recorder) -> None:
     """Give the pack predictors of the stated ranks with random weights, and the use curves that the trace follows."""
     from flashlm.pack.manifest import read_manifest
-    from flashlm.sparsity.document import (
+    from flashlm.sparsity.calibration_document import (
         LayerSparsity,
         PredictorEntry,
         Sparsity,

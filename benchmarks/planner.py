@@ -30,14 +30,14 @@ from machine import describe_block_device, describe_commit, describe_machine, to
 
 from flashlm.memory.budget import place
 from flashlm.memory.cache_plan import plan_capacities
+from flashlm.planner.bottleneck import MEMORY_RATES
 from flashlm.planner.cost import TokenCost
 from flashlm.planner.estimate import dense_use, exact_token, sparse_token
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import GAPS, Candidate, candidates, model_needs
-from flashlm.planner.probe import probe
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import ModelShape, read_shape
-from flashlm.planner.would_help import MEMORY_RATES
+from flashlm.probe.probe import probe
 from flashlm.sizes import parse_size_bytes
 
 HERE = Path(__file__).parent

@@ -22,8 +22,8 @@ from typing import Any
 
 from machine import describe_block_device, describe_commit, describe_machine, today
 
-from flashlm.planner.probe_file import ProbeFile
-from flashlm.planner.probe_reads import ReadProbe
+from flashlm.probe.file import ProbeFile
+from flashlm.probe.reads import ReadProbe
 
 HERE = Path(__file__).parent
 FILE_BYTES = 2 << 30

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from flashlm import _native, kernels
+from flashlm import _native
+from flashlm.rows import kernels
 
 HIDDEN, ROWS, PARTS = 4096, 256, 3
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -12,7 +12,7 @@ void bind_threads(nanobind::module_& m);
 NB_MODULE(_native, m) {
     // Buffers live until the interpreter ends wherever a traceback or a global holds a model; that is no leak.
     nanobind::set_leak_warnings(false);
-    m.doc() = "Direct reads, row kernels and the neuron cache; use flashlm.storage, flashlm.kernels and flashlm.memory.";
+    m.doc() = "Direct reads, row kernels and the neuron cache; use flashlm.storage, flashlm.rows.kernels and flashlm.memory.";
     flashlm::bind_reader(m);
     flashlm::bind_kernels(m);
     flashlm::bind_cache(m);

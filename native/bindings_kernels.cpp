@@ -1,4 +1,4 @@
-// Python face of the row kernels: raw addresses, checked as far as numbers can be; `flashlm.kernels` checks tensors.
+// Python face of the row kernels: raw addresses, checked as far as numbers can be; `flashlm.rows.kernels` checks tensors.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>

@@ -145,7 +145,7 @@ def test_a_stock_program_opens_a_pack_or_says_why_not(
 
 @pytest.fixture
 def small_pack(tmp_path: Path) -> Callable[[], Path]:
-    from flashlm.pack.convert import convert
+    from flashlm.conversion.convert import convert
     from tests.models import save_checkpoint
 
     def make() -> Path:

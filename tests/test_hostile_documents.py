@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flashlm.conversion.convert import convert
 from flashlm.errors import FlashError
 from flashlm.pack.checkpoint import INDEX_NAME, open_checkpoint, read_header
-from flashlm.pack.convert import convert
 from flashlm.pack.manifest import manifest_path, read_manifest
 from flashlm.pack.pack_config import read_pack_config
-from flashlm.planner.document import load_plan
-from flashlm.planner.profile import load_profile, save_profile
-from flashlm.sparsity.document import document_path, read_sparsity
+from flashlm.planner.plan_document import load_plan
+from flashlm.probe.device_profile import load_profile, save_profile
+from flashlm.sparsity.calibration_document import document_path, read_sparsity
 from flashlm.sparsity.routing import read_routing, routing_path
 from tests.engine.calibrations import write_calibration
 from tests.models import save_checkpoint

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import flashlm
-from flashlm.cli import main
-from flashlm.planner.profile import profile_path, save_profile
+from flashlm.cli.app import main
+from flashlm.probe.device_profile import profile_path, save_profile
 from tests.models import save_checkpoint
 from tests.planner.profiles import make_profile
 

@@ -40,8 +40,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import flashlm
+from flashlm.conversion.convert import convert
 from flashlm.errors import FlashError
-from flashlm.pack.convert import convert
 from tests.models import EXPERT_FAMILIES, FAMILIES, save_checkpoint
 
 RESULT = ROOT / "benchmarks" / "results" / "reliability-adapters.json"

@@ -414,7 +414,7 @@ def make(pack: str, family: str, dtype: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from flashlm.pack.convert import convert
+    from flashlm.conversion.convert import convert
 
     common: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": True}
     if not any(name.startswith("n_embd") for name in FAMILIES[family]):
@@ -455,7 +455,7 @@ def tell(name: str, outcome: str, message: str) -> None:
 
 
 def floors(pack: str, contexts: list[int]) -> dict[int, int]:
-    from flashlm.planner.smallest import smallest_dram_bytes
+    from flashlm.memory.smallest import smallest_dram_bytes
 
     return {context: smallest_dram_bytes(pack, context) for context in contexts}
 

@@ -43,7 +43,7 @@ def make_large_pack(folder: Path, num_hidden_layers: int) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from flashlm.pack.convert import convert
+    from flashlm.conversion.convert import convert
 
     config = AutoConfig.for_model("llama", **{**COMMON, **SHAPE, "num_hidden_layers": num_hidden_layers})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "source")

@@ -198,9 +198,9 @@ def replacements(path: Path, before: bytes) -> dict[str, Callable[[], Any]]:
 
 def specials(pack: Path, expected: tuple[bytes, str]) -> Iterator[tuple[str, str]]:
     """Every file replaced by something that is none, or of another length; load, verify, info and plan."""
-    from flashlm.pack.info import describe
+    from flashlm.memory.smallest import smallest_dram_bytes
+    from flashlm.pack.description import describe
     from flashlm.planner.shape import read_shape
-    from flashlm.planner.smallest import smallest_dram_bytes
 
     def info() -> str:
         describe(pack), smallest_dram_bytes(pack)

@@ -16,9 +16,9 @@ from flashlm.errors import FlashError
 from flashlm.pack.checkpoint import open_checkpoint, read_header
 from flashlm.pack.manifest import manifest_path, read_manifest
 from flashlm.pack.sealed import seal
-from flashlm.planner.document import load_plan
-from flashlm.planner.profile import load_profile
-from flashlm.sparsity.document import document_path, read_sparsity
+from flashlm.planner.plan_document import load_plan
+from flashlm.probe.device_profile import load_profile
+from flashlm.sparsity.calibration_document import document_path, read_sparsity
 from flashlm.sparsity.routing import read_routing, routing_path
 
 Change = Callable[[dict[str, Any]], Any]

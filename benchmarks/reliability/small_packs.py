@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flashlm.pack.convert import convert
+from flashlm.conversion.convert import convert
 
 VOCAB = 96
 COMMON: dict[str, Any] = {
@@ -66,11 +66,11 @@ def make_pack(folder: Path, family: str, *, is_calibrated: bool = False) -> Path
     block_rows = None if family == "qwen3_moe" else 16
     convert(source, folder / "pack", dtype="fp32", block_rows=block_rows)
     if is_calibrated and family == "qwen3_moe":
-        from flashlm.engine.calibrate_experts import calibrate_experts
+        from flashlm.calibration.experts import calibrate_experts
 
         calibrate_experts(folder / "pack", make_text(folder / "text.txt"))
     elif is_calibrated:
-        from flashlm.engine.calibrate import calibrate
+        from flashlm.calibration.dense import calibrate
 
         calibrate(folder / "pack", make_text(folder / "text.txt"), rank=8)
     return folder / "pack"

@@ -14,12 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flashlm import console
+from flashlm.cli import console
+from flashlm.conversion.convert import convert
 from flashlm.engine.generate import Sampling, generate
 from flashlm.errors import FlashError
-from flashlm.pack.convert import convert
+from flashlm.memory.smallest import smallest_dram_bytes
 from flashlm.pack.manifest import read_manifest
-from flashlm.planner.smallest import smallest_dram_bytes
 from flashlm.sizes import format_size
 
 MODEL = Path(__file__).parent / "model"

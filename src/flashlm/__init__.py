@@ -23,10 +23,10 @@ from flashlm.errors import (
 )
 
 if TYPE_CHECKING:
+    from flashlm.conversion.convert import convert
+    from flashlm.conversion.verify import verify
     from flashlm.engine.model import FlashModel, load
     from flashlm.engine.quantizer import FlashConfig
-    from flashlm.pack.convert import convert
-    from flashlm.pack.verify import verify
 
 __version__ = "0.1.0"
 
@@ -48,9 +48,9 @@ __all__ = [
 _LAZY = {
     "FlashConfig": "flashlm.engine.quantizer",
     "FlashModel": "flashlm.engine.model",
-    "convert": "flashlm.pack.convert",
+    "convert": "flashlm.conversion.convert",
     "load": "flashlm.engine.model",
-    "verify": "flashlm.pack.verify",
+    "verify": "flashlm.conversion.verify",
 }
 
 

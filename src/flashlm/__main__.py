@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from flashlm.interrupt import InterruptWatch, leave
+from flashlm.cli.interrupt import InterruptWatch, leave
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: with 130 if Ctrl-C came, whatever the code that it hit made of it."""
     with InterruptWatch() as watch:
         try:
-            from flashlm.cli import main as run
+            from flashlm.cli.app import main as run
 
             run(arguments, is_interrupted=lambda: watch.seen)
         except BaseException:

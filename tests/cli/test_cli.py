@@ -18,7 +18,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flashlm.cli import main
+from flashlm.cli.app import main
 from flashlm.errors import PackError
 from tests.models import save_checkpoint
 
@@ -73,7 +73,7 @@ def one_line_error(done, exit_code, pattern):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nfrom flashlm.cli import main\n"
+        "import sys\nfrom flashlm.cli.app import main\n"
         "try: main(['--help'])\nexcept SystemExit as done: assert not done.code\n"
         "heavy = {'torch', 'transformers', 'numpy', 'flashlm._native'} & set(sys.modules)\nassert not heavy, heavy"
     )
@@ -206,7 +206,7 @@ def test_interrupt_counts_whatever_became_of_it(outcome):
     program = f"""if True:
         import builtins, os, signal, sys
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        import flashlm.__main__, flashlm.cli
+        import flashlm.__main__, flashlm.cli.app
         def interrupt():
             os.kill(os.getpid(), signal.SIGINT)
             while True:
@@ -217,7 +217,7 @@ def test_interrupt_counts_whatever_became_of_it(outcome):
                 interrupt()
             except KeyboardInterrupt:
                 {outcome}
-        flashlm.cli.main = run
+        flashlm.cli.app.main = run
         flashlm.__main__.main([])
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from flashlm.pack.manifest import layer_path, manifest_path, read_manifest
-from flashlm.planner.profile import save_profile
+from flashlm.probe.device_profile import save_profile
 from tests.cli.test_cli import flashlm
 from tests.engine.conftest import save_tokenizer
 from tests.models import save_checkpoint

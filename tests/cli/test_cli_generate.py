@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import flashlm
+from flashlm.conversion.convert import convert
 from flashlm.engine.generate import _watch_prompt
-from flashlm.pack.convert import convert
 from tests.cli.test_cli import TIMEOUT_S, one_line_error, pack, source  # noqa: F401  # fixtures
 from tests.cli.test_cli import flashlm as flashlm_command
 from tests.models import save_checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flashlm.cli import main
+from flashlm.cli.app import main
 
 SMALL = ["hidden_size=8", "embedding_size=8", "groups=2", "bptt=8", "batch_size=2"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flashlm.pack.manifest import read_manifest
-from flashlm.sparsity.document import (
+from flashlm.sparsity.calibration_document import (
     Evaluation,
     LayerSparsity,
     PredictorEntry,

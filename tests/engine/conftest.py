@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from flashlm.pack.convert import convert
+from flashlm.conversion.convert import convert
 from tests.models import EXPERT_FAMILIES, save_checkpoint
 
 NUM_POSITIONS = 160

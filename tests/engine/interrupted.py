@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flashlm.pack.convert import convert
+from flashlm.conversion.convert import convert
 from tests.engine.calibrations import write_calibration
 from tests.models import save_checkpoint
 

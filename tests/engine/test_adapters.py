@@ -16,7 +16,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import flashlm
-from flashlm.engine.ordering import order_pack
+from flashlm.calibration.ordering import order_pack
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.pack.manifest import read_manifest
 from tests.engine.calibrations import evaluation, write_calibration

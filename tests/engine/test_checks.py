@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import flashlm
+from flashlm.conversion.verify import verify
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.manifest import FLASH_DIR, layer_path, read_manifest, resident_path
-from flashlm.pack.verify import verify
-from flashlm.sparsity.document import document_path, profile_path, tensors_path, write_profile
+from flashlm.sparsity.calibration_document import document_path, profile_path, tensors_path, write_profile
 from tests.engine.calibrations import write_calibration
 from tests.engine.conftest import TinyPack
 from tests.pack.packs import change_manifest, replace_sealed

@@ -16,8 +16,8 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import flashlm
+from flashlm.conversion.convert import convert
 from flashlm.errors import FlashError
-from flashlm.pack.convert import convert
 from tests import tiny_models
 
 # Families that are refused, and why.

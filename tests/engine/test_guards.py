@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipel
 from transformers.pipelines import base as pipelines_base
 
 import flashlm
-from flashlm import kernels
 from flashlm.engine.standin import StreamedWeight
 from flashlm.errors import ConfigError
+from flashlm.rows import kernels
 from tests.engine.conftest import TinyPack, save_tokenizer
 
 Make = Callable[..., TinyPack]

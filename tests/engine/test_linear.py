@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flashlm import kernels
 from flashlm.engine.linear import WideningLinear, widen_linears
 from flashlm.errors import ConfigError
+from flashlm.rows import kernels
 
 DTYPES = (torch.bfloat16, torch.float16)
 

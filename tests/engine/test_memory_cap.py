@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flashlm.pack.convert import convert
-from flashlm.planner.smallest import smallest_dram_bytes
+from flashlm.conversion.convert import convert
+from flashlm.memory.smallest import smallest_dram_bytes
 from tests.models import save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

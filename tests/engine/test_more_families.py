@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import flashlm
-from flashlm.engine.calibrate import calibrate
+from flashlm.calibration.dense import calibrate
+from flashlm.conversion.convert import convert
 from flashlm.errors import ConfigError
-from flashlm.pack.convert import convert
 from flashlm.pack.manifest import read_manifest
 from tests import tiny_models
 

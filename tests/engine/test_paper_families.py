@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import flashlm
-from flashlm.engine.calibrate import calibrate
-from flashlm.engine.capture import masked, streamed_layers
-from flashlm.pack.convert import convert
+from flashlm.calibration.capture import masked, streamed_layers
+from flashlm.calibration.dense import calibrate
+from flashlm.conversion.convert import convert
 from flashlm.pack.manifest import read_manifest
-from flashlm.sparsity.document import read_sparsity
+from flashlm.sparsity.calibration_document import read_sparsity
 from tests.engine.conftest import save_tokenizer
 from tests.models import save_checkpoint
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashlm
-from flashlm.engine.gemm import BlockGemm
+from flashlm.rows.products import BlockGemm
 
 FAMILIES = [
     "opt",

@@ -17,12 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache, pipeline
 
 import flashlm
+from flashlm.conversion.convert import convert
 from flashlm.engine.pass_guard import ROOM_LASTS_S, PassGuard
 from flashlm.engine.withheld import WithheldLogits
 from flashlm.errors import BudgetError
 from flashlm.memory.pass_memory import pass_items
-from flashlm.pack.convert import convert
-from flashlm.planner.smallest import smallest_dram_bytes
+from flashlm.memory.smallest import smallest_dram_bytes
 from tests.engine.conftest import TinyPack
 from tests.engine.test_transformers_ways import _tokenizer
 from tests.models import EXPERT_FAMILIES, FAMILIES, save_checkpoint

@@ -20,8 +20,8 @@ from flashlm.engine.counters import Counters
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.forward_pass import running_pass
 from flashlm.errors import BudgetError
-from flashlm.kernels import one_torch_thread
 from flashlm.pack.manifest import read_manifest
+from flashlm.rows.kernels import one_torch_thread
 from tests.engine.calibrations import write_calibration
 from tests.engine.conftest import TinyPack
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import flashlm
+from flashlm.conversion.convert import convert
 from flashlm.engine.config import make_settings
 from flashlm.errors import ConfigError
-from flashlm.pack.convert import convert
-from flashlm.planner.document import save_plan
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan
+from flashlm.planner.plan_document import save_plan
 from flashlm.planner.shape import read_shape
 from tests.engine.conftest import BLOCK_ROWS, TinyPack
 from tests.models import save_checkpoint

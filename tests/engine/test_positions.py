@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flashlm.conversion.convert import convert
 from flashlm.engine.generate import Sampling, generate
 from flashlm.engine.positions import check_positions, has_position_table, stated_positions, trained_positions
 from flashlm.errors import ConfigError
-from flashlm.pack.convert import convert
 from tests import tiny_models
 from tests.engine.conftest import save_tokenizer
 from tests.models import save_checkpoint

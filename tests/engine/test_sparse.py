@@ -16,7 +16,7 @@ from flashlm.engine.sparse import SparseRows
 from flashlm.errors import ConfigError, PackError, StorageError
 from flashlm.memory.neuron_cache import LayerCapacity
 from flashlm.pack.manifest import layer_path, read_manifest
-from flashlm.planner.profile import profile_path, save_profile
+from flashlm.probe.device_profile import profile_path, save_profile
 from flashlm.storage.reader import Reader
 from tests.engine.calibrations import evaluation, write_calibration
 from tests.engine.conftest import TinyPack

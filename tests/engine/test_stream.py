@@ -10,7 +10,7 @@ import pytest
 from flashlm.engine.stream import BlockStream
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Needs, Placement
-from flashlm.pack.layout import RUN_BYTES, LayerLayout
+from flashlm.rows.layout import RUN_BYTES, LayerLayout
 from flashlm.storage.reader import Reader
 
 NEEDS = Needs(process_bytes=0, resident_bytes=0, kv_cache_bytes=0, working_bytes=0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flashlm.errors import BudgetError
 from flashlm.memory.budget import MIN_STAGING_BLOCKS, Needs, floor_bytes, place
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 
 SIZES = st.integers(0, 1 << 22)
 LAYOUTS = st.lists(

@@ -10,7 +10,7 @@ from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs
 from flashlm.memory.expert_budget import ExpertUse, expert_floor_bytes, is_close_to_floor, place_experts
 from flashlm.memory.expert_cache import ExpertCache, LeastFrequentlyUsed, LeastRecentlyUsed, replay
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 
 NUM_EXPERTS = 8
 

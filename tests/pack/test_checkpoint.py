@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from flashlm.conversion.convert import convert
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.checkpoint import open_checkpoint, read_header
-from flashlm.pack.convert import convert
 from tests.models import save_checkpoint
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from flashlm.conversion.convert import convert
 from flashlm.errors import PackError
-from flashlm.pack.convert import convert
 from flashlm.pack.manifest import manifest_path, read_manifest
 from tests.models import save_checkpoint
 from tests.pack.packs import sealed

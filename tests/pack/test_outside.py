@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 import flashlm
+from flashlm.conversion.convert import convert
+from flashlm.conversion.verify import accept_small_files, verify
 from flashlm.errors import ConfigError, FlashError, PackError
-from flashlm.pack.convert import convert
-from flashlm.pack.info import describe
-from flashlm.pack.verify import accept_small_files, verify
-from flashlm.planner.document import load_plan
-from flashlm.planner.profile import load_profile
+from flashlm.memory.smallest import smallest_dram_bytes
+from flashlm.pack.description import describe
+from flashlm.planner.plan_document import load_plan
 from flashlm.planner.shape import read_shape
-from flashlm.planner.smallest import smallest_dram_bytes
+from flashlm.probe.device_profile import load_profile
 from flashlm.storage.outside import check_regular, read_document, read_json
 from tests.engine.conftest import save_tokenizer
 from tests.models import save_checkpoint

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import flashlm
+from flashlm.conversion.convert import convert
+from flashlm.conversion.verify import verify
 from flashlm.errors import PackError
 from flashlm.pack import reorder as reordering
-from flashlm.pack.convert import convert
 from flashlm.pack.manifest import Manifest, layer_path, order_path, read_manifest
 from flashlm.pack.reorder import read_order, remove_strays, reorder
-from flashlm.pack.verify import verify
 from tests.models import save_checkpoint
 
 

@@ -17,5 +17,5 @@ PROCESS_BYTES = 600 << 20
 def _process_of_one_size() -> Iterator[None]:
     """Plans count what the process holds already: here that is what earlier tests left, which depends on their order."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashlm.planner.needs.process_bytes", lambda: PROCESS_BYTES)
+        patch.setattr("flashlm.memory.needs.process_bytes", lambda: PROCESS_BYTES)
         yield

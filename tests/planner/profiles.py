@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashlm.planner.profile import DeviceProfile, ProductRates, ReadPoint, RowReadPoint, profile_path
+from flashlm.probe.device_profile import DeviceProfile, ProductRates, ReadPoint, RowReadPoint, profile_path
 
 
 def make_profile() -> DeviceProfile:

@@ -17,15 +17,15 @@ from flashlm.engine.config import make_settings
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.pack.manifest import read_manifest
 from flashlm.planner.cost import Overlap
-from flashlm.planner.document import load_plan, save_plan
 from flashlm.planner.expert_estimate import expert_token
 from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan
-from flashlm.planner.probe_experts import expert_overheads_s
+from flashlm.planner.plan_document import load_plan, save_plan
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import read_shape
-from flashlm.sparsity.document import fingerprint
+from flashlm.probe.experts import expert_overheads_s
+from flashlm.sparsity.calibration_document import fingerprint
 from flashlm.sparsity.routing import LayerRouting, PolicyShares, Routing, write_routing
 from tests.engine.conftest import TinyPack
 from tests.models import save_checkpoint
@@ -194,7 +194,7 @@ def test_overheads_are_times() -> None:
 
 def test_costs_add_up(olmoe: ExpertShape) -> None:
     from flashlm.memory.expert_budget import place_experts
-    from flashlm.planner.expert_needs import measure_expert_needs
+    from flashlm.memory.expert_needs import measure_expert_needs
 
     needs = measure_expert_needs(olmoe.config, olmoe.uses, olmoe.resident_bytes, 64)
     cost = expert_token(olmoe, place_experts(olmoe.uses, needs, 6 * GIB), RATES)

@@ -13,20 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flashlm
-from flashlm.cli import main
+from flashlm.cli.app import main
 from flashlm.engine.config import make_settings
 from flashlm.errors import BudgetError, ConfigError, PackError, UnsupportedModelError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.memory.neuron_cache import LayerCapacity
 from flashlm.planner.cost import Overlap
-from flashlm.planner.document import load_plan, save_plan
 from flashlm.planner.estimate import sparse_token
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan, row_reads
-from flashlm.planner.profile import save_profile
+from flashlm.planner.plan_document import load_plan, save_plan
 from flashlm.planner.published import assume_sparsity
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape, SparseShape, read_shape
+from flashlm.probe.device_profile import save_profile
 from tests.engine.conftest import TinyPack
 from tests.models import save_checkpoint, tiny_model
 from tests.planner.profiles import make_profile, profile_of

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flashlm.calibration.routing_trace import RoutingTrace, compare_policies
 from flashlm.errors import PackError
 from flashlm.pack.manifest import FLASH_DIR, MANIFEST_NAME, read_manifest
-from flashlm.sparsity.document import fingerprint
+from flashlm.sparsity.calibration_document import fingerprint
 from flashlm.sparsity.routing import (
     MAX_ROUTING_BYTES,
     LayerRouting,
@@ -17,7 +18,6 @@ from flashlm.sparsity.routing import (
     routing_path,
     write_routing,
 )
-from flashlm.sparsity.routing_trace import RoutingTrace, compare_policies
 from tests.pack.packs import replace_sealed, sealed
 
 CHECKSUM = "0123456789abcdef"

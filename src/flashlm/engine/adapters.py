@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from flashlm import kernels
 from flashlm.errors import ConfigError
+from flashlm.rows import kernels
 
 
 @dataclass(frozen=True, slots=True)

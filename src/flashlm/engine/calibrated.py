@@ -12,7 +12,7 @@ from flashlm.engine.config import ResolvedMode, Settings
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest
-from flashlm.sparsity.document import Sparsity, read_sparsity, read_tensors, tensors_path
+from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, read_tensors, tensors_path
 from flashlm.sparsity.predictor import Predictor, load_predictor
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from flashlm.engine.plan_use import PlanUse, use_plan
 from flashlm.errors import ConfigError
-from flashlm.planner.document import Plan, load_plan
+from flashlm.planner.plan_document import Plan, load_plan
 from flashlm.sizes import parse_budget_bytes, parse_size_bytes
 
 Mode = Literal["auto", "naive", "hybrid", "sparse", "experts"]

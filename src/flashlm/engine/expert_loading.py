@@ -14,18 +14,18 @@ from flashlm.engine.config import Settings
 from flashlm.engine.counters import Counters
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.experts import IMPLEMENTATION, BoundExperts
-from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.llama4 import lead_experts
 from flashlm.engine.standin import StreamedWeight
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_budget import is_close_to_floor, place_experts
+from flashlm.memory.expert_needs import expert_uses, measure_expert_needs
 from flashlm.memory.expert_policy import CachePolicy, make_policy
-from flashlm.pack.experts import OUT_WEIGHT_NAME, in_weight_name
 from flashlm.pack.manifest import Manifest
-from flashlm.planner.expert_needs import expert_uses, measure_expert_needs
+from flashlm.rows.products import BlockGemm
 from flashlm.sparsity.routing import Routing, read_routing
 from flashlm.storage.reader import File, Reader
+from flashlm.structure.experts import OUT_WEIGHT_NAME, in_weight_name
 from flashlm.transformers_seam import keep_from_initialising, lead_experts_to
 
 if TYPE_CHECKING:

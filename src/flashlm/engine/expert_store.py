@@ -27,7 +27,7 @@ from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_cache import ExpertCache, ExpertStep
 from flashlm.memory.expert_policy import CachePolicy
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
 
 WARM_BYTES = 256 << 20  # of reads begun together when the cache is filled at loading

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flashlm import kernels
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.forward_pass import Where, split_tokens, tiles
-from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
-from flashlm.pack.layout import LayerLayout, round_up
-from flashlm.planner.expert_needs import rows_per_product
+from flashlm.memory.expert_needs import rows_per_product
+from flashlm.rows import kernels
+from flashlm.rows.layout import LayerLayout, round_up
+from flashlm.rows.products import BlockGemm
 from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
 
 IMPLEMENTATION = "flashlm"

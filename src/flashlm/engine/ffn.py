@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashlm import kernels
 from flashlm.engine.adapters import AdapterPass, AdapterShare
 from flashlm.engine.forward_pass import Where, split_tokens, tiles
-from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import StreamedModule, check_hidden_states
 from flashlm.engine.seat import Linears, Seat
 from flashlm.engine.sparse import RowFetch, SparseRows
 from flashlm.engine.standin import StreamedWeight, Unhookable, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
-from flashlm.pack.layout import LayerLayout, round_up
+from flashlm.rows import kernels
+from flashlm.rows.layout import LayerLayout, round_up
+from flashlm.rows.products import BlockGemm
 
 ACTIVATION_STEP = 64  # a multiple of what torch takes at a time with any instruction set
 

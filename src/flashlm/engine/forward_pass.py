@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from flashlm.engine.counters import Counters
-from flashlm.kernels import MAX_TOKENS, on_one_torch_thread
+from flashlm.rows.kernels import MAX_TOKENS, on_one_torch_thread
 
 Phase = Literal["prompt", "decode", "verify"]
 PHASES: tuple[Phase, ...] = get_args(Phase)

@@ -16,7 +16,7 @@ from flashlm.engine.model import FlashModel, load
 from flashlm.engine.positions import check_positions
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.limits import peak_process_bytes
-from flashlm.planner.needs import read_config
+from flashlm.memory.needs import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from flashlm.engine.cache_room import cache_room, past_tokens
 from flashlm.errors import BudgetError
 from flashlm.memory.generation_memory import GenerationShape, generation_items
+from flashlm.memory.needs import kv_cache_bytes_per_token
 from flashlm.memory.pass_memory import (
     BEAM_LOGIT_BYTES,
     GREEDY_LOGIT_BYTES,
@@ -31,7 +32,6 @@ from flashlm.memory.pass_memory import (
     logits_bytes,
     most_that_fits,
 )
-from flashlm.planner.needs import kv_cache_bytes_per_token
 from flashlm.transformers_seam import given_cache, pipeline_defaults, previous_cache_length
 
 if TYPE_CHECKING:

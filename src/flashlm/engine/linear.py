@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flashlm import kernels
 from flashlm.engine.forward_pass import running_pass, tiles
 from flashlm.errors import ConfigError
+from flashlm.rows import kernels
 
 
 class WideningLinear(nn.Linear):

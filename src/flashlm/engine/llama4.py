@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flashlm.engine.experts import flash_experts_forward
-from flashlm.pack.experts import led_flags
+from flashlm.structure.experts import led_flags
 
 
 def lead_experts(model: nn.Module, path: str) -> bool:

@@ -28,7 +28,6 @@ from flashlm.engine.expert_loading import (
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import FlashFFN
 from flashlm.engine.forward_pass import Phase
-from flashlm.engine.gemm import BlockGemm
 from flashlm.engine.guards import guard
 from flashlm.engine.linear import fold_linears, widen_linears
 from flashlm.engine.pack_check import named_building_errors
@@ -43,25 +42,26 @@ from flashlm.engine.standin import StreamedActivation
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import ConfigError, PackError
-from flashlm.kernels import MAX_TOKENS
 from flashlm.memory.budget import Placement, place, place_sparse
 from flashlm.memory.expert_policy import CachePolicy
 from flashlm.memory.limits import read_memory_limits
-from flashlm.pack.ffn_probe import find_learned
+from flashlm.memory.needs import DEFAULT_CONTEXT, measure_needs, read_config, torch_dtype
 from flashlm.pack.files import check_files
-from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import Manifest, layer_path, read_manifest, resident_path
 from flashlm.pack.reorder import read_order
-from flashlm.pack.structure import check_structure
 from flashlm.planner.expert_estimate import EXPERT_READS
 from flashlm.planner.machine import stored_rates
-from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs, read_config, torch_dtype
 from flashlm.planner.plan import STREAM_QUEUE_DEPTH, Candidate, cheapest
 from flashlm.planner.rates import ReadSetting
 from flashlm.planner.shape import shape_of_model, sparse_shape
+from flashlm.rows.kernels import MAX_TOKENS
+from flashlm.rows.layout import LayerLayout
+from flashlm.rows.products import BlockGemm
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH, File, Reader
+from flashlm.structure.agreement import check_structure
+from flashlm.structure.ffn_probe import find_learned
 from flashlm.transformers_seam import given_cache
 
 if TYPE_CHECKING:

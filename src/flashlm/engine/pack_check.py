@@ -14,7 +14,7 @@ from flashlm.errors import ConfigError, FlashError, PackError, UnsupportedModelE
 from flashlm.pack.files import check_resident_file, check_small_files
 from flashlm.pack.manifest import FORMAT_VERSION, read_manifest, resident_path
 from flashlm.pack.pack_config import LOCAL_IMPLEMENTATIONS
-from flashlm.pack.source import check_config
+from flashlm.structure.model_config import check_config
 
 
 def check_pack(config: Any, check: str, format_version: object = FORMAT_VERSION) -> None:

@@ -29,7 +29,9 @@ from flashlm.engine.chunked_loss import ChunkedLoss, can_chunk
 from flashlm.engine.generation_guard import Wishes, generation_members
 from flashlm.engine.kv_pass import begin_pass, end_pass
 from flashlm.errors import BudgetError
+from flashlm.memory.expert_needs import expert_pass_facts, expert_uses
 from flashlm.memory.limits import process_bytes, release_free_memory, room_bytes
+from flashlm.memory.needs import SLACK_BYTES, pass_facts, writes_scores
 from flashlm.memory.pass_memory import (
     CACHE,
     LOGITS,
@@ -42,8 +44,6 @@ from flashlm.memory.pass_memory import (
     logits_bytes,
     pass_items,
 )
-from flashlm.planner.expert_needs import expert_pass_facts, expert_uses
-from flashlm.planner.needs import SLACK_BYTES, pass_facts, writes_scores
 from flashlm.sizes import format_size
 from flashlm.transformers_seam import attention_implementation, given_cache, made_cache
 

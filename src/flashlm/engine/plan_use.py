@@ -9,8 +9,8 @@ from pathlib import Path
 
 from flashlm.errors import ConfigError
 from flashlm.pack.manifest import Manifest
-from flashlm.planner.document import Plan
 from flashlm.planner.outline import outline_of_pack
+from flashlm.planner.plan_document import Plan
 from flashlm.sizes import format_size
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flashlm.errors import ConfigError, UnsupportedModelError
-from flashlm.pack.families import build_meta_model
+from flashlm.structure.families import build_meta_model
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any
 from flashlm.engine.config import Settings, make_settings
 from flashlm.engine.pack_check import check_pack
 from flashlm.errors import ConfigError, PackError
-from flashlm.pack import activations
 from flashlm.pack.manifest import FORMAT_VERSION, RESIDENT_NAME
 from flashlm.pack.pack_config import QUANT_METHOD
+from flashlm.structure import activations
 from flashlm.transformers_seam import (
     AUTO_QUANTIZER_MAPPING,
     HfQuantizer,

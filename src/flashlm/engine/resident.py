@@ -18,13 +18,13 @@ import numpy.typing as npt
 import torch
 
 from flashlm.engine.block_check import landed
-from flashlm.pack.asked import misfit
 from flashlm.pack.checkpoint import MAX_HEADER_BYTES, TensorEntry, read_header
 from flashlm.pack.checksums import check_bytes
-from flashlm.pack.layout import BLOCK_ALIGN_BYTES, round_up
 from flashlm.pack.manifest import ResidentEntry
+from flashlm.rows.layout import BLOCK_ALIGN_BYTES, round_up
 from flashlm.storage.outside import open_regular
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest
+from flashlm.structure.asked import misfit
 
 if TYPE_CHECKING:  # this module is imported within transformers' own import
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ import xxhash
 from flashlm.engine.block_check import BlockCheck, content_of, landed
 from flashlm.errors import PackError
 from flashlm.pack.checksums import ADVICE
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest
 
 Bytes = npt.NDArray[np.uint8]

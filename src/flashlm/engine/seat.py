@@ -17,7 +17,7 @@ from torch import nn
 from flashlm.engine.adapters import AdapterPass, Branch, read_branches
 from flashlm.engine.standin import StreamedActivation, StreamedConv1D, StreamedLinear, StreamedWeight
 from flashlm.errors import ConfigError
-from flashlm.pack.families import in_layer_parts, linear_parts
+from flashlm.structure.families import in_layer_parts, linear_parts
 from flashlm.transformers_seam import Conv1D
 
 if TYPE_CHECKING:

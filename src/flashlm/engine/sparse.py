@@ -22,7 +22,7 @@ from flashlm.engine.forward_pass import counting
 from flashlm.engine.row_check import RowCheck
 from flashlm.engine.turn import Turn, overtaken
 from flashlm.memory.neuron_cache import LayerCapacity, Lookup, NeuronCache
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, RowGeometry, Ticket
 
 

@@ -29,7 +29,7 @@ from flashlm.engine.forward_pass import counting
 from flashlm.engine.turn import Turn, overtaken
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Placement
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 from flashlm.storage.reader import AlignedBuffer, File, Reader, ReadRequest, Ticket
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from flashlm.errors import BudgetError
 from flashlm.memory.cache_plan import LayerUse, least_slots, plan_capacities
 from flashlm.memory.neuron_cache import LayerCapacity
-from flashlm.pack.layout import BLOCK_ALIGN_BYTES, LayerLayout
+from flashlm.rows.layout import BLOCK_ALIGN_BYTES, LayerLayout
 from flashlm.sizes import format_size
 
 MIN_STAGING_BLOCKS = 2

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashlm.memory.budget import Needs, Placement, check_floor
-from flashlm.pack.layout import LayerLayout
+from flashlm.rows.layout import LayerLayout
 
 # A prompt that needs more experts than a layer holds reads into one while another is computed.
 NUM_SPARE_SLOTS = 2

@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 
 from flashlm.errors import StorageError
-from flashlm.pack.layout import round_up
+from flashlm.rows.layout import round_up
 from flashlm.sizes import format_size
 
 DIRECT_ALIGN_BYTES = 4096

@@ -14,8 +14,8 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flashlm.errors import PackError
-from flashlm.pack.layout import LayerLayout
 from flashlm.pack.sealed import seal, unseal
+from flashlm.rows.layout import LayerLayout
 from flashlm.storage.outside import parse_json, read_document
 
 FORMAT_VERSION: Literal[3] = 3
@@ -24,7 +24,7 @@ FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
 # Not `model.safetensors`: without flashlm transformers must find no weights, instead of half of them.
 RESIDENT_NAME = f"{FLASH_DIR}/resident.safetensors"
-# What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.document` and `.routing` describe it.
+# What `flashlm calibrate` leaves in FLASH_DIR; `flashlm.sparsity.calibration_document` and `.routing` describe it.
 CALIBRATION_NAMES = (
     "sparsity.json",
     "sparsity.safetensors",

@@ -18,8 +18,8 @@ import xxhash
 from flashlm.errors import PackError, StorageError
 from flashlm.pack.checksums import check_bytes
 from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes, write_small_file
-from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import FLASH_DIR, LayerEntry, Manifest, layer_path, manifest_path, order_path
+from flashlm.rows.layout import LayerLayout
 from flashlm.sizes import format_size
 from flashlm.storage.outside import read_document
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from flashlm.memory.budget import Placement
 from flashlm.memory.neuron_cache import LayerCapacity
-from flashlm.pack.layout import LayerLayout
 from flashlm.planner.cost import (
     TokenCost,
     gemm_s,
@@ -22,6 +21,7 @@ from flashlm.planner.cost import (
 )
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import RELU_NAMES, ModelShape, SparseShape
+from flashlm.rows.layout import LayerLayout
 
 SLOWER_WHILE_READING = 1.3  # what a pause takes beside reads that land, of the time alone (docs/experiments.md)
 UNKNOWN_RELU_SHARE = 0.5  # of a ReLU FFN's neurons firing, where no calibration says: random weights

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from flashlm.kernels import choose_strategy
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_budget import ExpertUse
 from flashlm.planner.cost import TokenCost, gemm_s, multiply_s, overlapped_s, stream_s
 from flashlm.planner.expert_shape import ExpertShape
 from flashlm.planner.rates import Rates, ReadSetting
+from flashlm.rows.kernels import choose_strategy
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES
 
 # Pieces of 1 MiB in flight. Experts land one after the other rather than all at once at the end.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_budget import place_experts
-from flashlm.planner.document import Plan
+from flashlm.memory.expert_needs import measure_expert_needs
+from flashlm.planner.bottleneck import would_help
 from flashlm.planner.expert_estimate import EXPERT_READS, expert_prompt_s, expert_token
-from flashlm.planner.expert_needs import measure_expert_needs
 from flashlm.planner.expert_shape import ExpertShape
+from flashlm.planner.plan_document import Plan
 from flashlm.planner.rates import Rates
-from flashlm.planner.would_help import would_help
 
 
 def make_expert_plan(shape: ExpertShape, rates: Rates, dram_bytes: int, context: int, prompt_tokens: int) -> Plan:

@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 from flashlm.memory.expert_budget import ExpertUse
-from flashlm.pack.experts import ExpertLayer
-from flashlm.pack.layout import DTYPE_BYTES, LayerLayout
 from flashlm.planner.outline import outline
+from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
+from flashlm.structure.experts import ExpertLayer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from flashlm.errors import ConfigError
 from flashlm.planner.cost import Overlap
-from flashlm.planner.probe import probe
-from flashlm.planner.profile import DeviceProfile, Pattern, load_profile, profile_path
 from flashlm.planner.rates import Rates, ReadSetting
+from flashlm.probe.device_profile import DeviceProfile, Pattern, load_profile, profile_path
+from flashlm.probe.probe import probe
 
 
 def rates_of(profile: DeviceProfile, dtype: str) -> Rates:

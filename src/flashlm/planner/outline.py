@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from flashlm.pack.layout import LayerLayout
 from flashlm.pack.manifest import Manifest
+from flashlm.rows.layout import LayerLayout
 
 
 def outline(model_type: str, layers: Sequence[tuple[LayerLayout, int | None]]) -> str:

@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs, Placement, place, place_sparse
 from flashlm.memory.expert_budget import place_experts
+from flashlm.memory.expert_needs import measure_expert_needs
+from flashlm.memory.needs import DEFAULT_CONTEXT, measure_needs
+from flashlm.planner.bottleneck import would_help
 from flashlm.planner.cost import TokenCost
-from flashlm.planner.document import Mode, Plan
 from flashlm.planner.estimate import DenseUse, dense_use, exact_token, prompt_s, sparse_token
-from flashlm.planner.expert_needs import measure_expert_needs
 from flashlm.planner.expert_plan import make_expert_plan
 from flashlm.planner.expert_shape import ExpertShape
-from flashlm.planner.needs import DEFAULT_CONTEXT, measure_needs
+from flashlm.planner.plan_document import Mode, Plan
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import ModelShape
-from flashlm.planner.would_help import would_help
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES, DEFAULT_QUEUE_DEPTH
 
 GAPS = (0, 1, 2, 3, 4, 8)

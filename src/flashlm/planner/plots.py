@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashlm.errors import BudgetError, ConfigError, StorageError
-from flashlm.planner.document import Plan
 from flashlm.planner.expert_shape import ExpertShape
 from flashlm.planner.plan import make_plan
-from flashlm.planner.profile import DeviceProfile
+from flashlm.planner.plan_document import Plan
 from flashlm.planner.rates import Rates
 from flashlm.planner.shape import ModelShape
+from flashlm.probe.device_profile import DeviceProfile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

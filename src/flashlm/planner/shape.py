@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
-from flashlm.pack import activations
-from flashlm.pack.experts import ExpertLayer, find_expert_layers
-from flashlm.pack.families import FfnLayer, build_meta_model, find_ffn_layers
-from flashlm.pack.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
+from flashlm.memory.expert_needs import expert_uses
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
-from flashlm.pack.source import canonical_dtype, load_config, load_pack_config
-from flashlm.planner.expert_needs import expert_uses
 from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, resident_bytes, uses_of_layers
 from flashlm.planner.outline import outline
-from flashlm.sparsity.document import Sparsity, read_sparsity, tensors_path
+from flashlm.rows.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
+from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
+from flashlm.structure import activations
+from flashlm.structure.experts import ExpertLayer, find_expert_layers
+from flashlm.structure.families import FfnLayer, build_meta_model, find_ffn_layers
+from flashlm.structure.model_config import canonical_dtype, load_config, load_pack_config
 from flashlm.transformers_seam import Conv1D
 
 CONFIG_NAME = "config.json"

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from flashlm.errors import ConfigError
-from flashlm.kernels import choose_strategy
 from flashlm.pru.cell import PRUCell, State, two_parts
 from flashlm.pru.native_step import NativeWeights, is_served, run_native
 from flashlm.pru.recurrence import run_dense, run_grouped
 from flashlm.pru.shapes import Init, Split, Subsampling, check_choice, check_positive
+from flashlm.rows.kernels import choose_strategy
 
 Path = Literal["auto", "grouped", "folded", "native"]
 # Dense weights that a step of torch's loop makes up for folding, by the context's groups (up to as many), for batches of

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from flashlm.kernels import MAX_TOKENS, GroupTable, ProductTable, one_torch_thread
 from flashlm.pru.cell import PRUCell, State
 from flashlm.pru.gate_kernels import lstm_gates
 from flashlm.pru.observers import is_in_memory, is_recorded
+from flashlm.rows.kernels import MAX_TOKENS, GroupTable, ProductTable, one_torch_thread
 
 MAX_BATCH = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flashlm import kernels
 from flashlm.pru.observers import has_tangents, is_in_memory, is_recorded, is_transformed
+from flashlm.rows import kernels
 
 # Tokens of a call up to which the row kernel is the faster one in a model (docs/experiments.md).
 FEW_TOKENS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}

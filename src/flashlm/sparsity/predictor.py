@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flashlm import kernels
 from flashlm.errors import PackError
-from flashlm.sparsity.document import PredictorEntry, predictor_names
+from flashlm.rows import kernels
+from flashlm.sparsity.calibration_document import PredictorEntry, predictor_names
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

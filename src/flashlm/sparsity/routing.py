@@ -15,8 +15,8 @@ from flashlm.memory.expert_policy import POLICIES, ExpertPolicy
 from flashlm.pack.direct_file import write_small_file
 from flashlm.pack.manifest import FLASH_DIR, MAX_DIMENSION, MAX_LAYERS, Manifest
 from flashlm.pack.sealed import seal
+from flashlm.sparsity.calibration_document import fingerprint
 from flashlm.sparsity.calibration_file import other_weights, read_calibration_file
-from flashlm.sparsity.document import fingerprint
 
 ROUTING_VERSION: Literal[2] = 2
 ROUTING_NAME = "routing.json"

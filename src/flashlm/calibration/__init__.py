@@ -1,0 +1,1 @@
+"""What a text tells of a model: predictors, neuron order, routing, and what an approximation costs."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to a pack, and the proof that a pack is whole."""

@@ -1,0 +1,287 @@
+"""Turn a Hugging Face checkpoint into a pack: feed-forward layers or experts row by row into `flash/`, the rest as it is.
+
+A conversion that is killed goes on with the next unfinished file when started again and ends with the same bytes; the
+manifest, without which nothing takes the folder for a pack, is written last. Memory does not grow with the model: the
+weights pass through a fixed set of buffers (about 0.6 GiB) in three overlapping steps, read, lay out, write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import closing
+from pathlib import Path
+
+import xxhash
+
+from flashlm import __version__
+from flashlm.conversion.casts import CastCounts, describe_zeroed
+from flashlm.conversion.layer_file import LayerPools, write_layer
+from flashlm.conversion.pipeline import BufferPool, ReadAhead, WriteBehind
+from flashlm.conversion.plan import ConversionPlan, experts_file_name, layer_file_name, plan_conversion
+from flashlm.conversion.record import (
+    ProgressRecord,
+    only_one,
+    open_record,
+    prepare_folder,
+    remove_record,
+    save_record,
+)
+from flashlm.conversion.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
+from flashlm.errors import ConfigError, StorageError
+from flashlm.pack.direct_file import DirectReader, sync_folder, write_error, write_small_file
+from flashlm.pack.manifest import (
+    CONFIG_NAME,
+    FLASH_DIR,
+    RESIDENT_NAME,
+    ExpertsEntry,
+    LayerEntry,
+    Manifest,
+    ResidentEntry,
+    SourceEntry,
+    manifest_path,
+    read_manifest,
+    resident_path,
+)
+from flashlm.pack.pack_config import NOTE, NOTE_NAME
+from flashlm.rows.kernels import one_torch_thread
+from flashlm.sizes import format_size
+from flashlm.structure.model_config import canonical_dtype, pack_config, resolve_source
+
+ProgressCallback = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all, and what is being worked on."""
+AnnounceCallback = Callable[[str], None]
+"""Called with one line that says what will be, or was, done."""
+
+_SPARE_BYTES = 16 << 20  # manifest, progress record, file system overhead
+
+
+def convert(
+    source: str | Path,
+    pack: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    block_rows: int | None = None,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback | None = None,
+    announce: AnnounceCallback | None = None,
+) -> Manifest:
+    """Convert `source` into the folder `pack`, going on where an earlier attempt stopped.
+
+    Args:
+        source: A Hugging Face model folder with safetensors, or a hub id.
+        pack: The folder to write; new, empty, or an unfinished conversion of the same source and settings. A finished
+            one is left as it is.
+        dtype: Element type of the pack: bf16, fp16 or fp32 (or the full names).
+        block_rows: Rows per block, a multiple of 16; by default blocks of about 4 MiB.
+        trust_remote_code: Run model code that comes with the source, and keep it in the pack.
+        progress: Called with (bytes done, bytes in all, what).
+        announce: Called with one line about what will be written, one for each thing that is left out, and one where
+            weights became zero; the pack's manifest keeps these (`source.notes`).
+
+    Returns:
+        The manifest of the finished pack.
+
+    Raises:
+        ConfigError: A wrong setting, or a target that holds something else.
+        UnsupportedModelError: The model's feed-forward layers can't be placed.
+        PackError: The source is damaged or incomplete.
+        StorageError: The target can't be written, is full or too small; or the source can't be read.
+    """
+    announce = announce or (lambda line: None)
+    folder = resolve_source(source, trust_remote_code=trust_remote_code, announce=announce)
+    target = Path(pack).expanduser()
+    _check_target(folder, target)
+    plan = plan_conversion(str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code)
+    prepare_folder(target)
+    with only_one(target), one_torch_thread():  # the other cores read and write
+        record = open_record(target, plan.fingerprint)
+        if record is None:
+            announce(f"{target} is already finished: nothing to do")
+            return read_manifest(target)
+        _check_space(plan, record)
+        announce(_describe(plan, record))
+        for note in plan.notes:
+            announce(note)
+        _write_files(plan, record, progress or (lambda done, total, what: None))
+        for note in _cast_notes(plan, record):
+            announce(f"warning: {note}")
+        return _finish(plan, record)
+
+
+def _check_target(folder: Path, target: Path) -> None:
+    resolved = target.resolve()
+    if resolved == folder or folder in resolved.parents:
+        raise ConfigError(f"the pack can't be written into its own source: {target} lies in {folder}")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is not a folder")
+
+
+def _check_space(plan: ConversionPlan, record: ProgressRecord) -> None:
+    needed = sum(size for name, size in plan.file_bytes.items() if name not in record.finished) + _SPARE_BYTES
+    needed += sum((plan.checkpoint.folder / name).stat().st_size for name in plan.small.kept)
+    stats = os.statvfs(plan.pack)
+    free = stats.f_bavail * stats.f_frsize
+    if needed > free:
+        raise StorageError(
+            f"{plan.pack} does not fit on its device: {format_size(needed)} ({needed} bytes) needed,"
+            f" {format_size(free)} ({free} bytes) free",
+            path=str(plan.pack), wanted_bytes=needed, got_bytes=free,
+        )  # fmt: skip
+
+
+def _describe(plan: ConversionPlan, record: ProgressRecord) -> str:
+    sizes = plan.file_bytes
+    done = sum(sizes[name] for name in record.finished if name in sizes)
+    going_on = f", going on after {format_size(done)}" if done else ""
+    streamed = sum(sizes.values()) - sizes[RESIDENT_NAME]
+    what = "layers of experts" if plan.experts else "streamed layers"
+    return (
+        f"writing {format_size(sum(sizes.values()))} to {plan.pack}: {format_size(streamed)} in {len(plan.streamed)}"
+        f" {what}, {format_size(sizes[RESIDENT_NAME])} resident, {plan.dtype}{going_on}"
+    )
+
+
+def _write_files(plan: ConversionPlan, record: ProgressRecord, progress: ProgressCallback) -> None:
+    sizes = plan.file_bytes
+    record.finished = {name: sums for name, sums in record.finished.items() if _is_there(plan, name)}
+    done = sum(sizes[name] for name in record.finished)
+    total = sum(sizes.values())
+    casts = CastCounts()
+    with WriteBehind() as writer, closing(_files(plan, record, writer, casts)) as files:
+        for name, steps in files:
+            casts.zeroed.clear()
+            with closing(steps):
+                for step_bytes, checksums in steps:
+                    progress(done + step_bytes, total, name)
+                    if checksums:
+                        record.finished[name] = checksums
+                        record.zeroed[name] = dict(casts.zeroed)
+                        save_record(plan.pack, record)
+            done += sizes[name]
+
+
+def _is_there(plan: ConversionPlan, name: str) -> bool:
+    path = _path(plan, name)
+    return path is not None and path.is_file() and path.stat().st_size == plan.file_bytes[name]
+
+
+def _path(plan: ConversionPlan, name: str) -> Path | None:
+    if name not in plan.file_bytes:
+        return None
+    return resident_path(plan.pack) if name == RESIDENT_NAME else plan.pack / FLASH_DIR / name
+
+
+_Steps = Generator[tuple[int, tuple[str, ...]]]
+
+
+def _files(
+    plan: ConversionPlan, record: ProgressRecord, writer: WriteBehind, casts: CastCounts
+) -> Generator[tuple[str, _Steps]]:
+    """Yield each unfinished file with the steps that write it."""
+    if RESIDENT_NAME not in record.finished:
+        reading, writing = BufferPool(4), BufferPool(3)
+        with (
+            DirectReader() as reader,
+            ReadAhead(read_resident(reader, plan.resident, reading), depth=2, pools=(reading,)) as pieces,
+        ):
+            path = resident_path(plan.pack)
+            yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer, casts)
+    todo = [file for file in plan.streamed if file.name not in record.finished]
+    pools = LayerPools(num_column_parts=plan.num_column_parts)
+    with DirectReader() as reader:
+        chunks = (chunk for file in todo for chunk in file.read(reader, pools))
+        with ReadAhead(chunks, depth=2, pools=pools.reading) as ahead:
+            for file in todo:
+                path = plan.pack / FLASH_DIR / file.name
+                yield file.name, write_layer(path, file.layout, ahead, file.part_names, pools, writer, casts)
+
+
+def _finish(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
+    """Write the small files, and last of all the manifest."""
+    contents = {
+        CONFIG_NAME: pack_config(plan.checkpoint.folder, plan.dtype).encode(),
+        NOTE_NAME: NOTE.encode(),
+    }
+    checksums = {}
+    for name in sorted({*plan.small.kept, *contents}):
+        content = contents[name] if name in contents else (plan.checkpoint.folder / name).read_bytes()
+        _make_folders(plan.pack, name)
+        write_small_file(plan.pack / name, content)
+        checksums[name] = xxhash.xxh3_64_hexdigest(content)
+    manifest = _manifest(plan, record).model_copy(update={"small_files": checksums})
+    write_small_file(manifest_path(plan.pack), manifest.to_bytes())
+    remove_record(plan.pack)
+    return manifest
+
+
+def _make_folders(pack: Path, name: str) -> None:
+    folder = (pack / name).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while folder != pack:
+            folder = folder.parent
+            sync_folder(folder)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _cast_notes(plan: ConversionPlan, record: ProgressRecord) -> tuple[str, ...]:
+    zeroed: dict[str, int] = {}
+    for by_tensor in record.zeroed.values():
+        for name, count in by_tensor.items():
+            zeroed[name] = zeroed.get(name, 0) + count
+    line = describe_zeroed(zeroed, plan.dtype)
+    return () if line is None else (line,)
+
+
+def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
+    layout = plan.streamed[0].layout
+    entries = tuple(
+        LayerEntry(
+            module=layer.module,
+            identities=layer.identities,
+            file=layer_file_name(index),
+            num_rows=layer.num_rows,
+            has_up_bias=layer.up_bias is not None,
+            has_gate_bias=layer.gate_bias is not None,
+            has_down_bias=layer.down_bias is not None,
+            checksums=record.finished[layer_file_name(index)],
+        )
+        for index, layer in enumerate(plan.layers)
+    )
+    experts = tuple(
+        ExpertsEntry(
+            module=layer.module,
+            file=experts_file_name(index),
+            num_experts=layer.num_experts,
+            num_active=layer.num_active,
+            checksums=record.finished[experts_file_name(index)],
+        )
+        for index, layer in enumerate(plan.experts)
+    )
+    return Manifest(
+        flashlm_version=__version__,
+        model_type=plan.model_type,
+        num_hidden_layers=plan.num_hidden_layers,
+        dtype=plan.dtype,  # type: ignore[arg-type]  # canonical_dtype returned it
+        hidden_size=layout.hidden_size,
+        has_gate=layout.has_gate,
+        activation=plan.experts[0].activation if plan.experts else plan.layers[0].activation,
+        block_rows=plan.block_rows,
+        row_stride_bytes=layout.row_stride_bytes,
+        block_stride_bytes=layout.block_stride_bytes,
+        layers=entries,
+        experts=experts,
+        resident=ResidentEntry(
+            num_bytes=plan.resident.num_bytes,
+            chunk_bytes=CHECKSUM_CHUNK_BYTES,
+            checksums=record.finished[RESIDENT_NAME],
+        ),
+        source=SourceEntry(
+            name=plan.source_name,
+            files={path.name: path.stat().st_size for path in plan.checkpoint.files},
+            fingerprint=plan.fingerprint,
+            notes=(*plan.notes, *_cast_notes(plan, record)),
+        ),
+    )

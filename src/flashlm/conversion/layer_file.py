@@ -1,0 +1,242 @@
+"""One layer's weights from the checkpoint into its row file: gather, transpose, cast, checksum, write.
+
+Parts that lie neuron by neuron in the checkpoint are read in chunks of a few blocks. A part that lies the other way
+(the down-projection of `nn.Linear`) is held in panels of whole columns, at most `PANEL_BYTES` each: the whole matrix
+for models of up to some 10 B parameters, several passes over the file for larger ones. Transposing goes by tiles of
+`TILE_COLUMNS`: 1.2 GB/s on one core, where `t().contiguous()` in bf16 reaches 0.5 and a plain strided copy 0.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+from flashlm.conversion.casts import CastCounts
+from flashlm.conversion.pipeline import BufferPool, WriteBehind
+from flashlm.pack.checkpoint import TensorEntry
+from flashlm.pack.direct_file import AlignedBuffer, AtomicFile, DirectReader, room_bytes
+from flashlm.rows.layout import LayerLayout
+from flashlm.structure.families import PartSource
+
+CHUNK_BYTES = 16 << 20  # of the row file: one write
+PANEL_BYTES = 256 << 20
+PASS_BYTES = 16 << 20  # one read of a pass over a matrix that is held in panels
+TILE_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """One part of a layer's rows: where it is, and the checkpoint tensor that holds it."""
+
+    source: PartSource
+    entry: TensorEntry
+
+
+@dataclass(frozen=True)
+class RowChunk:
+    """Weights of some whole blocks, as read.
+
+    Attributes:
+        rows: The rows.
+        parts: For each part its weights as (rows, hidden_size) views in the checkpoint's dtype.
+        buffers: What the views lie in, with the pool to give it back to.
+    """
+
+    rows: range
+    parts: tuple[torch.Tensor, ...]
+    buffers: tuple[tuple[BufferPool, AlignedBuffer], ...]
+
+    def release(self) -> None:
+        """Give the buffers back; the views are void afterwards."""
+        for pool, buffer in self.buffers:
+            pool.give(buffer)
+
+
+class LayerPools:
+    """The buffers of a conversion: a few chunks read, two panels, a few chunks to write."""
+
+    def __init__(self, *, num_column_parts: int) -> None:
+        self.rows = BufferPool(4)
+        self.panels = BufferPool(2 * max(num_column_parts, 1))
+        self.passes = BufferPool(1)
+        self.out = BufferPool(3)
+
+    @property
+    def reading(self) -> tuple[BufferPool, ...]:
+        """The pools that the reading thread takes from."""
+        return (self.rows, self.panels, self.passes)
+
+
+def read_layer(
+    reader: DirectReader,
+    layout: LayerLayout,
+    parts: tuple[LayerPart, ...],
+    pools: LayerPools,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    panel_bytes: int = PANEL_BYTES,
+) -> Iterator[RowChunk]:
+    """Yield the rows of a layer in order, in chunks of whole blocks. Holds what `LayerPools` allows."""
+    chunk_rows = max(chunk_bytes // layout.block_stride_bytes, 1) * layout.block_rows
+    panel_rows = _panel_rows(layout, parts, chunk_rows, panel_bytes)
+    for panel_start in range(0, layout.num_rows, panel_rows):
+        panel = range(panel_start, min(panel_start + panel_rows, layout.num_rows))
+        columns: dict[int, tuple[torch.Tensor, AlignedBuffer]] = {
+            index: _read_panel(reader, part, layout, panel, pools)
+            for index, part in enumerate(parts)
+            if part.source.neuron_axis == 1
+        }
+        for start in range(panel.start, panel.stop, chunk_rows):
+            rows = range(start, min(start + chunk_rows, panel.stop))
+            tensors, buffer = _read_rows(reader, parts, layout, rows, pools.rows)
+            for index, (matrix, _) in columns.items():
+                tensors[index] = matrix[:, rows.start - panel.start : rows.stop - panel.start].t()
+            buffers = [(pools.rows, buffer)]
+            if rows.stop == panel.stop:
+                buffers += [(pools.panels, used) for _, used in columns.values()]
+            yield RowChunk(rows, tuple(tensors[index] for index in range(len(parts))), tuple(buffers))
+
+
+def _panel_rows(layout: LayerLayout, parts: tuple[LayerPart, ...], chunk_rows: int, panel_bytes: int) -> int:
+    neuron_bytes = sum(layout.hidden_size * part.entry.dtype.itemsize for part in parts if part.source.neuron_axis == 1)
+    if neuron_bytes * layout.num_rows <= panel_bytes:
+        return layout.num_rows
+    return max(panel_bytes // neuron_bytes // chunk_rows, 1) * chunk_rows
+
+
+def _read_rows(
+    reader: DirectReader, parts: tuple[LayerPart, ...], layout: LayerLayout, rows: range, pool: BufferPool
+) -> tuple[dict[int, torch.Tensor], AlignedBuffer]:
+    """Read the row-wise parts of `rows` into one buffer."""
+    row_wise = {index: part for index, part in enumerate(parts) if part.source.neuron_axis == 0}
+    sizes = {index: len(rows) * layout.hidden_size * part.entry.dtype.itemsize for index, part in row_wise.items()}
+    buffer = pool.take(sum(room_bytes(size) for size in sizes.values()))
+    tensors: dict[int, torch.Tensor] = {}
+    at = 0
+    for index, part in row_wise.items():
+        first = part.source.first_neuron + rows.start
+        offset = part.entry.offset + first * layout.hidden_size * part.entry.dtype.itemsize
+        raw = reader.read(part.entry.path, offset, sizes[index], buffer, at)
+        tensors[index] = typed(raw, part.entry.dtype).view(len(rows), layout.hidden_size)
+        at += room_bytes(sizes[index])
+    return tensors, buffer
+
+
+def _read_panel(
+    reader: DirectReader, part: LayerPart, layout: LayerLayout, rows: range, pools: LayerPools
+) -> tuple[torch.Tensor, AlignedBuffer]:
+    """Read columns of a (hidden_size, neurons) matrix; return (hidden_size, rows) and the buffer that holds it."""
+    entry, first = part.entry, part.source.first_neuron
+    width = entry.shape[1]
+    num_bytes = layout.hidden_size * len(rows) * entry.dtype.itemsize
+    buffer = pools.panels.take(room_bytes(num_bytes))
+    if len(rows) == width:
+        raw = reader.read(entry.path, entry.offset, num_bytes, buffer)
+        return typed(raw, entry.dtype).view(layout.hidden_size, width), buffer
+    panel = buffer.bytes[:num_bytes].view(entry.dtype).view(layout.hidden_size, len(rows))
+    lines = max(PASS_BYTES // (width * entry.dtype.itemsize), 1)
+    scratch = pools.passes.take(room_bytes(lines * width * entry.dtype.itemsize))
+    for top in range(0, layout.hidden_size, lines):
+        count = min(lines, layout.hidden_size - top)
+        start = entry.offset + top * width * entry.dtype.itemsize
+        raw = reader.read(entry.path, start, count * width * entry.dtype.itemsize, scratch)
+        matrix = typed(raw, entry.dtype).view(count, width)
+        panel[top : top + count].copy_(matrix[:, first + rows.start : first + rows.stop])
+    pools.passes.give(scratch)
+    return panel, buffer
+
+
+def typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return bytes as elements; a copy only where a file keeps them at an odd address."""
+    return (raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()).view(dtype)
+
+
+def write_layer(
+    path: Path,
+    layout: LayerLayout,
+    chunks: Iterator[RowChunk],
+    part_names: tuple[str, ...],
+    pools: LayerPools,
+    writer: WriteBehind,
+    casts: CastCounts,
+) -> Generator[tuple[int, tuple[str, ...]]]:
+    """Write a layer's file from `chunks`; after each chunk yield the bytes done and the checksums of its blocks.
+
+    The file is in place when the iterator is exhausted, and not before. Weights that became zero are counted in `casts`.
+
+    Raises:
+        StorageError: A write failed.
+        PackError: A finite weight overflows the pack's dtype.
+    """
+    with AtomicFile(path, layout.file_bytes) as file:
+        done_rows = 0
+        checksums: list[str] = [""] * layout.num_blocks
+        try:
+            while done_rows < layout.num_rows:
+                chunk = next(chunks)
+                _submit_chunk(file, layout, chunk, part_names, pools, writer, casts, checksums)
+                done_rows = chunk.rows.stop
+                yield layout.offset_of(chunk.rows.start // layout.block_rows), ()
+        finally:
+            writer.finish()
+    yield layout.file_bytes, tuple(checksums)
+
+
+def _submit_chunk(
+    file: AtomicFile,
+    layout: LayerLayout,
+    chunk: RowChunk,
+    part_names: tuple[str, ...],
+    pools: LayerPools,
+    writer: WriteBehind,
+    casts: CastCounts,
+    checksums: list[str],
+) -> None:
+    first = chunk.rows.start // layout.block_rows
+    last = (chunk.rows.stop - 1) // layout.block_rows
+    start = layout.offset_of(first)
+    num_bytes = layout.offset_of(last) + layout.read_bytes(last) - start
+    out = pools.out.take(num_bytes)
+    fill_rows(out.bytes[:num_bytes], layout, chunk, part_names, casts)
+    chunk.release()
+
+    def write() -> None:
+        try:
+            for block in range(first, last + 1):
+                begin = layout.offset_of(block) - start
+                checksums[block] = xxhash.xxh3_64_hexdigest(out.memory[begin : begin + layout.read_bytes(block)])
+            file.write(out.memory[:num_bytes], start)
+        finally:
+            pools.out.give(out)
+
+    writer.submit(write)
+
+
+def fill_rows(
+    out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_names: tuple[str, ...], casts: CastCounts
+) -> None:
+    """Lay the rows of `chunk` into `out` (bytes, from the first block's start), padding with zeros."""
+    dtype = getattr(torch, layout.dtype)
+    out.zero_()
+    for start in range(chunk.rows.start, chunk.rows.stop, layout.block_rows):
+        begin = layout.offset_of((start - chunk.rows.start) // layout.block_rows)
+        num_rows = min(layout.block_rows, chunk.rows.stop - start)
+        block = out[begin : begin + num_rows * layout.row_stride_bytes].view(dtype).view(num_rows, -1)
+        low = start - chunk.rows.start
+        for index, part in enumerate(chunk.parts):
+            target = block[:, index * layout.hidden_size : (index + 1) * layout.hidden_size]
+            copy_tiled(target, part[low : low + num_rows])
+            casts.check(target, part[low : low + num_rows], part_names[index])
+
+
+def copy_tiled(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy and cast a matrix; where the source is transposed, by tiles that stay in the cache."""
+    if source.stride(1) == 1:
+        target.copy_(source)
+        return
+    for column in range(0, target.shape[1], TILE_COLUMNS):
+        target[:, column : column + TILE_COLUMNS].copy_(source[:, column : column + TILE_COLUMNS])

@@ -1,0 +1,1 @@
+"""What this machine and its devices can do, as measured."""

@@ -1,0 +1,185 @@
+"""How fast weights are multiplied with, per dtype: matrices, rows in blocks, scattered rows, predictors, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from flashlm.probe.device_profile import ProductRates
+from flashlm.probe.timing import median_s
+from flashlm.rows import kernels
+from flashlm.sparsity.calibration_document import PredictorEntry
+from flashlm.sparsity.predictor import Predictor
+
+HIDDEN, BLOCK_ROWS, NUM_BLOCKS, PARTS = 4096, 256, 48, 2  # 200 MB in 16 bits: far beyond any cache
+RANK, PREDICTED_ROWS, NUM_PREDICTORS = 128, 16384, 16
+EXPERT_HIDDEN, EXPERT_ROWS, EXPERT_PARTS, EXPERTS_TOGETHER = (
+    2048,
+    1024,
+    3,
+    4,
+)  # shorter parts of rows than dense models'
+GEMM_TOKENS = 128
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@torch.no_grad()
+def product_rates(dtype: str) -> ProductRates:
+    """Measure the products of decode and prefill with weights of one dtype, as the engine makes them."""
+    element = DTYPES[dtype]
+    weights = torch.zeros(NUM_BLOCKS * BLOCK_ROWS, PARTS * HIDDEN, dtype=element)
+    weights[:] = torch.randn(PARTS * HIDDEN).to(element)
+    with kernels.one_torch_thread():
+        block_up_s, block_down_s = (median_s(work) for work in _block_products(weights))
+        row_up_s, row_down_s = (median_s(work) for work in _row_products(weights))
+        matrix_s = median_s(_matrices(weights))
+        expert_s = median_s(_experts(weights))
+        predictors = _predictors(element)
+        tokens = torch.randn(1, HIDDEN)
+        predictor_s = median_s(lambda: [predictor.predict(tokens) for predictor in predictors])
+    part_bytes = weights.numel() * weights.element_size() / PARTS
+    gemm_s = median_s(_gemm(dtype, weights))
+    return ProductRates(
+        dtype=dtype,
+        matrix_gb_per_s=PARTS * part_bytes / matrix_s / 1e9,
+        block_up_gb_per_s=part_bytes / block_up_s / 1e9,
+        block_down_gb_per_s=part_bytes / 2 / block_down_s / 1e9,
+        row_up_gb_per_s=part_bytes / row_up_s / 1e9,
+        row_down_gb_per_s=part_bytes / 2 / row_down_s / 1e9,
+        expert_gb_per_s=PARTS * part_bytes / expert_s / 1e9,
+        predictor_gb_per_s=sum(predictor.num_bytes for predictor in predictors) / predictor_s / 1e9,
+        gemm_gflop_per_s=2 * GEMM_TOKENS * BLOCK_ROWS * HIDDEN / gemm_s / 1e9,
+    )
+
+
+def _rows(weights: torch.Tensor, start: int, num_rows: int, slots: torch.Tensor | None = None) -> kernels.RowBlock:
+    stride_bytes = weights.stride(0) * weights.element_size()
+    address = weights.data_ptr() + start * stride_bytes
+    return kernels.RowBlock(address, num_rows, stride_bytes, HIDDEN, weights.dtype, PARTS, slots)
+
+
+def _every_second(num_rows: int) -> torch.Tensor:
+    hidden = torch.zeros(1, num_rows)
+    hidden[:, ::2] = 1.0
+    return hidden
+
+
+def _block_products(weights: torch.Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return the dot products with all blocks, and the accumulation of every second row."""
+    x, y, hidden, firing = (
+        torch.randn(1, HIDDEN),
+        torch.zeros(1, HIDDEN),
+        torch.ones(1, BLOCK_ROWS),
+        _every_second(BLOCK_ROWS),
+    )
+    blocks = [_rows(weights, block * BLOCK_ROWS, BLOCK_ROWS) for block in range(NUM_BLOCKS)]
+
+    def up() -> None:
+        for block in blocks:
+            kernels.project(x, block, 0, hidden)
+
+    def down() -> None:
+        for block in blocks:
+            kernels.accumulate(firing, block, y)
+
+    return up, down
+
+
+def _row_products(weights: torch.Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return the same over rows in a random order, two blocks' worth a call."""
+    num_rows = 2 * BLOCK_ROWS
+    x, y, hidden, firing = (
+        torch.randn(1, HIDDEN),
+        torch.zeros(1, HIDDEN),
+        torch.ones(1, num_rows),
+        _every_second(num_rows),
+    )
+    order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(0)).int()
+    picked = [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
+    groups = [_rows(weights, 0, num_rows, slots) for slots in picked]
+
+    def up() -> None:
+        for group in groups:
+            kernels.project(x, group, 0, hidden)
+
+    def down() -> None:
+        for group in groups:
+            kernels.accumulate(firing, group, y)
+
+    return up, down
+
+
+def _matrices(weights: torch.Tensor) -> Callable[[], object]:
+    """Return products with square matrices, each a call with the conversions of a resident layer."""
+    stride_bytes = HIDDEN * weights.element_size()
+    matrices = [
+        kernels.RowBlock(weights.data_ptr() + start * stride_bytes, HIDDEN, stride_bytes, HIDDEN, weights.dtype, 1)
+        for start in range(0, len(weights) * PARTS, HIDDEN)
+    ]
+    narrow = torch.randn(1, HIDDEN).to(weights.dtype)
+
+    def multiply() -> None:
+        for matrix in matrices:
+            output = torch.empty(1, HIDDEN)
+            kernels.project(narrow.to(torch.float32).contiguous(), matrix, 0, output)
+            output.to(weights.dtype)
+
+    return multiply
+
+
+def _experts(weights: torch.Tensor) -> Callable[[], object]:
+    """Return the products of a token with the experts that the weights make, some of them together."""
+    stride_bytes = EXPERT_PARTS * EXPERT_HIDDEN * weights.element_size()
+    count = weights.numel() * weights.element_size() // (EXPERT_ROWS * stride_bytes)
+    blocks = [
+        kernels.RowBlock(
+            weights.data_ptr() + expert * EXPERT_ROWS * stride_bytes,
+            EXPERT_ROWS, stride_bytes, EXPERT_HIDDEN, weights.dtype, EXPERT_PARTS,
+        )
+        for expert in range(count)
+    ]  # fmt: skip
+    groups = [blocks[start : start + EXPERTS_TOGETHER] for start in range(0, count, EXPERTS_TOGETHER)]
+    token = torch.ones(1, EXPERT_HIDDEN)
+
+    def multiply() -> None:
+        for group in groups:
+            hidden = torch.empty(len(group), EXPERT_ROWS)
+            for part in range(EXPERT_PARTS - 1):
+                kernels.project_blocks(token, group, part, hidden)
+            hidden.fill_(1.0)
+            kernels.accumulate_blocks(hidden, group, torch.zeros(len(group), EXPERT_HIDDEN))
+
+    return multiply
+
+
+def _predictors(element: torch.dtype) -> list[Predictor]:
+    entry = PredictorEntry(
+        kind="trained", rank=RANK, threshold=0.5, recall=1.0, false_positive=0.0, predicted_share=0.1
+    )
+    return [
+        Predictor(
+            entry=entry,
+            reduce=torch.ones(RANK, HIDDEN, dtype=element),
+            expand=torch.ones(PREDICTED_ROWS, RANK, dtype=element),
+            bias=torch.zeros(PREDICTED_ROWS),
+            activation=torch.relu,
+        )
+        for _ in range(NUM_PREDICTORS)
+    ]
+
+
+def _gemm(dtype: str, weights: torch.Tensor) -> Callable[[], object]:
+    """Return one block's product with many tokens, the way the engine makes it for this dtype."""
+    block = weights[:BLOCK_ROWS, :HIDDEN]
+    if kernels.choose_strategy(dtype) == "native":
+        tokens = torch.randn(GEMM_TOKENS, HIDDEN).to(weights.dtype)
+        return lambda: F.linear(tokens, block)
+    wide, tokens = torch.empty(BLOCK_ROWS, HIDDEN), torch.randn(GEMM_TOKENS, HIDDEN)
+
+    def widened() -> None:
+        kernels.widen(_rows(weights, 0, BLOCK_ROWS), 0, wide)
+        F.linear(tokens, wide)
+
+    return widened

@@ -1,0 +1,1 @@
+"""Where a transformers model keeps what can be streamed."""
