@@ -4,7 +4,8 @@
 
 Every neuron is stored with the neuron that fires with it most often; one read brings both. What is counted, on the
 activations of a calibration text (nothing is simulated but the cache; no timings): bytes and reads per token with and
-without such bundles, and with rows chained by co-activation instead (`flashlm.calibration.order`), in one window(k) cache each.
+without such bundles, and with rows chained by co-activation instead (`flashlm.calibration.order`), in one window(k)
+cache each.
 """
 
 from __future__ import annotations

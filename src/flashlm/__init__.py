@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flashlm._registration import register_with_transformers
+from flashlm._version import __version__
 from flashlm.errors import (
     BudgetError,
     ConfigError,
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from flashlm.conversion.verify import verify
     from flashlm.engine.model import FlashModel, load
     from flashlm.engine.quantizer import FlashConfig
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",

@@ -103,7 +103,11 @@ def serving(hub: Hub) -> Iterator[str]:
         server.server_close()
 
 
-FETCH = "import sys; from flashlm.conversion.hub import download; print(download(sys.argv[1], with_code=False, announce=print))"
+FETCH = """
+import sys
+from flashlm.conversion.hub import download
+print(download(sys.argv[1], with_code=False, announce=print))
+"""
 
 
 def run(endpoint: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -185,7 +185,7 @@ def read_text(pack: Path, text_path: str | Path | None, max_tokens: int) -> Cali
     if text_path is not None:
         ids = read_token_ids(pack, Path(text_path), max_tokens=max_tokens)
         return CalibrationText.cut(Path(text_path).name, ids, positions)
-    with as_file(files("flashlm.sparsity") / SAMPLE_NAME) as sample:
+    with as_file(files("flashlm.calibration") / SAMPLE_NAME) as sample:
         ids = read_token_ids(pack, sample, max_tokens=max_tokens)
     return CalibrationText.cut("flashlm's sample", ids, positions)
 

@@ -102,7 +102,7 @@ CheckOption = Annotated[
 
 def _version(value: bool) -> None:
     if value:
-        from flashlm import __version__
+        from flashlm._version import __version__
 
         print(f"flashlm {__version__}")
         raise typer.Exit

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from flashlm import __version__
+from flashlm._version import __version__
 from flashlm.conversion.casts import CastCounts, describe_zeroed
 from flashlm.conversion.layer_file import LayerPools, write_layer
 from flashlm.conversion.pipeline import BufferPool, ReadAhead, WriteBehind
@@ -28,6 +28,7 @@ from flashlm.conversion.record import (
     save_record,
 )
 from flashlm.conversion.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
+from flashlm.conversion.source import pack_config, resolve_source
 from flashlm.errors import ConfigError, StorageError
 from flashlm.pack.direct_file import DirectReader, sync_folder, write_error, write_small_file
 from flashlm.pack.manifest import (
@@ -45,8 +46,8 @@ from flashlm.pack.manifest import (
 )
 from flashlm.pack.pack_config import NOTE, NOTE_NAME
 from flashlm.rows.kernels import one_torch_thread
+from flashlm.rows.layout import canonical_dtype
 from flashlm.sizes import format_size
-from flashlm.structure.model_config import canonical_dtype, pack_config, resolve_source
 
 ProgressCallback = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is being worked on."""

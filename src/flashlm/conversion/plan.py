@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from flashlm import __version__
+from flashlm._version import __version__
 from flashlm.conversion.experts_source import ExpertSource, read_experts
 from flashlm.conversion.layer_file import LayerPart, LayerPools, RowChunk, read_layer
 from flashlm.conversion.names import NameMap, map_names, tied_pairs
 from flashlm.conversion.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
 from flashlm.conversion.small_files import SmallFiles, choose_from_folder
+from flashlm.conversion.source import fingerprint
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import Checkpoint, open_checkpoint
 from flashlm.pack.direct_file import DirectReader
@@ -25,7 +26,7 @@ from flashlm.pack.pack_config import num_hidden_layers
 from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout, choose_block_rows
 from flashlm.structure.experts import ExpertLayer, find_expert_layers
 from flashlm.structure.families import FfnLayer, build_meta_model, find_ffn_layers
-from flashlm.structure.model_config import fingerprint, load_config
+from flashlm.structure.model_config import load_config
 from flashlm.transformers_seam import dtype_plan
 
 

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from flashlm.errors import PackError
 from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME
+from flashlm.pack.files import is_tokenizer
 from flashlm.pack.manifest import FLASH_DIR
 
 CONFIG_NAME = "config.json"  # is written anew and not copied
@@ -29,14 +30,6 @@ MAX_SEEN_FILES = 100_000
 MAX_DEPTH = 4
 _SHOWN = 3
 
-_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja")
-_TOKENIZER_NAMES = frozenset(
-    {
-        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-        "added_tokens.json", "vocab.txt", "merges.txt", "chat_template.json", "preprocessor_config.json",
-        "processor_config.json", "tekken.json",
-    }
-)  # fmt: skip
 _WEIGHTS = (
     ".safetensors", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".hdf5", ".msgpack", ".tflite", ".ot", ".npz", ".npy",
     ".mlpackage", ".mlmodel", ".mlmodelc", ".llamafile", ".engine", ".plan", ".pte", ".weights", ".index.json",
@@ -121,11 +114,6 @@ def choose(sizes: Mapping[str, int | None], weights: Iterable[str], *, with_code
 def _priority(name: str) -> tuple[bool, int, str]:
     """Order by what is needed most, so that limits cut off the rest."""
     return (not is_tokenizer(name), name.count("/"), name)
-
-
-def is_tokenizer(name: str) -> bool:
-    """Return whether a file in the folder itself is one that generating text may need."""
-    return "/" not in name and (name in _TOKENIZER_NAMES or name.endswith(_TOKENIZER_SUFFIXES))
 
 
 def reason_against(name: str, *, with_code: bool) -> str | None:

@@ -1,1 +1,1 @@
-"""The on-disk format: layout, manifest, conversion, verification and description of a pack."""
+"""The on-disk format: manifest, description, checks and the order of rows."""

@@ -22,6 +22,15 @@ logger = logging.getLogger(__name__)
 MAX_SMALL_FILE_BYTES = 256 << 20
 _READ_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py", "")  # that are read whole
 
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken", ".jinja")
+_TOKENIZER_NAMES = frozenset(
+    {
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+        "added_tokens.json", "vocab.txt", "merges.txt", "chat_template.json", "preprocessor_config.json",
+        "processor_config.json", "tekken.json",
+    }
+)  # fmt: skip
+
 
 def check_files(pack: Path, manifest: Manifest) -> None:
     """Compare the sizes of all weight files with the manifest.
@@ -132,3 +141,8 @@ def _check_size(path: Path, wanted_bytes: int) -> None:
             wanted_bytes=wanted_bytes,
             got_bytes=got_bytes,
         )
+
+
+def is_tokenizer(name: str) -> bool:
+    """Return whether a file in the folder itself is one that generating text may need."""
+    return "/" not in name and (name in _TOKENIZER_NAMES or name.endswith(_TOKENIZER_SUFFIXES))

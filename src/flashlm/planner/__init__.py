@@ -1,1 +1,1 @@
-"""Measure the device, cost a token, and plan before anything is loaded."""
+"""Cost a token, and plan before anything is loaded."""

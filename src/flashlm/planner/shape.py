@@ -17,13 +17,13 @@ from flashlm.memory.expert_needs import expert_uses
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
 from flashlm.planner.expert_shape import UNIFORM, ExpertShape, HitCurve, resident_bytes, uses_of_layers
 from flashlm.planner.outline import outline
-from flashlm.rows.layout import DTYPE_BYTES, LayerLayout, choose_block_rows
+from flashlm.rows.layout import DTYPE_BYTES, LayerLayout, canonical_dtype, choose_block_rows
 from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
 from flashlm.structure import activations
 from flashlm.structure.experts import ExpertLayer, find_expert_layers
 from flashlm.structure.families import FfnLayer, build_meta_model, find_ffn_layers
-from flashlm.structure.model_config import canonical_dtype, load_config, load_pack_config
+from flashlm.structure.model_config import load_config, load_pack_config
 from flashlm.transformers_seam import Conv1D
 
 CONFIG_NAME = "config.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from flashlm import __version__
+from flashlm._version import __version__
 from flashlm.errors import ConfigError
 from flashlm.probe.compute import (
     block_overhead_s,

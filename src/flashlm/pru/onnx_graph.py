@@ -8,7 +8,7 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import nn
 
-from flashlm import __version__
+from flashlm._version import __version__
 from flashlm.errors import ConfigError
 from flashlm.pru.language_model import PRUForCausalLM
 from flashlm.pru.module import PRU

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flashlm.errors import ConfigError
+
 ROW_ALIGN_BYTES = 512  # the smallest logical block of common devices
 BLOCK_ALIGN_BYTES = 4096  # the largest one, so that any device can read a block directly
 ROWS_PER_STEP = 16  # blocks hold a multiple of this, so that vector loops have no ragged ends
@@ -19,6 +21,25 @@ MIN_BLOCK_BYTES = 64 << 10
 BLOCKS_PER_LAYER = 16  # small layers are cut at least this finely, so that a budget can split them
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_NAMES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+}
+
+
+def canonical_dtype(dtype: str) -> str:
+    """Return the full name of an element type: `bf16` and `bfloat16` are both accepted.
+
+    Raises:
+        ConfigError: Another one.
+    """
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"dtype is {dtype!r}: one of {', '.join(DTYPE_NAMES)} expected")
+    return DTYPE_NAMES[dtype]
 
 
 def round_up(value: int, multiple: int) -> int:

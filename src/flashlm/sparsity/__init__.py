@@ -1,1 +1,1 @@
-"""Which neurons of a feed-forward layer a token needs: profiles, predictors, thresholds, neuron order."""
+"""Which neurons of a feed-forward layer a token needs: what serving reads of a calibration."""

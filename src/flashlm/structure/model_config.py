@@ -1,21 +1,15 @@
-"""The source of a conversion: a local model folder or a hub id, its config, and what identifies it."""
+"""A model's transformers config: of a source, or of a pack, after whatever could do harm was looked at."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from flashlm.conversion.hub import download
-from flashlm.conversion.small_files import is_tokenizer
-from flashlm.errors import ConfigError, PackError, UnsupportedModelError
-from flashlm.pack.checkpoint import Checkpoint
-from flashlm.pack.files import check_special_files
-from flashlm.pack.manifest import CONFIG_NAME, FORMAT_VERSION, Manifest
+from flashlm.errors import PackError, UnsupportedModelError
+from flashlm.pack.files import check_special_files, is_tokenizer
+from flashlm.pack.manifest import CONFIG_NAME, Manifest
 from flashlm.pack.pack_config import (
     MAX_CONFIG_BYTES,
     QUANT_METHOD,
@@ -23,47 +17,9 @@ from flashlm.pack.pack_config import (
     local_config,
     num_hidden_layers,
     read_pack_config,
-    without_code,
 )
 from flashlm.storage.outside import read_json
 from flashlm.structure import activations
-
-DTYPE_NAMES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "fp32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "float32": "float32",
-}
-
-
-def canonical_dtype(dtype: str) -> str:
-    """Return the full name of an element type: `bf16` and `bfloat16` are both accepted.
-
-    Raises:
-        ConfigError: Another one.
-    """
-    if dtype not in DTYPE_NAMES:
-        raise ConfigError(f"dtype is {dtype!r}: one of {', '.join(DTYPE_NAMES)} expected")
-    return DTYPE_NAMES[dtype]
-
-
-def resolve_source(
-    source: str | Path, *, trust_remote_code: bool = False, announce: Callable[[str], None] | None = None
-) -> Path:
-    """Return the folder of `source`: itself where it is one, else the hub's snapshot, downloaded if need be.
-
-    Raises:
-        ConfigError: Neither a folder nor a hub id that can be reached.
-        PackError: A model of the hub that has no safetensors.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
-    if folder.exists() or folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
-        raise ConfigError(f"source {str(source)!r} is not a folder")
-    return download(str(source), with_code=trust_remote_code, announce=announce or (lambda line: None))
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -147,31 +103,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PackError(f"{path} is damaged: an object expected")
     return content
-
-
-def pack_config(folder: Path, dtype: str) -> str:
-    """Return the text of the pack's `config.json`: the source's, with the pack's dtype and our quantization entry."""
-    content = without_code(_with_dtype(read_config(folder), dtype))
-    content["dtype"] = dtype
-    content["quantization_config"] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _with_dtype(content: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a config in which every dtype, that of nested configs too, is `dtype`."""
-    changed: dict[str, Any] = {}
-    for key, value in content.items():
-        if key in ("dtype", "torch_dtype"):
-            changed["dtype"] = dtype
-        else:
-            changed[key] = _with_dtype(value, dtype) if isinstance(value, dict) else value
-    return changed
-
-
-def fingerprint(checkpoint: Checkpoint, copied: tuple[str, ...], settings: dict[str, object]) -> str:
-    """Return what identifies a conversion: names, sizes and times of all source files, and its settings."""
-    names = [*(path.name for path in checkpoint.files), CONFIG_NAME, *copied]
-    found = {name: (checkpoint.folder / name).stat() for name in names}
-    stats = {name: [each.st_size, each.st_mtime_ns] for name, each in found.items()}
-    text = json.dumps({"files": stats, "settings": settings}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

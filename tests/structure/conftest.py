@@ -1,0 +1,7 @@
+"""No progress bars of transformers."""
+
+from __future__ import annotations
+
+from tests.pack.conftest import _quiet
+
+__all__ = ["_quiet"]
