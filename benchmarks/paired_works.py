@@ -1,10 +1,15 @@
-"""What `paired_speed.py` times, in one checkout's process: questions come one a line, answers go back."""
+"""What `paired_speed.py` times, in one checkout's process: questions come one a line, answers go back.
+
+The checkouts may be laid out in other ways: only what both have is used, which is flashlm's documented names and commands.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,47 +25,84 @@ MODES = {  # mode, rows of an expert (0: no experts), share of the streamed byte
     "naive": ("naive", 0, 0.0),
     "hybrid, all streamed": ("hybrid", 0, 0.0),
     "hybrid, all pinned": ("hybrid", 0, 1.0),
-    "sparse, a quarter held": ("sparse", 0, 0.25),
+    "sparse, least held": ("sparse", 0, 0.0),
     "sparse, all held": ("sparse", 0, 1.0),
     "experts of 128, half held": ("experts", 128, 0.5),
     "experts of 40, all held": ("experts", 40, 1.0),
 }
 CASES = [f"{mode}, {dtype}" for dtype in ("bfloat16", "float32") for mode in MODES]
+CASES += ["conversion, bfloat16", "start-up"]
 CASES += [f"recurrent M={size} g={groups}" for size, groups in ((64, 4), (128, 4), (400, 4), (400, 1))]
-SIMULATED = "weights and predictors are random; models of 4 layers, hidden size 2048, 2048 rows"
+SIMULATED = "but in mode sparse, which is the demo model's, weights are random; 4 layers, hidden size 2048, 2048 rows"
+DEMO = (
+    Path(__file__).resolve().parents[1] / "recipes" / "demo_lm" / "model"
+)  # a calibration of a larger one takes minutes
+
+
+def make_source(folder: Path, *, rows: int, dtype: str) -> Path:
+    """Write a random checkpoint where there is none: of experts of `rows`, or dense with 0."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = folder / f"{dtype}-{rows}"
+    if not (source / "config.json").exists():
+        torch.manual_seed(0)
+        kind = {**MIXTURE, "moe_intermediate_size": rows} if rows else DENSE
+        config = AutoConfig.for_model(**SIZES, **HEADS, **kind, dtype=dtype)
+        AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    return source
+
+
+def command_line(*arguments: str) -> str:
+    """Run `flashlm ARGUMENTS` of this checkout; return its stdout."""
+    command = [sys.executable, "-m", "flashlm", *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def calibrate(pack: Path) -> None:
+    # A threshold of one's own: the error budget is then measured once and not searched.
+    options = ("--max-tokens", "1024", "--rank", "16", "--threshold", "0.5", "--device", "cpu")
+    command_line("calibrate", str(pack), "--text", str(DEMO / "README.md"), *options)
+
+
+def load_tightly(pack: Path, **settings: Any) -> Any:
+    """Load with 256 KiB more than the least, which the refusal of less tells: both checkouts get the smallest cache."""
+    import flashlm
+
+    dram_bytes = 1 << 20
+    while True:
+        try:
+            return flashlm.load(pack, dram=dram_bytes, **settings)
+        except flashlm.BudgetError as error:  # the least grows once predictors are looked at
+            dram_bytes = error.needed_bytes + (256 << 10)
 
 
 def streamed(case: str, folder: Path) -> dict[str, Any]:
     """Load one case; return calls of each size."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
 
     import flashlm
-    from flashlm.pack.manifest import layer_path, read_manifest
 
     name, dtype = case.rsplit(", ", 1)
     mode, rows, share = MODES[name]
-    source, pack = folder.parent / f"{dtype}-{rows}", folder / f"{dtype}-{rows}"
-    if not (source / "config.json").exists():
-        torch.manual_seed(0)
-        kind = {**MIXTURE, "moe_intermediate_size": rows} if rows else DENSE
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(**SIZES, **HEADS, **kind, dtype=dtype)).save_pretrained(
-            source
-        )
-    if not pack.exists():
+    source = DEMO if mode == "sparse" else make_source(folder.parent, rows=rows, dtype=dtype)
+    pack = folder / f"{dtype}-{rows}{'-calibrated' * (mode == 'sparse')}"
+    made = folder / f"{pack.name}.made"
+    if not made.exists():
+        shutil.rmtree(pack, ignore_errors=True)
         flashlm.convert(source, pack, dtype=dtype)
-    manifest = read_manifest(pack)
-    kept_bytes = share * sum(layer_path(pack, each).stat().st_size for each in (*manifest.layers, *manifest.experts))
-    if mode == "sparse":
-        from tests.engine.calibrations import write_calibration
-
-        write_calibration(pack)
-        # Where loading decides; the older tree of a pair does it elsewhere.
-        is_old = importlib.util.find_spec("flashlm.planner.decide") is None
-        deciding: Any = importlib.import_module("flashlm.engine.model" if is_old else "flashlm.planner.decide")
-        deciding.place_sparse = sized(deciding.place_sparse, share)
-    bound = {} if mode == "sparse" else {"pin": int(kept_bytes)}
-    model: Any = flashlm.load(pack, dram="12GiB", mode=mode, context=1024, **bound).eval()
+        if mode == "sparse":
+            calibrate(pack)
+        made.touch()
+    settings: dict[str, Any] = {"mode": mode, "context": 512 if mode == "sparse" else 1024}
+    if mode == "sparse" and share < 1:
+        model: Any = load_tightly(pack, **settings).eval()
+    else:
+        told = json.loads(command_line("info", str(pack), "--json"))
+        bound = {} if mode == "sparse" else {"pin": int(share * told["streamed_bytes"])}
+        model = flashlm.load(pack, dram="12GiB", **settings, **bound).eval()
+    print(case, model.flash.describe(), file=sys.stderr)
     works: dict[str, Any] = {}
     for batch in (1, 16, 17, 64) if rows == 40 else (1, 16):
         ids, cache = torch.arange(batch * 8).view(batch, 8) * 7 % 4096, DynamicCache(config=model.config)
@@ -69,31 +111,39 @@ def streamed(case: str, folder: Path) -> dict[str, Any]:
             model(ids[:, -1:], past_key_values=cache),
             cache.crop(-1),
         )
-    for length in (10, 300):
+    for length in (10, 512):
         prompt = torch.arange(length).view(1, -1) * 13 % 4096
         works[f"prompt of {length}"] = lambda prompt=prompt: model(prompt, logits_to_keep=1, use_cache=False)
     return works
 
 
-def sized(place: Any, share: float) -> Any:
-    """Return `place_sparse` with the budget that holds `share` of the rows, whatever else a checkout counts."""
+def conversion(case: str, folder: Path) -> dict[str, Any]:
+    """Return conversions of a dense model and of one of experts, each into an empty folder."""
+    import flashlm
 
-    def find(layouts: Any, uses: Any, needs: Any, dram_bytes: int) -> Any:
-        def try_place(budget_bytes: int) -> Any:
-            try:
-                placement = place(layouts, uses, needs, budget_bytes)
-            except Exception:  # too little
-                return None
-            return placement if placement.cache_bytes >= wanted_bytes else None
+    def convert(source: Path, dtype: str) -> None:
+        shutil.rmtree(folder / "converted", ignore_errors=True)
+        flashlm.convert(source, folder / "converted", dtype=dtype)
 
-        wanted_bytes = share * sum(each.num_rows * each.row_stride_bytes for each in layouts)
-        low, high = 0, dram_bytes
-        while high - low > 4096:
-            middle = (low + high) // 2
-            low, high = (middle, high) if try_place(middle) is None else (low, middle)
-        return try_place(high)
+    dtype = case.rsplit(", ", 1)[1]
+    sources = {
+        name: make_source(folder.parent, rows=rows, dtype=dtype) for name, rows in (("dense", 0), ("experts", 128))
+    }
+    return {name: lambda source=source: convert(source, dtype) for name, source in sources.items()}
 
-    return find
+
+def start_up() -> dict[str, Any]:
+    """Return what is asked of the command line before anything heavy is needed, each in a process of its own."""
+    asked = {"flashlm --help": ["--help"], "flashlm generate --help": ["generate", "--help"]}
+    return {name: lambda arguments=arguments: command_line(*arguments) for name, arguments in asked.items()}
+
+
+def works_of(case: str, folder: Path) -> dict[str, Any]:
+    if case.startswith("conversion"):
+        return conversion(case, folder)
+    if case.startswith("start-up"):
+        return start_up()
+    return recurrent(case) if case.startswith("recurrent") else streamed(case, folder)
 
 
 def recurrent(case: str) -> dict[str, Any]:
@@ -109,13 +159,18 @@ def recurrent(case: str) -> dict[str, Any]:
     return {"layer, token": lambda: layer(x, state), "model, token": lambda: model(ids, state=kept)}
 
 
+def used_s() -> float:
+    """Return the processor seconds of this process, all threads, and of its children that have ended."""
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system
+
+
 def child(folder: Path) -> None:
     """Answer questions, one a line: what this is, which works a case has, what a work takes."""
     import torch
 
     import flashlm
 
-    sys.path.insert(0, str(Path(flashlm.__file__).parents[2]))
     works: dict[str, Any] = {}
     answer: Any
     with torch.no_grad():
@@ -123,14 +178,14 @@ def child(folder: Path) -> None:
             asked = json.loads(line)
             if "case" in asked:
                 works.clear()  # before the next model is loaded
-                works = streamed(asked["case"], folder) if "float" in asked["case"] else recurrent(asked["case"])
+                works = works_of(asked["case"], folder)
                 answer = list(works)
             elif "work" in asked:
                 work, count = works[asked["work"]], asked["repeats"]
-                started_s, cpu_s = time.perf_counter(), time.process_time()
+                started_s, cpu_s = time.perf_counter(), used_s()
                 for _ in range(count):
                     work()
-                answer = (time.perf_counter() - started_s) / count, (time.process_time() - cpu_s) / count
+                answer = (time.perf_counter() - started_s) / count, (used_s() - cpu_s) / count
             else:
                 answer = describe_commit(Path(flashlm.__file__).parents[2])
             print("ANSWER", json.dumps(answer), flush=True)
