@@ -7,13 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flashlm.memory.expert_budget import ExpertUse
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import MIN_STAGING_BLOCKS, Needs
 from flashlm.memory.cache_plan import LayerUse
-from flashlm.memory.expert_budget import ExpertUse
 from flashlm.planner.choices import ResolvedMode
 from flashlm.planner.decide import Decision, decide, decide_experts
 from flashlm.planner.plan import STAGING_SLOTS
