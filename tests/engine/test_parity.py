@@ -119,7 +119,7 @@ def test_both_matrix_products_agree_with_float64(strategy, dtype, tiny_pack):
     layer = model.get_submodule(model.flash.manifest.ffns[0].module)
     tokens = torch.randn(24, layer.layout.hidden_size, generator=torch.Generator().manual_seed(0)).to(layer._dtype)
     gemm = BlockGemm(dtype, strategy)
-    with layer._bound.stream.layer(0) as runs:
+    with layer._bound.stream.unit(0) as runs:
         address = next(runs).address
         gate, up, down = (part.clone() for part in gemm.parts(layer.layout, address, layer.layout.block_rows))
         hidden = gemm.project(gemm.prepare(tokens), up, None)
