@@ -20,9 +20,9 @@ def outline(model_type: str, units: Iterable[Unit]) -> str:
         units: What is streamed, in forward order.
     """
     units = list(units)
-    main = groupby(_words(unit) for unit in units if unit.kind != "linear")
-    linears = groupby(sorted(_words(unit) for unit in units if unit.kind == "linear"))
-    groups = [f"{len(list(alike))} {words}" for words, alike in (*main, *linears)]
+    main = [_words(unit) for unit in units if unit.kind != "linear"]
+    linears = sorted(_words(unit) for unit in units if unit.kind == "linear")
+    groups = [f"{len(list(alike))} {words}" for named in (main, linears) for words, alike in groupby(named)]
     return f"{model_type}, {units[0].layout.dtype}, " + ", ".join(groups)
 
 
