@@ -55,10 +55,11 @@ def run_level(python: str, level: str, options: list[str], cache: Path, old: dic
                 found |= told
                 continue
             found["seconds"][told["subject"]] = told["seconds"]
-            found["cases"] |= {f"{level}: {name}": digests for name, digests in told["cases"].items()}
-            print(
-                f"{level}: {told['subject']:28} {told['seconds']:6.1f} s, {len(told['cases'])} cases", file=sys.stderr
-            )
+            cases = {f"{level}: {name}": digests for name, digests in told["cases"].items()}
+            found["cases"] |= cases
+            print(f"{level}: {told['subject']:28} {told['seconds']:6.1f} s, {len(cases)} cases", file=sys.stderr)
+            for line in [] if old is None else differences(old, {"cases": cases}, is_part=True):
+                print(f"  differs: {line}", file=sys.stderr)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
     return found
