@@ -44,11 +44,11 @@ class Side:
         raise SystemExit(f"a process ended early: {asked}")
 
 
-def compare(old: Side, new: Side, work: str, rounds: int) -> dict[str, Any]:
+def compare(old: Side, new: Side, work: str, rounds: int, seconds: float) -> dict[str, Any]:
     first_s = [side.ask(work=work, repeats=1)[0] for side in (old, new)]
     repeats = max(1, min(200, int(0.06 / min(first_s))))
     times: dict[Side, list[list[float]]] = {old: [], new: []}
-    for number in range(max(3, min(rounds, int(4 / min(first_s))))):  # a busy machine makes prompts long
+    for number in range(max(3, min(rounds, int(seconds / min(first_s))))):  # a busy machine makes prompts long
         for side in (old, new) if number % 2 else (new, old):
             times[side].append(side.ask(work=work, repeats=repeats))
     found: dict[str, Any] = {}
@@ -67,6 +67,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and packs, about 2 GB")
     parser.add_argument("--cases", nargs="+", default=[""], help="only cases with one of these in their name")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="for one work of a checkout, about; three rounds always"
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     old, new = (
@@ -79,7 +82,7 @@ def main() -> None:
         works = [side.ask(case=case) for side in (old, new)].pop()
         result["cases"][case] = measured = {}
         for work in works:
-            measured[work] = found = compare(old, new, work, arguments.rounds)
+            measured[work] = found = compare(old, new, work, arguments.rounds, arguments.seconds)
             ratios = ", ".join(
                 "{} {:.3f} ({:.3f} to {:.3f})".format(
                     clock, found[f"old/new_{clock}"], *found[f"old/new_{clock}_quartiles"]
