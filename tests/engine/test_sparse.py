@@ -112,6 +112,17 @@ def test_only_predicted_rows_count(calibrated: Callable[..., Path]) -> None:
     assert not torch.equal(got, unthresholded)
 
 
+@pytest.mark.parametrize("num_tokens", [9, 40])
+def test_a_prompt_is_exact_whatever_the_activation_threshold(num_tokens: int, calibrated: Callable[..., Path]) -> None:
+    pack = calibrated("llama", activation_threshold=0.02)
+    prompt = torch.arange(3, 3 + num_tokens)[None]
+    with torch.no_grad():
+        got, exact = (
+            flashlm.load(pack, dram=DRAM, mode=mode, context=160)(prompt).logits for mode in ("sparse", "hybrid")
+        )
+    assert torch.equal(got, exact)
+
+
 def test_a_failed_read_leaves_no_row_behind(calibrated: Callable[..., Path]) -> None:
     pack = calibrated("opt", predicts_all=True)
     manifest = read_manifest(pack)

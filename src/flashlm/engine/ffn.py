@@ -425,7 +425,8 @@ class FlashFFN(StreamedModule):
         activated = _evenly(self.activation, up if gate is None else gate)
         if self.observer is not None:
             self.observer(self.layer, span, tokens, activated)
-        if self.activation_threshold > 0.0:
+        # In mode `sparse` whole blocks serve prompts, which are exact; elsewhere a threshold is a calibration's trial.
+        if self.activation_threshold > 0.0 and self.bound.sparse is None:
             activated = activated.masked_fill(activated.abs() <= self.activation_threshold, 0.0)
         if allowed is not None:
             activated = activated.masked_fill(~allowed[:, span.start : span.stop], 0.0)
