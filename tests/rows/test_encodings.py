@@ -49,7 +49,9 @@ def make_case(num_groups: int, num_rows: int, num_tokens: int, num_parts: int, s
     storage[:, :row_bytes] = parts.reshape(num_stored, row_bytes)
     slots = torch.from_numpy(random.permutation(num_stored)[:num_rows].astype(np.int32)) if by_slot else None
     memory = torch.from_numpy(storage)
-    rows = kernels.RowBlock(memory, num_rows, row_bytes + 7, num_groups * 32, Q8_0.code, num_parts, slots)
+    rows = kernels.RowBlock(
+        memory, num_rows, kernels.RowFormat.alike(row_bytes + 7, num_groups * 32, Q8_0.code, num_parts), slots
+    )
     # the reference rounds scale * byte to fp32, as is stated
     wide = scales.astype(np.float32)[..., None] * quants.astype(np.float32)
     weights = torch.from_numpy(wide.reshape(num_stored, num_parts, -1)).double()
@@ -150,4 +152,4 @@ def test_sizes() -> None:
         with pytest.raises(ConfigError, match="rows must be bfloat16, float16 or float32"):
             encoding_of(other)
     with pytest.raises(ConfigError, match="48 elements is not made of whole groups"):
-        kernels.RowBlock(torch.zeros(1000, dtype=torch.uint8), 1, 100, 48, Q8_0.code, 1)
+        kernels.RowFormat.alike(100, 48, Q8_0.code, 1)

@@ -23,7 +23,13 @@ def outline(model_type: str, units: Iterable[Unit]) -> str:
     main = groupby(_words(unit) for unit in units if unit.kind != "linear")
     linears = groupby(sorted(_words(unit) for unit in units if unit.kind == "linear"))
     groups = [f"{len(list(alike))} {words}" for words, alike in (*main, *linears)]
-    return f"{model_type}, {units[0].layout.dtype}, " + ", ".join(groups)
+    encodings = dict.fromkeys(_encoding(unit) for unit in units)
+    return f"{model_type}, {' and '.join(encodings)}, " + ", ".join(groups)
+
+
+def _encoding(unit: Unit) -> str:
+    plain = unit.layout.plain
+    return unit.layout.encoding if plain is None else str(plain.dtype).removeprefix("torch.")
 
 
 def _words(unit: Unit) -> str:
