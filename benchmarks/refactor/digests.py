@@ -38,8 +38,11 @@ LEVELS = {  # which kernels, and with which subjects
 SAME = ("cpu", "cpu_flags", "versions")  # or bits can't be compared
 
 
-def run_level(python: str, level: str, options: list[str], cache: Path) -> dict[str, Any]:
-    """Run the cases on the kernels of one level; return what the child tells: versions, subjects, cases."""
+def run_level(python: str, level: str, options: list[str], cache: Path, old: dict[str, Any] | None) -> dict[str, Any]:
+    """Run the cases on the kernels of one level; return what the child tells: versions, subjects, cases.
+
+    What differs from `old` is said as soon as a subject has ended.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLASHLM_")}
     own = {"FLASHLM_SIMD": level, "FLASHLM_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
     command = [python, str(CASES), *options]
@@ -52,16 +55,17 @@ def run_level(python: str, level: str, options: list[str], cache: Path) -> dict[
                 found |= told
                 continue
             found["seconds"][told["subject"]] = told["seconds"]
-            found["cases"] |= {f"{level}: {name}": digests for name, digests in told["cases"].items()}
-            print(
-                f"{level}: {told['subject']:28} {told['seconds']:6.1f} s, {len(told['cases'])} cases", file=sys.stderr
-            )
+            cases = {f"{level}: {name}": digests for name, digests in told["cases"].items()}
+            found["cases"] |= cases
+            print(f"{level}: {told['subject']:28} {told['seconds']:6.1f} s, {len(cases)} cases", file=sys.stderr)
+            for line in [] if old is None else differences(old, {"cases": cases}, is_part=True):
+                print(f"  differs: {line}", file=sys.stderr)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
     return found
 
 
-def measure(python: str, options: list[str], *, is_quick: bool) -> dict[str, Any]:
+def measure(python: str, options: list[str], old: dict[str, Any] | None, *, is_quick: bool) -> dict[str, Any]:
     """Return the document of a tree: environment and digests of all cases."""
     machine = describe_machine()
     levels = {
@@ -75,7 +79,7 @@ def measure(python: str, options: list[str], *, is_quick: bool) -> dict[str, Any
     document |= {"cpu": machine["cpu"], "cpu_flags": machine["cpu_flags"], "levels": list(levels), "cases": {}}
     with tempfile.TemporaryDirectory(prefix="flashlm-digests-") as cache:  # no profile of the machine decides anything
         for level, how in levels.items():
-            found = run_level(python, level, how, Path(cache))
+            found = run_level(python, level, how, Path(cache), old)
             document["cases"] |= found["cases"]
             document |= {"versions": found["versions"]}
             document.setdefault("skipped", {}).update(found["skipped"])
@@ -125,7 +129,7 @@ def main() -> int:
     old = None if arguments.against is None else json.loads(arguments.against.read_text())
     options = ["--jobs", str(arguments.jobs), "--only", arguments.only] + ["--verbose"] * arguments.verbose
     python = str(Path(arguments.python).absolute())  # not resolved: a venv's is a link
-    new = measure(python, options, is_quick=arguments.quick)
+    new = measure(python, options, old, is_quick=arguments.quick)
     errors = [
         f"{name}: {phase}: {digest}"
         for name, found in new["cases"].items()

@@ -233,7 +233,7 @@ GLM-4.5, Qwen3-Next), what transformers ignores is left out, and the conversion 
 | dense | every feed-forward layer, block by block | `hybrid`, exact; after `flashlm calibrate` also `sparse`, approximate |
 | dense, zeros | the same; its activation (ReLU, ReLU squared) has exact zeros, for which `sparse` is made | the same |
 | dense, learned | the same; its activation has weights of its own, which stay in DRAM | `hybrid` only |
-| experts | the routed experts, each as a whole; everything else stays in DRAM (`docs/experts.md`) | `experts`, exact |
+| experts | the routed experts, each as a whole; linear layers where memory ends (`docs/experts.md`) | `experts`, exact |
 
 ## Served
 

@@ -20,6 +20,7 @@ from flashlm.pack.manifest import read_manifest
 from flashlm.rows.kernels import choose_plain_strategy
 from tests.engine.conftest import TinyPack
 from tests.models import save_checkpoint
+from tests.tiny_models import save_tiny
 
 Make = Callable[..., TinyPack]
 STEP = 16
@@ -83,7 +84,7 @@ def test_a_token_reads_every_unit_once_and_never_jumps(
 ) -> None:
     """The order that a conversion reads out of the forwards is the one that a pass takes."""
     model = flashlm.load(whole_pack(family).pack, pin=0)
-    stream = model.flash._stream
+    stream = model.flash.stream
     restarts: list[int] = []
     restart = stream._restart_at
     monkeypatch.setattr(stream, "_restart_at", lambda position: (restarts.append(position), restart(position)))
@@ -116,3 +117,12 @@ def test_small_linear_layers_stay_in_memory(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "source", "llama")
     manifest = convert(tmp_path / "source", tmp_path / "pack")
     assert {each.kind for each in manifest.units} == {"ffn"}
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "modernbert-decoder"])
+def test_layers_that_a_family_fills_by_name_stay_in_memory(family: str, tmp_path: Path) -> None:
+    """transformers would fill their missing weights before loading, through the module around them."""
+    save_tiny(family, tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "pack", min_linear_bytes=0)
+    with torch.no_grad():
+        assert flashlm.load(tmp_path / "pack")(torch.arange(3, 8)[None]).logits.isfinite().all()

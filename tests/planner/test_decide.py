@@ -7,21 +7,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flashlm.memory.expert_budget import ExpertUse
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import MIN_STAGING_BLOCKS, Needs
 from flashlm.memory.cache_plan import LayerUse
+from flashlm.pack.units import Unit
 from flashlm.planner.choices import ResolvedMode
-from flashlm.planner.decide import Decision, decide, decide_experts
+from flashlm.planner.decide import Decision, decide
 from flashlm.planner.plan import STAGING_SLOTS
 from flashlm.planner.plan_use import PlannedReads, PlanUse
 from flashlm.planner.rates import Rates
 from flashlm.planner.settings import Settings
 from flashlm.planner.shape import ModelShape, SparseShape
-from flashlm.rows.layout import LayerLayout
+from flashlm.rows.layout import GATED, UNGATED, LayerLayout
 from flashlm.sparsity.routing import LayerRouting, PolicyShares, Routing
 
 MIB = 1 << 20
@@ -50,10 +50,12 @@ class _Config:
 def layouts(draw: st.DrawFn) -> tuple[LayerLayout, ...]:
     """Layers of one width, each with a number of rows of its own and blocks that may end ragged."""
     width, block_rows = draw(st.sampled_from([32, 64, 256])), draw(st.sampled_from([16, 48, 128]))
-    has_gate, dtype = draw(st.booleans()), draw(st.sampled_from(["bfloat16", "float32"]))
+    parts, encoding = draw(st.sampled_from([GATED, UNGATED])), draw(st.sampled_from(["bf16", "fp32", "q8_0"]))
     rows = draw(st.lists(st.integers(1, 700), min_size=1, max_size=5))
     return tuple(
-        LayerLayout(hidden_size=width, num_rows=each, has_gate=has_gate, dtype=dtype, block_rows=block_rows)
+        LayerLayout(
+            hidden_size=width, num_rows=each, parts=parts, encodings=(encoding,) * len(parts), block_rows=block_rows
+        )
         for each in rows
     )
 
@@ -77,10 +79,13 @@ def shapes(draw: st.DrawFn, sparse: bool | None = None) -> ModelShape:
         model_type="llama",
         activation="silu",
         config=_Config(),
-        layouts=found,
+        dtype="bfloat16",
+        units=tuple(Unit.dense("ffn", layout) for layout in found),
         resident_bytes=8 * MIB,
         matrix_bytes=4 * MIB,
+        matrix_weights=2 * MIB,
         num_matrices=8,
+        num_layers=len(found),
         is_pack=True,
         sparse=known if is_calibrated else None,
     )
@@ -120,8 +125,7 @@ def test_it_stays_within_the_budget_and_the_pin(shape: ModelShape, settings: Set
     assert decision.context == settings.context
     assert settings.mode in ("auto", decision.mode)
     if decision.mode != "sparse":
-        blocks = zip(placement.num_pinned, placement.num_streamed, shape.layouts, strict=True)
-        assert all(pinned + streamed == layout.num_blocks for pinned, streamed, layout in blocks)
+        assert placement.pinned_bytes + placement.streamed_bytes == sum(layout.file_bytes for layout in shape.layouts)
     if decision.mode == "naive":
         assert placement.pinned_bytes == 0 or placement.streamed_bytes == 0
 
@@ -192,26 +196,30 @@ def test_more_memory_never_holds_fewer_rows(shape: ModelShape, budgets: tuple[in
 
 @given(budgets=st.tuples(BUDGETS, BUDGETS), num_experts=st.integers(2, 40), num_active=st.integers(1, 4))
 def test_more_memory_never_holds_fewer_experts(budgets: tuple[int, int], num_experts: int, num_active: int) -> None:
-    uses = expert_uses(num_experts, min(num_active, num_experts))
+    shape = mixture(num_experts, min(num_active, num_experts))
     found = []
     for dram_bytes in sorted(budgets):
         try:
-            found.append(decided_experts(uses, Settings(dram_bytes=dram_bytes)))
+            found.append(decided_experts(shape, Settings(dram_bytes=dram_bytes)))
         except BudgetError:
             assume(False)
     less, more = found
-    assert sum(more.placement.experts or ()) >= sum(less.placement.experts or ())
+    assert sum(more.placement.experts) >= sum(less.placement.experts)
     assert more.placement.streamed_bytes <= less.placement.streamed_bytes
     assert more.placement.planned_bytes <= max(budgets)
 
 
-def expert_uses(num_experts: int, num_active: int) -> list[ExpertUse]:
-    layout = LayerLayout(hidden_size=64, num_rows=num_experts * 128, has_gate=True, dtype="bfloat16", block_rows=128)
-    return [ExpertUse(layout=layout, num_active=num_active)] * 3
+def mixture(num_experts: int, num_active: int) -> ModelShape:
+    """Three layers of experts."""
+    layout = LayerLayout(
+        hidden_size=64, num_rows=num_experts * 128, parts=GATED, encodings=("bf16",) * 3, block_rows=128
+    )
+    units = (Unit(kind="experts", layout=layout, num_active=num_active),) * 3
+    return replace(ONE, name="experts", model_type="mixtral", activation="silu", units=units, num_layers=3)
 
 
-def decided_experts(uses: list[ExpertUse], settings: Settings, routing: Routing | None = None) -> Decision:
-    return decide_experts(uses, settings, needs=NEEDS, default_dram_bytes=1 << 40, routing=routing)
+def decided_experts(shape: ModelShape, settings: Settings, routing: Routing | None = None) -> Decision:
+    return decide(shape, settings, None, needs=NEEDS, default_dram_bytes=1 << 40, routing=routing)
 
 
 ONE = ModelShape(
@@ -219,9 +227,18 @@ ONE = ModelShape(
     model_type="opt",
     activation="relu",
     config=_Config(),
-    layouts=(LayerLayout(hidden_size=64, num_rows=640, has_gate=False, dtype="float32", block_rows=16),) * 2,
+    dtype="float32",
+    units=(
+        Unit.dense(
+            "ffn",
+            LayerLayout(hidden_size=64, num_rows=640, parts=UNGATED, encodings=("fp32",) * 2, block_rows=16),
+        ),
+    )
+    * 2,
     resident_bytes=8 * MIB,
     matrix_bytes=4 * MIB,
+    matrix_weights=MIB,
+    num_layers=2,
     is_pack=True,
 )
 TIGHT = NEEDS.total_bytes + 300_000
@@ -261,26 +278,26 @@ def test_a_pin_without_effect_is_named(settings: Settings, notes: tuple[str, ...
 
 
 def test_a_policy_without_effect_is_named_and_a_small_cache_too() -> None:
-    uses = expert_uses(8, 2)
-    ample = decided_experts(uses, Settings(dram_bytes=1 << 40, expert_policy="lfu"))
+    shape = mixture(8, 2)
+    ample = decided_experts(shape, Settings(dram_bytes=1 << 40, expert_policy="lfu"))
     assert ample.notes == ("expert_policy=lfu has no effect: all experts are held",)
-    assert decided_experts(uses, Settings(dram_bytes=1 << 40)).notes == ()
-    small = decided_experts(uses, Settings(dram_bytes=1 << 40, pin_bytes=0))
+    assert decided_experts(shape, Settings(dram_bytes=1 << 40)).notes == ()
+    small = decided_experts(shape, Settings(dram_bytes=1 << 40, pin_bytes=0))
     (note,) = small.notes
     assert "the expert cache holds 6 experts, a token uses 6" in note
 
 
 def test_auto_takes_the_policy_that_a_calibration_found_best() -> None:
-    uses = expert_uses(8, 2)
+    shape = mixture(8, 2)
     replays = (PolicyShares(cache_share=0.5, lru=0.5, lfu=0.7, pinned=0.6, best="lfu"),)
-    layers = tuple(LayerRouting(counts=tuple(range(8))) for _ in uses)
+    layers = tuple(LayerRouting(counts=tuple(range(8))) for _ in shape.experts)
     routing = Routing(
         fingerprint="0" * 16, text="a text", num_tokens=9, num_replayed_tokens=9, layers=layers, replays=replays
     )
-    settings = Settings(dram_bytes=1 << 40, pin_bytes=12 * uses[0].layout.block_stride_bytes)
-    known, unknown = decided_experts(uses, settings, routing), decided_experts(uses, settings)
+    settings = Settings(dram_bytes=1 << 40, pin_bytes=12 * shape.experts[0].layout.block_stride_bytes)
+    known, unknown = decided_experts(shape, settings, routing), decided_experts(shape, settings)
     assert known.policy is not None
     assert unknown.policy is not None
     assert (known.policy.name, unknown.policy.name) == ("lfu", "lru")
     with pytest.raises(ConfigError, match="how they are used is not known"):
-        decided_experts(uses, replace(settings, expert_policy="pinned"))
+        decided_experts(shape, replace(settings, expert_policy="pinned"))

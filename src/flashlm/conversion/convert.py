@@ -1,4 +1,4 @@
-"""Turn a Hugging Face checkpoint into a pack: feed-forward layers or experts row by row into `flash/`, the rest as it is.
+"""Turn a Hugging Face checkpoint into a pack: what can be streamed row by row into `flash/`, the rest as it is.
 
 A conversion that is killed goes on with the next unfinished file when started again and ends with the same bytes; the
 manifest, without which nothing takes the folder for a pack, is written last. Memory does not grow with the model: the

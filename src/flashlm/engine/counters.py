@@ -12,7 +12,8 @@ class Counters:
     Attributes:
         bytes_read: Bytes read from flash for rows that were consumed; gaps that were read through count.
         num_reads: Reads that took: blocks, runs of rows, or experts.
-        pinned_bytes: Bytes of pinned blocks consumed.
+        pinned_bytes: Bytes of pinned blocks consumed; a linear layer that is pinned as a whole is an ordinary one, whose
+            bytes do not count.
         num_pinned: Pinned blocks consumed.
         hit_rows: Rows that the neuron cache held.
         miss_rows: Rows that it did not.

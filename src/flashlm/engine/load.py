@@ -35,7 +35,7 @@ def load(
         mode: "auto" (sparse where a calibration met its error budget and it is expected to be faster, else hybrid),
             "hybrid", "sparse" or "naive"; a pack of experts runs in "experts", whatever is left to choose from.
         context: Tokens that the KV cache may hold, of all sequences and beams together; None means 2048.
-        pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
+        pin: Pin no more of what is streamed than this ("1GiB" or bytes; 0 pins none); None: all that dram leaves.
         plan: File that `flashlm plan --save` wrote; what is None comes from it.
         expert_policy: What the cache of a pack of experts keeps: "lru", "lfu", "pinned" (needs a calibration), or "auto",
             what a calibration found best for the cache's size; without one lru. The output is the same with each.

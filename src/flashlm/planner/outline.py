@@ -20,9 +20,9 @@ def outline(model_type: str, units: Iterable[Unit]) -> str:
         units: What is streamed, in forward order.
     """
     units = list(units)
-    main = groupby(_words(unit) for unit in units if unit.kind != "linear")
-    linears = groupby(sorted(_words(unit) for unit in units if unit.kind == "linear"))
-    groups = [f"{len(list(alike))} {words}" for words, alike in (*main, *linears)]
+    main = [_words(unit) for unit in units if unit.kind != "linear"]
+    linears = sorted(_words(unit) for unit in units if unit.kind == "linear")
+    groups = [f"{len(list(alike))} {words}" for named in (main, linears) for words, alike in groupby(named)]
     encodings = dict.fromkeys(_encoding(unit) for unit in units)
     return f"{model_type}, {' and '.join(encodings)}, " + ", ".join(groups)
 
@@ -34,12 +34,13 @@ def _encoding(unit: Unit) -> str:
 
 def _words(unit: Unit) -> str:
     layout = unit.layout
+    written = "" if layout.plain else f" in {layout.encoding}"
     if unit.kind == "linear":
-        return f"linear layers of {layout.num_rows} x {layout.hidden_size}"
+        return f"linear layers of {layout.num_rows} x {layout.hidden_size}{written}"
     rows = f"{layout.num_rows} rows"
     if unit.kind == "experts":
         rows = f"{unit.num_blocks} experts ({unit.num_active} active) of {layout.block_rows} rows"
-    return f"layers of {rows} of {layout.num_parts} x {layout.hidden_size}"
+    return f"layers of {rows} of {layout.num_parts} x {layout.hidden_size}{written}"
 
 
 def outline_of_pack(manifest: Manifest) -> str:

@@ -50,7 +50,7 @@ class Asked(TypedDict, total=False):
             plan's, `FLASHLM_MODE`, or "auto".
         context: Tokens that the KV cache may hold, of all sequences and beams together. Else the plan's,
             `FLASHLM_CONTEXT`, or 2048.
-        pin: Pin no more of the streamed rows than this ("1GiB" or bytes; 0 pins none). Else all that dram leaves.
+        pin: Pin no more of what is streamed than this ("1GiB" or bytes; 0 pins none). Else all that dram leaves.
         plan: File that `flashlm plan --save` wrote.
         expert_policy: What the cache of a pack of experts keeps: "lru", "lfu", "pinned" (needs a calibration), or "auto",
             what a calibration found best for the cache's size; without one lru. The output is the same with each.
@@ -80,7 +80,7 @@ class Settings:
             rows that predictors ask for (approximate; needs a calibration); `experts` is what packs of experts run in;
             `auto` picks.
         context: Tokens that the KV cache may hold, of all sequences and beams together; None means `DEFAULT_CONTEXT`.
-        pin_bytes: Pin no more of the streamed rows than this, whatever dram leaves; None is no further bound. In mode
+        pin_bytes: Pin no more of what is streamed than this, whatever dram leaves; None is no further bound. In mode
             `experts`: hold no more experts than fit this, or the floor.
         expert_policy: What the cache of mode `experts` keeps: what was used last (`lru`), used most often, recent
             uses counting more (`lfu`), or

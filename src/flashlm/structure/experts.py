@@ -2,10 +2,10 @@
 
 That interface (`use_experts_implementation`, transformers 5) keeps the experts of a layer in two three-dimensional
 weights and says by flags how they lie: transposed or not, gate and up one after the other or interleaved, with or without
-gate and biases. The flags are read here; no family is named but Llama 4, whose experts have none. Everything else of such
-a model stays in DRAM: routers, shared experts, attention, biases, and the dense feed-forward layers that some families
-begin with. Every token uses those, so streaming them would read them whole for every token, and they are a few per cent
-of the weights (DeepSeek-V3: 0.2 %).
+gate and biases. The flags are read here; no family is named but Llama 4, whose experts have none. The other
+large matrices of such a model (attention, shared experts, the dense feed-forward layers that some families begin with) are
+linear layers of their own (`find_units`): every token uses them, so they are pinned first, and streamed only where memory
+does not reach. Their modules keep their own arithmetic.
 
 Needs the model on the meta device only.
 """

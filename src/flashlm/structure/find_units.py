@@ -162,7 +162,9 @@ def _initialised_by_name(cls: type[PreTrainedModel]) -> frozenset[str]:
         source = inspect.getsource(cls._init_weights)
     except (OSError, TypeError):
         return frozenset()
-    return frozenset(re.findall(r"\.(\w+)\.weight", source))
+    # Through its weight, or by a function of the family's own that is given the layer.
+    found = re.findall(r"\.(\w+)\.weight|(?<![\w.])\w+\(\s*module\.(\w+)", source)
+    return frozenset(name for names in found for name in names if name)
 
 
 def _output_layer(model: PreTrainedModel, walk: _Walk) -> Iterator[LinearLayer]:
