@@ -14,7 +14,7 @@ import flashlm
 from flashlm.engine import experts as experts_module
 from flashlm.engine.experts import BoundExperts
 from flashlm.errors import BudgetError, ConfigError, PackError, StorageError
-from flashlm.pack.manifest import RESIDENT_NAME, manifest_path, read_manifest, unit_path
+from flashlm.pack.manifest import RESIDENT_NAME, read_manifest, unit_path, write_manifest
 from tests.models import EXPERT_FAMILIES
 from tests.pack.packs import change_manifest
 
@@ -226,7 +226,7 @@ def test_a_missing_router_is_refused(tiny_pack, tmp_path):
     checksums = (xxhash.xxh3_64_hexdigest(path.read_bytes()),)
     changed = {"num_bytes": path.stat().st_size, "checksums": checksums}
     resident = manifest.resident.model_copy(update=changed)
-    manifest_path(pack).write_bytes(manifest.model_copy(update={"resident": resident}).to_bytes())
+    write_manifest(pack, manifest.model_copy(update={"resident": resident}))
     with pytest.raises(PackError, match=r"resident\.safetensors lacks model\.layers\.1\.mlp\.gate\.weight") as error:
         flashlm.load(pack)
     assert "\n" not in str(error.value)
