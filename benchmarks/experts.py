@@ -117,7 +117,7 @@ def run_cell(run: Run, clock: Clock, name: str, system: tuple[Record, int]) -> N
 
 @contextmanager
 def read_ahead(folder: Path, kib: int | None) -> Iterator[None]:
-    """Set the read-ahead of the folder's device for the while; None leaves it. Needs root."""
+    """Set the read-ahead of the folder's device within the context; None leaves it. Needs root."""
     if kib is None:
         yield
         return
@@ -159,7 +159,7 @@ def probe_device(run: Run) -> None:
         (run.path("steps") / "probe.json").write_text(json.dumps({"ok": True, "profile": record}) + "\n")
 
 
-def foretell(run: Run, rows: list[Record]) -> list[Record]:
+def predict(run: Run, rows: list[Record]) -> list[Record]:
     """Return, for flashlm at each budget, what `flashlm plan` says beside what was measured.
 
     Three times: as a user gets it, with uniform routing; with the measured share of experts found; and with the device's
@@ -290,20 +290,20 @@ def publish(run: Run, rows: list[Record]) -> None:
         "weight_bytes": run.weight_bytes,
         "settings": {name: value for name, value in vars(run.args).items() if name not in ("work", "results")},
         "systems": rows,
-        "foretold": (foretold := foretell(run, rows)),
+        "predicted": (predicted := predict(run, rows)),
         "records": {path.stem: json.loads(path.read_text()) for path in sorted(run.path("steps").glob("*.json"))},
     }
     text = json.dumps(whole, indent=1).replace(str(run.folder), "WORK").replace(str(run.args.work), "WORK")
     run.args.results.mkdir(parents=True, exist_ok=True)
     (run.args.results / f"experts-{run.args.shape}.json").write_text(text + "\n")
     draw(run, rows)
-    for row in foretold:
+    for row in predicted:
         errors = ", ".join(
             f"{name} {row[name]:.3f} ({row[name] / row['measured_s'] - 1:+.0%})"
             for name in ("uniform", "measured hits", "measured hits and rate")
             if name in row
         )
-        print(f"{row['system']}: measured {row['measured_s']:.3f}; foretold with {errors}")
+        print(f"{row['system']}: measured {row['measured_s']:.3f}; predicted with {errors}")
     print(
         "| system | cap | s/token | experts held | GB/token | GB/s waiting | of the device | share of roofline | killed |"
     )

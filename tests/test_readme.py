@@ -48,8 +48,7 @@ def test_readme_commands_and_code_run(folder_with_model, capsys):
         with pytest.raises(SystemExit) as done:
             main([word.strip('"') for word in words[1:]])
         assert not done.value.code, line
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile("\n".join(blocks("python")), "README.md", "exec"), {})
     assert "mode hybrid (exact)" in capsys.readouterr().out
 
 

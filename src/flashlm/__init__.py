@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flashlm.engine.load import load
     from flashlm.engine.quantizer import FlashConfig
     from flashlm.engine.runtime import FlashRuntime
+    from flashlm.engine.session import Session, Step
 
 __all__ = [
     "BudgetError",
@@ -37,6 +38,8 @@ __all__ = [
     "FlashError",
     "FlashRuntime",
     "PackError",
+    "Session",
+    "Step",
     "StorageError",
     "UnsupportedModelError",
     "__version__",
@@ -48,6 +51,8 @@ __all__ = [
 _LAZY = {
     "FlashConfig": "flashlm.engine.quantizer",
     "FlashRuntime": "flashlm.engine.runtime",
+    "Session": "flashlm.engine.session",
+    "Step": "flashlm.engine.session",
     "convert": "flashlm.conversion.convert",
     "load": "flashlm.engine.load",
     "verify": "flashlm.conversion.verify",

@@ -207,7 +207,7 @@ def test_ctrl_c_breaks_a_running_pass_off_at_the_next_layer(model: PreTrainedMod
     """It comes to the thread that waits for a step, while the pass runs in another."""
     expected = greedy(model, PROMPT, 6)
     session = Session(model)
-    entries = (model.flash.manifest.layers or model.flash.manifest.experts)[:2]
+    entries = (model.flash.manifest.ffns or model.flash.manifest.experts)[:2]
     first, second = (model.get_submodule(entry.module) for entry in entries)
     reached: list[int] = []
 
@@ -267,7 +267,7 @@ def test_two_sessions_take_turns_by_layers(model: PreTrainedModel) -> None:
     """While one stands between two layers of a pass, the other generates a whole text: no lock is held across layers."""
     expected = greedy(model, PROMPT, 6), greedy(model, [7, 8, 9], 6)
     manifest = model.flash.manifest
-    first = model.get_submodule((manifest.layers or manifest.experts)[0].module)
+    first = model.get_submodule((manifest.ffns or manifest.experts)[0].module)
     held, slow = Session(model), Session(model)
     found: list[list[int]] = []
     other: list[list[int]] = []

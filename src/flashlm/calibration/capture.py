@@ -135,7 +135,7 @@ def _batches(text: CalibrationText, part: range) -> Iterator[range]:
 def masked(
     layers: Sequence[FlashFFN], selections: Sequence[Selection | None], thresholds: Sequence[float]
 ) -> Iterator[None]:
-    """Let dense passes use only selected rows and activations above the thresholds, for the while."""
+    """Let dense passes use only selected rows and activations above the thresholds, within the context."""
     before = [(layer.selection, layer.activation_threshold) for layer in layers]
     try:
         for layer, selection, threshold in zip(layers, selections, thresholds, strict=True):
@@ -241,7 +241,7 @@ def _observe(
 
 
 def run_windows(model: PreTrainedModel, text: CalibrationText, part: range, on_window: Callable[[int], None]) -> None:
-    """Run a part of the text through a model, for those who look on; logits are left out where the model can do without."""
+    """Run a part of the text through a model for its observers; logits are left out where the model can do without."""
     kept = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     with torch.inference_mode(), model.flash.phase("prompt"):
         for batch in _batches(text, part):

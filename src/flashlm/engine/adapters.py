@@ -1,6 +1,6 @@
 """LoRA beside the rows: the low-rank part of a streamed layer, computed in its loop over blocks.
 
-`expand(reduce(x))` is added to the gate and up products of the rows at hand before the activation, and the down-projection's
+`expand(reduce(x))` is added to the gate and up products of the rows in the block before the activation, and the down-part's
 share after. Rows may lie in another order than the checkpoint's neurons; adapters know neurons.
 
 Sums are as those of the rows: where the row kernels run, a token gets the same bits alone and in a batch and whatever the

@@ -123,7 +123,7 @@ def flash_experts_forward(
 def _run_token(
     module: nn.Module, bound: BoundExperts, token: torch.Tensor, chosen: list[int], weights: torch.Tensor
 ) -> torch.Tensor:
-    """Return one token's sum, fp32 (1, hidden_size): experts that are at hand together."""
+    """Return one token's sum, fp32 (1, hidden_size): of experts that are all available now."""
     places = {expert: place for place, expert in enumerate(chosen) if 0 <= expert < bound.layout.num_blocks}
     weights = weights.detach().reshape(-1, 1).to(torch.float32)
     shares: dict[int, torch.Tensor] = {}
@@ -351,7 +351,7 @@ def _activate(module: Any, bound: BoundExperts, parts: list[torch.Tensor], num_r
 
 @contextmanager
 def observed(model: nn.Module, observer: ExpertObserver) -> Iterator[None]:
-    """Let `observer` look on in every layer of experts of a loaded pack, for the while."""
+    """Call `observer` in every layer of experts of a loaded pack, within the context."""
     modules: list[Any] = [
         module for module in model.modules() if isinstance(getattr(module, "flash_experts", None), BoundExperts)
     ]

@@ -88,7 +88,7 @@ class Passes:
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """Name the phase of this model's passes in the calling thread or task, for the while.
+        """Name the phase of this model's passes in the calling thread or task, within the context.
 
         Raises:
             ConfigError: There is no such phase.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from flashlm.memory.neuron_cache import LayerCapacity
 
 MIN_SLOTS = 32
-LEAST_SHARE = 0.25  # of an average token's rows: at worst they are worked off in four rounds
+LEAST_SHARE = 0.25  # of an average token's rows: at worst they take four rounds
 TOKEN_MARGIN = 1.2  # tokens differ: slots for a window must hold more than the average
 
 

@@ -19,7 +19,7 @@ from flashlm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerCapacity:
-    """Slots of one layer: `num_slots` of its `num_rows` rows fit, `num_pinned` of them for good."""
+    """Slots of one layer: `num_slots` of its `num_rows` rows fit, `num_pinned` of them pinned."""
 
     num_rows: int
     num_slots: int

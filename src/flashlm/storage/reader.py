@@ -2,7 +2,7 @@
 
 A thin typed face of the native reader. The back end is io_uring where the kernel allows it, else a pool of threads with
 `pread`; a file on a file system that refuses direct reads (tmpfs, some overlays) is read through the page cache. Which of
-these is in use can be asked. The native reader keeps buffers alive until reads that were begun have landed in them.
+these is in use `Reader.describe` tells. The native reader keeps buffers alive until reads that were begun have landed.
 
 Whoever uses a part of a buffer again must know that no read into it is on its way any more, also where an exception, an
 interrupt above all, came between: such an owner makes the `Ticket`, puts it where it is found again, and only then submits
