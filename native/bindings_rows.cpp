@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings_arrays.h"
+#include "rows/quantize.h"
 #include "rows/run.h"
 #include "simd/levels.h"
 #include "slab.h"
@@ -29,23 +30,87 @@ using std::size_t;
 using std::string;
 using std::to_string;
 
+constexpr size_t MAX_PARTS = 16;
+
+// What rows are made of, checked once: parts of one width, each with its encoding and its place within a row.
+class RowFormat {
+  public:
+    using Parts = std::vector<std::pair<unsigned, size_t>>;
+
+    RowFormat(size_t row_stride_bytes, size_t width, const Parts& parts)
+        : stride_bytes_(row_stride_bytes), width_(width), num_parts_(parts.size()) {
+        if (parts.empty() || parts.size() > MAX_PARTS) {
+            throw Refused("num_parts must be 1 to 16, got " + to_string(parts.size()));
+        }
+        for (size_t i = 0; i < num_parts_; ++i) {
+            const auto [code, offset] = parts[i];
+            if (code >= NUM_ENCODINGS) throw Refused("encoding must be 0 to " + to_string(NUM_ENCODINGS - 1));
+            const Encoding& meaning = ENCODINGS[code];
+            if (!width || width % meaning.group_elements || width > SIZE_MAX / 16) {
+                throw Refused("a part of " + to_string(width) + " elements is not made of whole groups of " +
+                              to_string(meaning.group_elements) + " (" + meaning.name + ")");
+            }
+            parts_[i] = {static_cast<EncodingCode>(code), offset};
+            const size_t num_bytes = part_bytes(parts_[i].encoding, width);
+            if (offset > row_stride_bytes || num_bytes > row_stride_bytes - offset) {
+                throw Refused("a part of " + to_string(num_bytes) + " bytes at " + to_string(offset) +
+                              " does not fit a row stride of " + to_string(row_stride_bytes) + " bytes");
+            }
+            used_bytes_ = std::max(used_bytes_, offset + num_bytes);
+        }
+    }
+    // Parts of one encoding, side by side.
+    static RowFormat alike(size_t row_stride_bytes, size_t width, unsigned encoding, size_t num_parts) {
+        if (encoding >= NUM_ENCODINGS) throw Refused("encoding must be 0 to " + to_string(NUM_ENCODINGS - 1));
+        Parts parts;
+        const bool is_sane = num_parts <= MAX_PARTS && width <= SIZE_MAX / 64;  // else refused where the format is made
+        const size_t num_bytes = is_sane ? part_bytes(static_cast<EncodingCode>(encoding), width) : 0;
+        for (size_t i = 0; i < std::min(num_parts, MAX_PARTS + 1); ++i) parts.emplace_back(encoding, i * num_bytes);
+        return RowFormat(row_stride_bytes, width, parts);
+    }
+
+    size_t stride_bytes() const { return stride_bytes_; }
+    size_t width() const { return width_; }
+    size_t num_parts() const { return num_parts_; }
+    size_t used_bytes() const { return used_bytes_; }  // of a row: to the end of its last part
+    EncodingCode encoding(size_t part) const { return checked(part).encoding; }
+    size_t offset(size_t part) const { return checked(part).offset; }
+    bool operator==(const RowFormat& other) const {
+        if (width_ != other.width_ || num_parts_ != other.num_parts_) return false;
+        for (size_t i = 0; i < num_parts_; ++i) {
+            if (parts_[i].encoding != other.parts_[i].encoding) return false;
+        }
+        return true;
+    }
+
+  private:
+    struct Part {
+        EncodingCode encoding;
+        size_t offset;
+    };
+    const Part& checked(size_t part) const {
+        if (part < num_parts_) return parts_[part];
+        throw Refused("part must be 0 to " + to_string(num_parts_ - 1) + ", got " + to_string(part));
+    }
+
+    size_t stride_bytes_, width_, num_parts_, used_bytes_ = 0;
+    Part parts_[MAX_PARTS];
+};
+
 // Rows in memory that this object keeps, checked once: whatever a kernel reads of them lies inside.
 class RowBlock {
   public:
-    RowBlock(const SlotRef& at, size_t num_rows, size_t row_stride_bytes, size_t width, unsigned encoding,
-             size_t num_parts, nb::handle slots)
-        : memory_(at.slab->buffer.share()) {
+    RowBlock(const SlotRef& at, size_t num_rows, const RowFormat& format, nb::handle slots)
+        : memory_(at.slab->buffer.share()), format_(format) {
         const Device device = at.slab->device;  // here kernels of other devices will be chosen
         if (device != Device::cpu) throw Refused(string("there are no row kernels on device ") + name_of(device));
-        check(at.data(), at.room(), num_rows, row_stride_bytes, width, encoding, num_parts, slots);
+        check(at.data(), at.room(), num_rows, slots);
     }
-    RowBlock(nb::handle matrix, size_t num_rows, size_t row_stride_bytes, size_t width, unsigned encoding,
-             size_t num_parts, nb::handle slots)
-        : owner_(nb::borrow(matrix)) {
+    RowBlock(nb::handle matrix, size_t num_rows, const RowFormat& format, nb::handle slots)
+        : format_(format), owner_(nb::borrow(matrix)) {
         const Array array(matrix, "rows");
         if (!array.is_on_cpu()) throw Refused("rows must be on the CPU, got " + array.described());
-        check(array.data<unsigned char>(), array.extent_bytes(), num_rows, row_stride_bytes, width, encoding, num_parts,
-              slots);
+        check(array.data<unsigned char>(), array.extent_bytes(), num_rows, slots);
     }
 
     // The rows of a matrix of plain elements, (num_rows, num_parts * width), side by side.
@@ -57,45 +122,30 @@ class RowBlock {
                           array.described());
         }
         const size_t num_rows = slots.is_none() ? array.size(0) : Array(slots, "slots").num_elements();
-        return RowBlock(matrix, num_rows, array.stride(0) * array.element_bytes(),
-                        array.size(1) / std::max<size_t>(num_parts, 1), encoding, num_parts, slots);
+        return RowBlock(matrix, num_rows,
+                        RowFormat::alike(array.stride(0) * array.element_bytes(),
+                                         array.size(1) / std::max<size_t>(num_parts, 1), encoding, num_parts),
+                        slots);
     }
 
-    const Rows& rows() const { return rows_; }
-    EncodingCode encoding() const { return encoding_; }
-    size_t num_parts() const { return num_parts_; }
+    size_t num_rows() const { return rows_.num_rows; }
+    size_t width() const { return format_.width(); }
+    size_t num_parts() const { return format_.num_parts(); }
     size_t stride_bytes() const { return rows_.stride_bytes; }
+    EncodingCode encoding(size_t part) const { return format_.encoding(part); }
     bool has_slots() const { return rows_.slots != nullptr; }
     bool is_like(const RowBlock& other) const {
-        return encoding_ == other.encoding_ && rows_.num_rows == other.rows_.num_rows &&
-               rows_.hidden_size == other.rows_.hidden_size;
+        return format_ == other.format_ && rows_.num_rows == other.rows_.num_rows;
     }
     Rows part(size_t part) const {
-        if (part >= num_parts_) {
-            throw Refused("part must be 0 to " + to_string(num_parts_ - 1) + ", got " + to_string(part));
-        }
         Rows rows = rows_;
-        rows.base += part * part_bytes(encoding_, rows_.hidden_size);
+        rows.base += format_.offset(part);
         return rows;
     }
-    Rows down() const { return part(num_parts_ - 1); }
+    size_t down() const { return num_parts() - 1; }
 
   private:
-    void check(const unsigned char* base, size_t room, size_t num_rows, size_t row_stride_bytes, size_t width,
-               unsigned encoding, size_t num_parts, nb::handle slots) {
-        if (encoding >= NUM_ENCODINGS) throw Refused("encoding must be 0 to " + to_string(NUM_ENCODINGS - 1));
-        encoding_ = static_cast<EncodingCode>(encoding);
-        const Encoding& meaning = ENCODINGS[encoding];
-        if (!width || width % meaning.group_elements || width > SIZE_MAX / 16) {
-            throw Refused("a part of " + to_string(width) + " elements is not made of whole groups of " +
-                          to_string(meaning.group_elements) + " (" + meaning.name + ")");
-        }
-        const size_t row_bytes = num_parts * part_bytes(encoding_, width);
-        if (!num_parts || num_parts > 16) throw Refused("num_parts must be 1 to 16, got " + to_string(num_parts));
-        if (row_bytes > row_stride_bytes) {
-            throw Refused("a row of " + to_string(row_bytes) + " bytes does not fit a row stride of " +
-                          to_string(row_stride_bytes) + " bytes");
-        }
+    void check(const unsigned char* base, size_t room, size_t num_rows, nb::handle slots) {
         size_t num_stored = num_rows;
         const std::uint32_t* places = nullptr;
         if (!slots.is_none()) {
@@ -109,18 +159,17 @@ class RowBlock {
             num_stored = num_rows ? size_t{last} + 1 : 0;
             slots_ = nb::borrow(slots);
         }
-        if (num_stored && (row_bytes > room || num_stored - 1 > (room - row_bytes) / row_stride_bytes)) {
+        const size_t row_bytes = format_.used_bytes(), stride_bytes = format_.stride_bytes();
+        if (num_stored && (row_bytes > room || num_stored - 1 > (room - row_bytes) / stride_bytes)) {
             throw Refused("the block of " + to_string(num_stored) + " rows ends beyond its memory of " +
                           to_string(room) + " bytes");
         }
-        num_parts_ = num_parts;
-        rows_ = {base, row_stride_bytes, num_rows ? places : nullptr, num_rows, width};
+        rows_ = {base, stride_bytes, num_rows ? places : nullptr, num_rows, format_.width()};
     }
 
-    Rows rows_{};
-    EncodingCode encoding_{};
-    size_t num_parts_ = 0;
     std::shared_ptr<const void> memory_;
+    RowFormat format_;
+    Rows rows_{};
     nb::object owner_, slots_;
 };
 
@@ -133,7 +182,7 @@ void check_tokens(size_t num_tokens) {
 
 // Tokens (num_tokens, width) that a block's parts meet; returns how many.
 size_t checked_tokens(const Array& tokens, const RowBlock& block) {
-    const size_t width = block.rows().hidden_size;
+    const size_t width = block.width();
     if (!tokens.is_plain<float>() || tokens.num_dims() != 2 || tokens.size(1) != width) {
         throw Refused("tokens must be contiguous float32 (num_tokens, " + to_string(width) + "), got " +
                       tokens.described());
@@ -163,35 +212,57 @@ const float* checked_bias(nb::handle bias, size_t num_rows) {
 
 void project(nb::handle x, const RowBlock& block, size_t part, nb::handle out, nb::handle bias) {
     const Array tokens(x, "x"), outputs(out, "out");
-    const size_t num_rows = block.rows().num_rows, num_tokens = checked_tokens(tokens, block);
+    const size_t num_rows = block.num_rows(), num_tokens = checked_tokens(tokens, block);
     const size_t stride = checked_stride("out", outputs, num_tokens, num_rows);
     const ProjectArgs args{block.part(part),       tokens.data<const float>(), num_tokens, outputs.data<float>(),
                            stride, checked_bias(bias, num_rows)};
     if (!num_tokens || !num_rows) return;
     nb::gil_scoped_release release;
-    run_project(block.encoding(), args);
+    run_project(block.encoding(part), args);
 }
 
 void accumulate(nb::handle h, const RowBlock& block, nb::handle y) {
     const Array hidden(h, "h"), sums(y, "y");
-    const size_t num_rows = block.rows().num_rows, num_tokens = checked_tokens(sums, block);
+    const size_t num_rows = block.num_rows(), num_tokens = checked_tokens(sums, block);
     const size_t stride = checked_stride("h", hidden, num_tokens, num_rows);
     if (!num_tokens || !num_rows) return;
-    const AccumulateArgs args{block.down(), hidden.data<const float>(), stride, num_tokens, sums.data<float>()};
+    const AccumulateArgs args{block.part(block.down()), hidden.data<const float>(), stride, num_tokens, sums.data<float>()};
     nb::gil_scoped_release release;
-    run_accumulate(block.encoding(), args);
+    run_accumulate(block.encoding(block.down()), args);
 }
 
 void widen(const RowBlock& block, size_t part, nb::handle dst) {
     const Array target(dst, "dst");
-    const size_t num_rows = block.rows().num_rows, width = block.rows().hidden_size;
+    const size_t num_rows = block.num_rows(), width = block.width();
     const WidenArgs args{block.part(part), target.data<float>()};
     if (!target.is_plain<float>() || !target.has_shape({num_rows, width})) {
         throw Refused("dst must be contiguous float32 " + shape_text({num_rows, width}) + ", got " + target.described());
     }
     if (!num_rows) return;
     nb::gil_scoped_release release;
-    run_widen(block.encoding(), args);
+    run_widen(block.encoding(part), args);
+}
+
+void quantize_rows(nb::handle source, nb::handle target) {
+    const Array from(source, "source"), to(target, "target");
+    const Encoding& meaning = ENCODINGS[Q8_0];
+    if (!from.is_plain<float>() || from.num_dims() != 2 || from.size(1) % meaning.group_elements) {
+        throw Refused("source must be contiguous float32 (num_rows, width) of whole groups of " +
+                      to_string(meaning.group_elements) + ", got " + from.described());
+    }
+    const size_t num_rows = from.size(0), width = from.size(1), num_bytes = part_bytes(Q8_0, width);
+    const bool fits = to.holds<std::uint8_t>() && to.has_shape({num_rows, num_bytes});
+    if (!fits || (num_bytes > 1 && to.stride(1) != 1) || (num_rows > 1 && to.stride(0) < num_bytes)) {
+        throw Refused("target must be uint8 " + shape_text({num_rows, num_bytes}) + " with rows apart, got " +
+                      to.described());
+    }
+    const QuantizeArgs args{from.data<const float>(), num_rows, width, to.data<unsigned char>(), to.stride(0)};
+    bool is_done;
+    {
+        nb::gil_scoped_release release;
+        is_done = quantize_q8_0(args);
+    }
+    if (!is_done) throw Refused("q8_0 holds no infinity, no NaN, and nothing above 8.3e6");
 }
 
 // x, weight and bias in one type as a resident layer has them, fp32 out; one call, where widening apart takes several.
@@ -251,15 +322,15 @@ void check_blocks(const std::vector<const RowBlock*>& blocks, const Array& vecto
         if (array.is_plain<float>() && array.has_shape({rows, columns})) return;
         throw Refused("contiguous float32 " + shape_text({rows, columns}) + " expected, got " + array.described());
     };
-    check(vectors, count, first.rows().hidden_size);
-    check(activations, blocks.size(), first.rows().num_rows);
+    check(vectors, count, first.width());
+    check(activations, blocks.size(), first.num_rows());
 }
 
 void project_blocks(nb::handle x, const std::vector<const RowBlock*>& blocks, size_t part, nb::handle out,
                     const std::vector<nb::handle>& biases) {
     const Array token(x, "x"), outputs(out, "out");
     check_blocks(blocks, token, 1, outputs);
-    const size_t num_rows = blocks.front()->rows().num_rows;
+    const size_t num_rows = blocks.front()->num_rows();
     if (!biases.empty() && biases.size() != blocks.size()) {
         throw Refused(to_string(biases.size()) + " biases for " + to_string(blocks.size()) + " blocks");
     }
@@ -270,21 +341,21 @@ void project_blocks(nb::handle x, const std::vector<const RowBlock*>& blocks, si
                             num_rows, biases.empty() ? nullptr : checked_bias(biases[i], num_rows)});
     }
     nb::gil_scoped_release release;
-    run_projects(blocks.front()->encoding(), products.data(), products.size());
+    run_projects(blocks.front()->encoding(part), products.data(), products.size());
 }
 
 void accumulate_blocks(nb::handle h, const std::vector<const RowBlock*>& blocks, nb::handle y) {
     const Array hidden(h, "h"), sums(y, "y");
     check_blocks(blocks, sums, blocks.size(), hidden);
-    const size_t num_rows = blocks.front()->rows().num_rows, width = blocks.front()->rows().hidden_size;
+    const size_t num_rows = blocks.front()->num_rows(), width = blocks.front()->width();
     std::vector<AccumulateArgs> products;
     products.reserve(blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i) {
-        products.push_back({blocks[i]->down(), hidden.data<const float>() + i * num_rows, num_rows, 1,
+        products.push_back({blocks[i]->part(blocks[i]->down()), hidden.data<const float>() + i * num_rows, num_rows, 1,
                             sums.data<float>() + i * width});
     }
     nb::gil_scoped_release release;
-    run_accumulates(blocks.front()->encoding(), products.data(), products.size());
+    run_accumulates(blocks.front()->encoding(blocks.front()->down()), products.data(), products.size());
 }
 
 // Flat fp32 of at least num_tokens times so many elements.
@@ -423,21 +494,27 @@ void bind_rows(nb::module_& m) {
     m.attr("MAX_TOKENS") = MAX_TOKENS;
     m.def("encodings", &encodings, "(name, elements of a group, bytes of a group) of each, by code.");
     using Slots = nb::handle;
+    nb::class_<RowFormat>(m, "RowFormat", "What rows are made of.")
+        .def(nb::init<size_t, size_t, const RowFormat::Parts&>(), "row_stride_bytes"_a, "width"_a, "parts"_a)
+        .def_static("alike", &RowFormat::alike, "row_stride_bytes"_a, "width"_a, "encoding"_a, "num_parts"_a)
+        .def_prop_ro("width", &RowFormat::width)
+        .def_prop_ro("row_stride_bytes", &RowFormat::stride_bytes)
+        .def_prop_ro("num_parts", &RowFormat::num_parts);
     nb::class_<RowBlock>(m, "RowBlock", "Rows in memory, which it keeps.")
-        .def(nb::init<const SlotRef&, size_t, size_t, size_t, unsigned, size_t, Slots>(), "memory"_a, "num_rows"_a,
-             "row_stride_bytes"_a, "width"_a, "encoding"_a, "num_parts"_a, "slots"_a.none() = nb::none())
-        .def(nb::init<nb::handle, size_t, size_t, size_t, unsigned, size_t, Slots>(), "memory"_a, "num_rows"_a,
-             "row_stride_bytes"_a, "width"_a, "encoding"_a, "num_parts"_a, "slots"_a.none() = nb::none())
-        .def_prop_ro("num_rows", [](const RowBlock& self) { return self.rows().num_rows; })
-        .def_prop_ro("width", [](const RowBlock& self) { return self.rows().hidden_size; })
+        .def(nb::init<const SlotRef&, size_t, const RowFormat&, Slots>(), "memory"_a, "num_rows"_a, "format"_a,
+             "slots"_a.none() = nb::none())
+        .def(nb::init<nb::handle, size_t, const RowFormat&, Slots>(), "memory"_a, "num_rows"_a, "format"_a,
+             "slots"_a.none() = nb::none())
+        .def_prop_ro("num_rows", &RowBlock::num_rows)
+        .def_prop_ro("width", &RowBlock::width)
         .def_prop_ro("row_stride_bytes", &RowBlock::stride_bytes)
-        .def_prop_ro("num_parts", &RowBlock::num_parts)
-        .def_prop_ro("encoding", [](const RowBlock& self) { return static_cast<unsigned>(self.encoding()); });
+        .def_prop_ro("num_parts", &RowBlock::num_parts);
     m.def("matrix_rows", &RowBlock::of_matrix, "matrix"_a, "num_parts"_a, "slots"_a.none(), "The rows of a matrix.");
     m.def("project", &project, "x"_a, "rows"_a, "part"_a, "out"_a, "bias"_a.none() = nb::none(),
           "out[t, r] = x[t] . row[r].part (+ bias[r])");
     m.def("accumulate", &accumulate, "h"_a, "rows"_a, "y"_a, "y[t] += sum over r of h[t, r] * row[r].down");
     m.def("widen", &widen, "rows"_a, "part"_a, "dst"_a, "dst[r] = row[r].part as float32");
+    m.def("quantize_q8_0", &quantize_rows, "source"_a, "target"_a, "target[r] = source[r] as q8_0");
     m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "out[t, r] = x[t] . weight[r] (+ bias[r])");
     m.def("project_blocks", &project_blocks, "x"_a, "blocks"_a, "part"_a, "out"_a, "biases"_a,
           "out[b, r] = x . row[r].part (+ bias[r]) of several blocks, in one job");

@@ -16,16 +16,35 @@ _Array = Tensor | NDArray[float32]
 
 MAX_TOKENS: int
 
+class RowFormat:
+    """What rows are made of: parts of one width, the last of which is down.
+
+    Args:
+        row_stride_bytes: From one row to the next.
+        width: Elements of each part.
+        parts: Of each its encoding's code and its offset within a row, in bytes; at most 16.
+
+    Raises:
+        ConfigError: A part is not made of whole groups, or ends beyond the stride.
+    """
+
+    def __init__(self, row_stride_bytes: int, width: int, parts: Sequence[tuple[int, int]]) -> None: ...
+    @staticmethod
+    def alike(row_stride_bytes: int, width: int, encoding: int, num_parts: int) -> RowFormat: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def row_stride_bytes(self) -> int: ...
+    @property
+    def num_parts(self) -> int: ...
+
 class RowBlock:
     """Rows in memory, which the block keeps; whatever a kernel reads of them was checked to lie inside.
 
     Args:
         memory: Where row 0 starts: a place in a slab, or the first element of a tensor.
         num_rows: Rows to work on: as many as `slots` has.
-        row_stride_bytes: From one row to the next.
-        width: Elements of each part.
-        encoding: Code of the rows' encoding.
-        num_parts: 3 for `[gate | up | down]`, 2 for `[up | down]`; down is the last.
+        format: What a row is made of.
         slots: Which rows, by position in the memory: int32 `(num_rows,)`, contiguous. None: all, in order.
 
     Raises:
@@ -33,14 +52,7 @@ class RowBlock:
     """
 
     def __init__(
-        self,
-        memory: SlotRef | _Array,
-        num_rows: int,
-        row_stride_bytes: int,
-        width: int,
-        encoding: int,
-        num_parts: int,
-        slots: Tensor | None = None,
+        self, memory: SlotRef | _Array, num_rows: int, format: RowFormat, slots: Tensor | None = None
     ) -> None: ...
     @property
     def num_rows(self) -> int: ...
@@ -50,8 +62,6 @@ class RowBlock:
     def row_stride_bytes(self) -> int: ...
     @property
     def num_parts(self) -> int: ...
-    @property
-    def encoding(self) -> int: ...
 
 class ProductTable:
     def __init__(
@@ -68,6 +78,7 @@ def encodings() -> list[tuple[str, int, int]]: ...
 def project(x: Tensor, rows: RowBlock, part: int, out: Tensor, bias: Tensor | None = None) -> None: ...
 def accumulate(h: Tensor, rows: RowBlock, y: Tensor) -> None: ...
 def widen(rows: RowBlock, part: int, dst: _Array) -> None: ...
+def quantize_q8_0(source: Tensor, target: Tensor) -> None: ...
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
 def project_blocks(x: Tensor, blocks: Sequence[RowBlock], part: int, out: Tensor, biases: Sequence[Tensor]) -> None: ...
 def accumulate_blocks(h: Tensor, blocks: Sequence[RowBlock], y: Tensor) -> None: ...

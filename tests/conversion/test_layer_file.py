@@ -12,6 +12,7 @@ from flashlm.conversion.casts import CastCounts
 from flashlm.conversion.layer_file import LayerPart, LayerPools, fill_rows, read_layer
 from flashlm.conversion.pipeline import ReadAhead
 from flashlm.pack.checkpoint import read_header
+from flashlm.rows.encodings import ENCODINGS
 from flashlm.rows.layout import GATED, MATRIX, UNGATED, LayerLayout
 from flashlm.storage.ranges import RangeReader
 from flashlm.structure.families import PartSource
@@ -40,7 +41,7 @@ def _layer(folder: Path, layout: LayerLayout, axes: tuple[int, ...], dtype: torc
     num_rows=st.integers(1, 150),
     axes=st.lists(st.sampled_from([0, 1]), min_size=1, max_size=3),
     fused=st.booleans(),
-    dtypes=st.tuples(st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["bfloat16", "float32"])),
+    dtypes=st.tuples(st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(["bf16", "fp32"])),
     chunk_bytes=st.sampled_from([1, 20_000, 1 << 20]),
     panel_bytes=st.sampled_from([1, 10_000, 1 << 20]),
 )
@@ -48,7 +49,9 @@ def test_rows_lie_where_the_layout_says(
     tmp_path: Path, hidden_size, num_rows, axes, fused, dtypes, chunk_bytes, panel_bytes
 ) -> None:
     row_parts = (MATRIX, UNGATED, GATED)[len(axes) - 1]
-    layout = LayerLayout(hidden_size=hidden_size, num_rows=num_rows, parts=row_parts, dtype=dtypes[1], block_rows=16)
+    layout = LayerLayout(
+        hidden_size=hidden_size, num_rows=num_rows, parts=row_parts, encodings=(dtypes[1],) * len(axes), block_rows=16
+    )
     weights, parts = _layer(tmp_path, layout, tuple(axes), dtypes[0], fused)
     pools = LayerPools(num_column_parts=sum(axes))
     file = torch.full((layout.file_bytes,), 255, dtype=torch.uint8)
@@ -60,7 +63,7 @@ def test_rows_lie_where_the_layout_says(
                 start, stop = layout.offset_of(first), layout.offset_of(last) + layout.read_bytes(last)
                 fill_rows(file[start:stop], layout, chunk, ("weight",) * len(parts), CastCounts())
                 chunk.release()
-    dtype = getattr(torch, layout.dtype)
+    dtype = ENCODINGS[dtypes[1]].dtype
     itemsize = dtype.itemsize
     for row in range(num_rows):
         offset = layout.offset_of(row // 16) + row % 16 * layout.row_stride_bytes

@@ -174,7 +174,7 @@ def test_verify_covers_the_files_of_a_calibration(copied: Callable[[str], Path])
     [
         lambda content: content["units"][0].update(activation="relu"),
         lambda content: content["units"][0].update(activation="nothing"),
-        lambda content: content["units"][0].update(encoding="float16"),
+        lambda content: content["units"][0].update(encodings=["fp16"] * len(content["units"][0]["parts"])),
         lambda content: content["units"][0].update(module=content["units"][1]["module"]),
         lambda content: content["units"].reverse(),
         lambda content: content["units"][0].update(identities=["model.layers.0.input_layernorm"]),

@@ -17,7 +17,7 @@ from flashlm.engine.flash_linear import FlashLinear
 from flashlm.engine.linear import choose_way, multiply, prepare
 from flashlm.errors import ConfigError
 from flashlm.pack.manifest import read_manifest
-from flashlm.rows.kernels import choose_strategy
+from flashlm.rows.kernels import choose_plain_strategy
 from tests.engine.conftest import TinyPack
 from tests.models import save_checkpoint
 from tests.tiny_models import save_tiny
@@ -44,7 +44,7 @@ def test_blocks_of_rows_give_the_bits_of_the_whole_matrix(
     bias = torch.randn(num_rows, generator=generator).to(dtype) if has_bias else None
     tokens = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
     cuts = sorted({STEP * cut for cut in data.draw(st.lists(st.integers(1, num_steps), max_size=5))} - {num_rows})
-    widens = choose_strategy(str(dtype).removeprefix("torch.")) == "widen"
+    widens = choose_plain_strategy(dtype) == "widen"
     for widened in {widens, dtype != torch.float32}:
         way = choose_way(tokens, dtype, widens=widened)
         prepared = prepare(way, tokens)
@@ -84,7 +84,7 @@ def test_a_token_reads_every_unit_once_and_never_jumps(
 ) -> None:
     """The order that a conversion reads out of the forwards is the one that a pass takes."""
     model = flashlm.load(whole_pack(family).pack, pin=0)
-    stream = model.flash._stream
+    stream = model.flash.stream
     restarts: list[int] = []
     restart = stream._restart_at
     monkeypatch.setattr(stream, "_restart_at", lambda position: (restarts.append(position), restart(position)))

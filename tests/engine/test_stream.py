@@ -15,11 +15,11 @@ from flashlm.storage.reader import Reader
 NEEDS = Needs(process_bytes=0, resident_bytes=0, kv_cache_bytes=0, working_bytes=0)
 LAYERS = (
     LayerLayout(
-        hidden_size=256, num_rows=4000, parts=UNGATED, dtype="float32", block_rows=64
+        hidden_size=256, num_rows=4000, parts=UNGATED, encodings=("fp32",) * 2, block_rows=64
     ),  # 128 KiB; a part at the end
-    LayerLayout(hidden_size=256, num_rows=1024, parts=UNGATED, dtype="float32", block_rows=64),
+    LayerLayout(hidden_size=256, num_rows=1024, parts=UNGATED, encodings=("fp32",) * 2, block_rows=64),
     LayerLayout(
-        hidden_size=60, num_rows=300, parts=UNGATED, dtype="float32", block_rows=17
+        hidden_size=60, num_rows=300, parts=UNGATED, encodings=("fp32",) * 2, block_rows=17
     ),  # rows don't join: padding
 )
 

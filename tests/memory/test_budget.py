@@ -19,17 +19,17 @@ SOME_NEEDS = Needs(process_bytes=1 << 20, resident_bytes=2 << 20, kv_cache_bytes
 
 
 def ffn(num_rows=256):
-    layout = LayerLayout(hidden_size=64, num_rows=num_rows, parts=UNGATED, dtype="bfloat16", block_rows=32)
+    layout = LayerLayout(hidden_size=64, num_rows=num_rows, parts=UNGATED, encodings=("bf16",) * 2, block_rows=32)
     return Unit.dense("ffn", layout)
 
 
 def linear(num_rows=256):
-    layout = LayerLayout(hidden_size=64, num_rows=num_rows, parts=MATRIX, dtype="bfloat16", block_rows=64)
+    layout = LayerLayout(hidden_size=64, num_rows=num_rows, parts=MATRIX, encodings=("bf16",) * 1, block_rows=64)
     return Unit.dense("linear", layout)
 
 
 def experts(num_active=2):
-    layout = LayerLayout(hidden_size=64, num_rows=NUM_EXPERTS * 32, parts=GATED, dtype="bfloat16", block_rows=32)
+    layout = LayerLayout(hidden_size=64, num_rows=NUM_EXPERTS * 32, parts=GATED, encodings=("bf16",) * 3, block_rows=32)
     return Unit(kind="experts", layout=layout, num_active=num_active)
 
 

@@ -24,7 +24,7 @@ def widen(num_elements: int) -> None:
     rows = np.zeros((1, 2 * NUM_ELEMENTS), dtype=np.float32)
     room = np.zeros(NUM_ELEMENTS, dtype=np.float32)
     claimed = np.lib.stride_tricks.as_strided(room, (1, num_elements))  # an array that says more than it has
-    _native.widen(_native.RowBlock(rows, 1, rows.nbytes, num_elements, FP32, 1), 0, claimed)
+    _native.widen(_native.RowBlock(rows, 1, _native.RowFormat.alike(rows.nbytes, num_elements, FP32, 1)), 0, claimed)
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ KINDS = {
 def test_all_kinds_of_arrays_are_read_and_written_where_they_lie(kind: str) -> None:
     make = KINDS[kind]
     content = np.arange(60, dtype=np.float32).reshape(6, 10)
-    rows = _native.RowBlock(make(content), 6, 40, 5, FP32, 2)
+    rows = _native.RowBlock(make(content), 6, _native.RowFormat.alike(40, 5, FP32, 2))
     target = np.full((6, 5), np.nan, dtype=np.float32)
     _native.widen(rows, 1, make(target))
     assert (target == content[:, 5:]).all()

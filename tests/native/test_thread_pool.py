@@ -18,7 +18,7 @@ import os  # no torch: a fork of its own pool hangs, and its import is slow
 import numpy
 from flashlm import _native
 source = numpy.ones((512, 1024), numpy.float32)
-rows = _native.RowBlock(source, 512, 4096, 1024, 2, 1)
+rows = _native.RowBlock(source, 512, _native.RowFormat.alike(4096, 1024, 2, 1))
 def run():
     dst = numpy.zeros_like(source)
     _native.widen(rows, 0, dst)

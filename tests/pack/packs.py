@@ -24,7 +24,7 @@ def read_rows(pack: Path, manifest: Manifest, index: int) -> torch.Tensor:
         for number, _ in enumerate(layout.rows_of(block)):
             start = layout.offset_of(block) + number * layout.row_stride_bytes
             rows.append(raw[start : start + layout.row_bytes])
-    elements = torch.frombuffer(bytearray(b"".join(rows)), dtype=getattr(torch, layout.dtype))
+    elements = torch.frombuffer(bytearray(b"".join(rows)), dtype=layout.plain.dtype)
     return elements.view(layout.num_rows, layout.num_parts, layout.hidden_size)
 
 

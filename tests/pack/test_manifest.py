@@ -70,7 +70,7 @@ def test_path_that_leaves_the_pack_is_refused(name: str, good: str, tmp_path: Pa
         (("units", 0, "parts"), ["weight"]),
         (("units", 0, "biases"), ["weight"]),
         (("units", 0, "num_active"), 2),
-        (("units", 0, "encoding"), "int4"),
+        (("units", 0, "encodings"), ["int4"] * 3),
         (("units", 1, "module"), "model.layers.0.mlp"),
         (("units",), []),
         (("units", 0, "module"), ""),

@@ -21,7 +21,7 @@ from flashlm.planner.plan_use import PlannedReads, PlanUse
 from flashlm.planner.rates import Rates
 from flashlm.planner.settings import Settings
 from flashlm.planner.shape import ModelShape, SparseShape
-from flashlm.rows.layout import GATED, UNGATED, LayerLayout, ffn_parts
+from flashlm.rows.layout import GATED, UNGATED, LayerLayout
 from flashlm.sparsity.routing import LayerRouting, PolicyShares, Routing
 
 MIB = 1 << 20
@@ -50,11 +50,11 @@ class _Config:
 def layouts(draw: st.DrawFn) -> tuple[LayerLayout, ...]:
     """Layers of one width, each with a number of rows of its own and blocks that may end ragged."""
     width, block_rows = draw(st.sampled_from([32, 64, 256])), draw(st.sampled_from([16, 48, 128]))
-    has_gate, dtype = draw(st.booleans()), draw(st.sampled_from(["bfloat16", "float32"]))
+    parts, encoding = draw(st.sampled_from([GATED, UNGATED])), draw(st.sampled_from(["bf16", "fp32", "q8_0"]))
     rows = draw(st.lists(st.integers(1, 700), min_size=1, max_size=5))
     return tuple(
         LayerLayout(
-            hidden_size=width, num_rows=each, parts=ffn_parts(has_gate=has_gate), dtype=dtype, block_rows=block_rows
+            hidden_size=width, num_rows=each, parts=parts, encodings=(encoding,) * len(parts), block_rows=block_rows
         )
         for each in rows
     )
@@ -79,9 +79,11 @@ def shapes(draw: st.DrawFn, sparse: bool | None = None) -> ModelShape:
         model_type="llama",
         activation="silu",
         config=_Config(),
+        dtype="bfloat16",
         units=tuple(Unit.dense("ffn", layout) for layout in found),
         resident_bytes=8 * MIB,
         matrix_bytes=4 * MIB,
+        matrix_weights=2 * MIB,
         num_matrices=8,
         num_layers=len(found),
         is_pack=True,
@@ -209,7 +211,9 @@ def test_more_memory_never_holds_fewer_experts(budgets: tuple[int, int], num_exp
 
 def mixture(num_experts: int, num_active: int) -> ModelShape:
     """Three layers of experts."""
-    layout = LayerLayout(hidden_size=64, num_rows=num_experts * 128, parts=GATED, dtype="bfloat16", block_rows=128)
+    layout = LayerLayout(
+        hidden_size=64, num_rows=num_experts * 128, parts=GATED, encodings=("bf16",) * 3, block_rows=128
+    )
     units = (Unit(kind="experts", layout=layout, num_active=num_active),) * 3
     return replace(ONE, name="experts", model_type="mixtral", activation="silu", units=units, num_layers=3)
 
@@ -223,10 +227,17 @@ ONE = ModelShape(
     model_type="opt",
     activation="relu",
     config=_Config(),
-    units=(Unit.dense("ffn", LayerLayout(hidden_size=64, num_rows=640, parts=UNGATED, dtype="float32", block_rows=16)),)
+    dtype="float32",
+    units=(
+        Unit.dense(
+            "ffn",
+            LayerLayout(hidden_size=64, num_rows=640, parts=UNGATED, encodings=("fp32",) * 2, block_rows=16),
+        ),
+    )
     * 2,
     resident_bytes=8 * MIB,
     matrix_bytes=4 * MIB,
+    matrix_weights=MIB,
     num_layers=2,
     is_pack=True,
 )

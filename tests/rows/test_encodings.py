@@ -15,6 +15,10 @@ from flashlm import _native
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.encodings import ENCODINGS, encoding_of
+from flashlm.rows.layout import GATED, LayerLayout
+from flashlm.rows.products import Gemms
+from flashlm.rows.quantize import QUANTIZERS
+from flashlm.storage.slab import SlabAllocator
 
 EPS = 2.0**-24  # unit roundoff of fp32
 Q8_0 = ENCODINGS["q8_0"]
@@ -49,7 +53,9 @@ def make_case(num_groups: int, num_rows: int, num_tokens: int, num_parts: int, s
     storage[:, :row_bytes] = parts.reshape(num_stored, row_bytes)
     slots = torch.from_numpy(random.permutation(num_stored)[:num_rows].astype(np.int32)) if by_slot else None
     memory = torch.from_numpy(storage)
-    rows = kernels.RowBlock(memory, num_rows, row_bytes + 7, num_groups * 32, Q8_0.code, num_parts, slots)
+    rows = kernels.RowBlock(
+        memory, num_rows, kernels.RowFormat.alike(row_bytes + 7, num_groups * 32, Q8_0.code, num_parts), slots
+    )
     # the reference rounds scale * byte to fp32, as is stated
     wide = scales.astype(np.float32)[..., None] * quants.astype(np.float32)
     weights = torch.from_numpy(wide.reshape(num_stored, num_parts, -1)).double()
@@ -150,4 +156,53 @@ def test_sizes() -> None:
         with pytest.raises(ConfigError, match="rows must be bfloat16, float16 or float32"):
             encoding_of(other)
     with pytest.raises(ConfigError, match="48 elements is not made of whole groups"):
-        kernels.RowBlock(torch.zeros(1000, dtype=torch.uint8), 1, 100, 48, Q8_0.code, 1)
+        kernels.RowFormat.alike(100, 48, Q8_0.code, 1)
+
+
+@given(names=st.permutations(["bf16", "q8_0", "fp32"]), num_groups=st.integers(1, 9), by_slot=st.booleans())
+def test_each_part_of_a_row_has_an_encoding_of_its_own(names: list[str], num_groups: int, by_slot: bool) -> None:
+    """The same bits as each part alone, by row kernels and widened for matrix products; nothing is aligned."""
+    random = np.random.default_rng(num_groups)
+    width, num_rows, num_stored = 32 * num_groups, 16, 19
+    layout = LayerLayout(
+        hidden_size=width, num_rows=num_stored, parts=GATED, encodings=tuple(names), block_rows=num_stored
+    )
+    place = SlabAllocator().slab(layout.block_stride_bytes, 1).slot(0)
+    content = place.numpy(num_stored * layout.row_stride_bytes).reshape(num_stored, -1)
+    content[:] = 255
+    weights = torch.from_numpy(random.standard_normal((num_stored, width)).astype(np.float32))
+    alone = []
+    for part in layout.placed:
+        stored = torch.zeros(num_stored, part.num_bytes, dtype=torch.uint8)
+        if part.encoding.dtype is None:
+            QUANTIZERS[part.encoding.name](weights, stored)
+        else:
+            stored.view(part.encoding.dtype).copy_(weights)
+        content[:, part.offset_bytes : part.offset_bytes + part.num_bytes] = stored.numpy()
+        row_format = kernels.RowFormat.alike(part.num_bytes, width, part.encoding.code, 1)
+        alone.append((stored, row_format))
+    slots = torch.from_numpy(random.permutation(num_stored)[:num_rows].astype(np.int32)) if by_slot else None
+    rows = kernels.rows_at(layout, place, num_rows, slots)
+    x = torch.from_numpy(random.standard_normal((5, width)).astype(np.float32))
+    h = torch.from_numpy(random.standard_normal((5, num_rows)).astype(np.float32))
+    for index, (stored, row_format) in enumerate(alone):
+        single = kernels.RowBlock(stored, num_rows, row_format, slots)
+        for call, shape in ((kernels.project, (5, num_rows)), (kernels.widen, (num_rows, width))):
+            mine, expected = torch.empty(shape), torch.empty(shape)
+            if call is kernels.project:
+                kernels.project(x, rows, index, mine)
+                kernels.project(x, single, 0, expected)
+            else:
+                kernels.widen(rows, index, mine)
+                kernels.widen(single, 0, expected)
+            assert torch.equal(mine, expected)
+    mine, expected = torch.zeros(5, width), torch.zeros(5, width)
+    kernels.accumulate(h, rows, mine)
+    kernels.accumulate(h, single, expected)  # of the last part
+    assert torch.equal(mine, expected)
+    gemm = Gemms().of(layout)
+    assert gemm.dtype is None
+    down = gemm.parts(layout, place, num_stored)[2]
+    wide = torch.empty(num_stored, width)
+    kernels.widen(kernels.RowBlock(alone[2][0], num_stored, alone[2][1]), 0, wide)
+    assert torch.equal(down, wide)

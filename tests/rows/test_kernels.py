@@ -16,7 +16,7 @@ from flashlm import _native
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.encodings import encoding_of
-from flashlm.rows.kernels import RowBlock
+from flashlm.rows.kernels import RowBlock, RowFormat
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 2.0**-24  # unit roundoff of fp32
@@ -53,7 +53,8 @@ class Case:
     def rows(self) -> RowBlock:
         dtype = self.storage.dtype
         stride_bytes, code = self.storage.stride(0) * dtype.itemsize, encoding_of(dtype).code
-        return RowBlock(self.storage, self.num_rows, stride_bytes, self.hidden_size, code, self.num_parts, self.slots)
+        row_format = RowFormat.alike(stride_bytes, self.hidden_size, code, self.num_parts)
+        return RowBlock(self.storage, self.num_rows, row_format, self.slots)
 
 
 def make_case(
@@ -232,30 +233,39 @@ def test_an_unsupported_instruction_set_is_refused(simd_level: str):
 
 
 def test_a_block_of_rows_lies_in_its_memory():
+    def make(memory: object, num_rows: int, row_format: tuple[int, ...], *slots: torch.Tensor) -> RowBlock:
+        return RowBlock(memory, num_rows, RowFormat.alike(*row_format), *slots)
+
     block = torch.zeros(4, 16, dtype=torch.bfloat16)
     slots = torch.tensor([3, 0], dtype=torch.int32)
-    RowBlock(block, 4, 32, 8, 0, 2)
-    RowBlock(block, 2, 32, 8, 0, 2, slots)
+    two = (32, 8, 0, 2)
+    make(block, 4, two)
+    make(block, 2, two, slots)
     for arguments, message in (
-        ((block, 5, 32, 8, 0, 2), "5 rows ends beyond its memory of 128 bytes"),
-        ((block[1:], 4, 32, 8, 0, 2), "beyond its memory of 96 bytes"),
-        ((block, 2, 32, 8, 0, 2, slots + 1), "5 rows ends beyond"),
-        ((block, 2, 32, 8, 0, 2, slots - 1), "beyond its memory"),
-        ((block, 2, 32, 8, 0, 2, slots[:1]), r"slots must be contiguous int32 \(2,\)"),
-        ((block, 2, 32, 8, 0, 2, slots.long()), "slots must be contiguous int32"),
-        ((block, 2, 31, 8, 0, 2), "a row of 32 bytes does not fit a row stride of 31 bytes"),
-        ((block, 1, 32, 0, 0, 1), "whole groups"),
-        ((block, 1, 32, 8, 9, 1), "encoding must be"),
-        ((block, 1, 32, 8, 0, 0), "num_parts"),
-        ((block.to("meta"), 4, 32, 8, 0, 2), "rows must be on the CPU.*meta"),
-        ((3, 4, 32, 8, 0, 2), "rows must be a tensor"),
-        ((block, 1, 2**63, 2**60, 0, 2), "whole groups|does not fit"),
-        ((block, 2**62, 2**40, 8, 0, 2), "beyond its memory"),
+        ((block, 5, two), "5 rows ends beyond its memory of 128 bytes"),
+        ((block[1:], 4, two), "beyond its memory of 96 bytes"),
+        ((block, 2, two, slots + 1), "5 rows ends beyond"),
+        ((block, 2, two, slots - 1), "beyond its memory"),
+        ((block, 2, two, slots[:1]), r"slots must be contiguous int32 \(2,\)"),
+        ((block, 2, two, slots.long()), "slots must be contiguous int32"),
+        ((block, 2, (31, 8, 0, 2)), "a part of 16 bytes at 16 does not fit a row stride of 31 bytes"),
+        ((block, 1, (32, 0, 0, 1)), "whole groups"),
+        ((block, 1, (32, 8, 9, 1)), "encoding must be"),
+        ((block, 1, (32, 8, 0, 0)), "num_parts"),
+        ((block, 1, (1 << 20, 8, 0, 17)), "num_parts"),
+        ((block.to("meta"), 4, two), "rows must be on the CPU.*meta"),
+        ((3, 4, two), "rows must be a tensor"),
+        ((block, 1, (2**63, 2**60, 0, 2)), "whole groups|does not fit"),
+        ((block, 2**62, (2**40, 8, 0, 2)), "beyond its memory"),
     ):
         with pytest.raises(ConfigError, match=message):
-            RowBlock(*arguments)
+            make(*arguments)
+    with pytest.raises(ConfigError, match="a part of 16 bytes at 17 does not fit"):
+        RowFormat(32, 8, [(0, 0), (0, 17)])
+    with pytest.raises(ConfigError, match="does not fit"):
+        RowFormat(32, 8, [(0, 2**64 - 1)])
     with pytest.raises(TypeError):
-        RowBlock(block, -1, 32, 8, 0, 2)
+        make(block, -1, two)
     with pytest.raises(ValueError, match="at least 1"):
         _native.set_num_threads(0)
 

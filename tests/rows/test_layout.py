@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from flashlm.errors import ConfigError
+from flashlm.rows.encodings import ENCODINGS
 from flashlm.rows.layout import (
     BLOCK_ALIGN_BYTES,
-    DTYPE_BYTES,
     GATED,
     MATRIX,
     MAX_BLOCK_BYTES,
@@ -21,16 +23,20 @@ from flashlm.rows.layout import (
 )
 
 SHAPES = {
-    "hidden_size": st.integers(1, 20_000),
     "num_rows": st.integers(1, 70_000),
     "parts": st.sampled_from([GATED, UNGATED, MATRIX]),
-    "dtype": st.sampled_from(sorted(DTYPE_BYTES)),
+    "hidden_size": st.integers(1, 600).map(lambda groups: 32 * groups),
+    "encodings": st.lists(st.sampled_from(sorted(ENCODINGS)), min_size=3, max_size=3).map(tuple),
 }
+
+
+def make_layout(*, parts, encodings, **shape) -> LayerLayout:
+    return LayerLayout(parts=parts, encodings=encodings[: len(parts)], **shape)
 
 
 @given(block_rows=st.integers(1, 64).map(lambda steps: steps * ROWS_PER_STEP), **SHAPES)
 def test_blocks_cover_every_row_once_and_end_to_end(**shape) -> None:
-    layout = LayerLayout(**shape)
+    layout = make_layout(**shape)
     rows = [(layout.rows_of(block).start, layout.rows_of(block).stop) for block in range(layout.num_blocks)]
     assert rows[0][0] == 0
     assert rows[-1][1] == layout.num_rows
@@ -38,9 +44,29 @@ def test_blocks_cover_every_row_once_and_end_to_end(**shape) -> None:
     assert all(start < stop for start, stop in rows)
 
 
+@given(**SHAPES)
+def test_parts_lie_side_by_side_each_of_its_own_encoding(**shape) -> None:
+    layout = make_layout(block_rows=16, **shape)
+    end = 0
+    for index, name in enumerate(layout.encodings):
+        part = layout.part(index)
+        assert (part.encoding.name, part.offset_bytes) == (name, end)
+        end += part.num_bytes
+    assert end == layout.row_bytes
+    assert (layout.plain is None) == (len(set(layout.encodings)) > 1 or layout.encodings[0] == "q8_0")
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 48}, {"encodings": ("q8_0",)}, {"encodings": ("bf16", "int4")}])
+def test_rows_that_no_encoding_holds_are_refused(change) -> None:
+    good = {"hidden_size": 64, "num_rows": 32, "parts": UNGATED, "encodings": ("bf16", "q8_0"), "block_rows": 16}
+    LayerLayout(**good)
+    with pytest.raises(ConfigError):
+        LayerLayout(**(good | change))
+
+
 @given(block_rows=st.integers(1, 64).map(lambda steps: steps * ROWS_PER_STEP), **SHAPES)
 def test_blocks_are_aligned_and_hold_their_rows(**shape) -> None:
-    layout = LayerLayout(**shape)
+    layout = make_layout(**shape)
     assert layout.row_stride_bytes % layout.row_align_bytes == 0
     assert 0 <= layout.row_stride_bytes - layout.row_bytes < layout.row_align_bytes
     assert (layout.row_stride_bytes == layout.row_bytes) or layout.row_align_bytes == ROW_ALIGN_BYTES
@@ -54,10 +80,10 @@ def test_blocks_are_aligned_and_hold_their_rows(**shape) -> None:
 
 @given(**SHAPES)
 def test_chosen_blocks_are_of_a_size_to_stream(**shape) -> None:
-    parts = shape.pop("parts")
-    assume(parts != MATRIX)
-    block_rows = choose_block_rows(has_gate=parts == GATED, **shape)
-    layout = LayerLayout(block_rows=block_rows, parts=parts, **shape)
+    assume(shape["parts"] != MATRIX)
+    row_bytes = make_layout(block_rows=16, **shape).row_bytes
+    block_rows = choose_block_rows(num_rows=shape["num_rows"], row_bytes=row_bytes)
+    layout = make_layout(block_rows=block_rows, **shape)
     assert block_rows % ROWS_PER_STEP == 0
     assert layout.block_stride_bytes <= max(
         MAX_BLOCK_BYTES, ROWS_PER_STEP * layout.row_stride_bytes + BLOCK_ALIGN_BYTES
@@ -66,14 +92,16 @@ def test_chosen_blocks_are_of_a_size_to_stream(**shape) -> None:
 
 @given(
     num_rows=st.integers(1, 200_000),
-    num_inputs=st.integers(1, 20_000),
-    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    num_inputs=st.integers(1, 600).map(lambda groups: 32 * groups),
+    encoding=st.sampled_from(sorted(ENCODINGS)),
     block_bytes=st.sampled_from([1 << 16, MAX_BLOCK_BYTES]),
 )
-def test_blocks_of_a_matrix_join_without_a_gap(num_rows: int, num_inputs: int, dtype: str, block_bytes: int) -> None:
-    row_bytes = num_inputs * DTYPE_BYTES[dtype]
+def test_blocks_of_a_matrix_join_without_a_gap(num_rows: int, num_inputs: int, encoding: str, block_bytes: int) -> None:
+    row_bytes = ENCODINGS[encoding].bytes_of(num_inputs)
     rows = choose_matrix_rows(num_rows=num_rows, row_bytes=row_bytes, block_bytes=block_bytes)
-    layout = LayerLayout(hidden_size=num_inputs, num_rows=num_rows, parts=MATRIX, dtype=dtype, block_rows=rows)
+    layout = LayerLayout(
+        hidden_size=num_inputs, num_rows=num_rows, parts=MATRIX, encodings=(encoding,), block_rows=rows
+    )
     assert rows % ROWS_PER_STEP == 0
     assert layout.block_stride_bytes == rows * row_bytes
     assert layout.block_stride_bytes <= max(block_bytes, matrix_row_step(row_bytes) * row_bytes)

@@ -39,7 +39,7 @@ def pack(tmp_path: Path) -> Path:
         "hidden_size": HIDDEN,
         "num_rows": ROWS,
         "parts": ["up", "down"],
-        "encoding": "float32",
+        "encodings": ("fp32",) * 2,
         "block_rows": 16,
         "row_stride_bytes": 512,
         "block_stride_bytes": 8192,

@@ -32,7 +32,7 @@ def pack(tmp_path):
         "hidden_size": 32,
         "num_rows": NUM_EXPERTS * 16,
         "parts": ["up", "down"],
-        "encoding": "float32",
+        "encodings": ("fp32",) * 2,
         "block_rows": 16,
         "row_stride_bytes": 512,
         "block_stride_bytes": 8192,

@@ -65,7 +65,7 @@ def test_a_slab_is_charged_until_its_last_reference_is_gone() -> None:
         allocator.slab(MIB, 2)
     assert (refused.value.needed_bytes, refused.value.available_bytes) == (4 * MIB, 3 * MIB)
     assert allocator.given_bytes() == 2 * MIB
-    rows = kernels.RowBlock(slab.slot(1), 4, 512, 128, 2, 1)
+    rows = kernels.RowBlock(slab.slot(1), 4, kernels.RowFormat.alike(512, 128, 2, 1))
     array = slab.slot(0).numpy(10)
     del slab
     gc.collect()
@@ -89,14 +89,14 @@ def test_rows_in_a_slab_are_those_that_were_put_there() -> None:
     slab.slot(0).numpy(320)[:] = content.view(torch.uint8).reshape(-1).numpy()
     slots = torch.tensor([4, 0, 2], dtype=torch.int32)
     for rows, expected in (
-        (kernels.RowBlock(slab.slot(1), 4, 64, 16, 2, 1), content[1:]),
-        (kernels.RowBlock(slab.slot(1).at(128), 2, 64, 16, 2, 1), content[3:]),
-        (kernels.RowBlock(slab.slot(0), 3, 64, 16, 2, 1, slots), content[slots.long()]),
+        (kernels.RowBlock(slab.slot(1), 4, kernels.RowFormat.alike(64, 16, 2, 1)), content[1:]),
+        (kernels.RowBlock(slab.slot(1).at(128), 2, kernels.RowFormat.alike(64, 16, 2, 1)), content[3:]),
+        (kernels.RowBlock(slab.slot(0), 3, kernels.RowFormat.alike(64, 16, 2, 1), slots), content[slots.long()]),
     ):
         wide = torch.empty(rows.num_rows, 16)
         kernels.widen(rows, 0, wide)
         assert torch.equal(wide, expected)
     with pytest.raises(ConfigError, match="beyond its memory of 256 bytes"):
-        kernels.RowBlock(slab.slot(1), 5, 64, 16, 2, 1)
+        kernels.RowBlock(slab.slot(1), 5, kernels.RowFormat.alike(64, 16, 2, 1))
     with pytest.raises(ConfigError, match="beyond its memory"):
-        kernels.RowBlock(slab.slot(1), 3, 64, 16, 2, 1, slots)
+        kernels.RowBlock(slab.slot(1), 3, kernels.RowFormat.alike(64, 16, 2, 1), slots)

@@ -14,7 +14,6 @@ from flashlm.errors import PackError
 from flashlm.pack.checksums import check_bytes
 from flashlm.pack.manifest import Manifest, resident_path, unit_path
 from flashlm.rows import kernels
-from flashlm.rows.encodings import encoding_of
 from flashlm.storage.reader import Reader, ReadRequest
 from flashlm.storage.slab import SlabAllocator
 
@@ -39,11 +38,7 @@ def read_trigger(pack: Path, manifest: Manifest, layer: int) -> tuple[torch.Tens
             content = place.numpy(layout.read_bytes(block))
             check_bytes(content, entry.checksums[block], unit_path(pack, entry), f"block {block}")
             span = layout.rows_of(block)
-            code = encoding_of(layout.dtype).code
-            rows = kernels.RowBlock(
-                place, len(span), layout.row_stride_bytes, layout.hidden_size, code, layout.num_parts
-            )
-            kernels.widen(rows, 0, weight[span.start : span.stop])
+            kernels.widen(kernels.rows_at(layout, place, len(span)), 0, weight[span.start : span.stop])
     trigger = layout.parts[0]
     if trigger not in entry.biases:
         return weight, torch.zeros(layout.num_rows, dtype=torch.float32)

@@ -49,6 +49,12 @@ class DtypeChoice(StrEnum):
     fp32 = "fp32"
 
 
+class QuantizeChoice(StrEnum):
+    """Encodings that a conversion writes by itself."""
+
+    q8_0 = "q8_0"
+
+
 def _version(value: bool) -> None:
     if value:
         from flashlm._version import __version__
@@ -77,6 +83,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="Hugging Face model folder with safetensors, or a hub id.")],
     pack: Annotated[Path, typer.Argument(help="Folder to write; an unfinished one is continued.")],
     dtype: Annotated[DtypeChoice, typer.Option(help="Element type of the pack.")] = DtypeChoice.bf16,
+    quantize: Annotated[
+        QuantizeChoice | None,
+        typer.Option(help="Write what is streamed in 8.5 bits a weight. Default: in --dtype.", show_default=False),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the source.")
     ] = False,
@@ -95,6 +105,7 @@ def convert(
             source,
             pack,
             dtype=dtype.value,
+            quantize=None if quantize is None else quantize.value,
             trust_remote_code=trust_remote_code,
             progress=progress,
             announce=console.note,

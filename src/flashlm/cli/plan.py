@@ -36,6 +36,9 @@ def plan(
     ] = None,
     mode: Annotated[Mode, typer.Option(help="Plan for this mode alone; auto: the cheapest that is allowed.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the pack, where it is still to be made: bf16, fp16 or fp32.")] = "bf16",
+    quantize: Annotated[
+        str | None, typer.Option(help="Of what is streamed, where it is still to be made: q8_0.", show_default=False)
+    ] = None,
     assume_sparse: Annotated[
         bool,
         typer.Option(
@@ -78,7 +81,7 @@ def plan(
     context = as_tokens(context)
     if save is not None and len(budgets) != 1:
         raise ConfigError("--save takes a plan of one budget: give one --dram SIZE")
-    shape = read_shape(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    shape = read_shape(source, dtype=dtype, quantize=quantize, trust_remote_code=trust_remote_code)
     if assume_sparse:
         shape = assume_sparsity(shape)
     check_mode(shape, mode)
@@ -113,7 +116,7 @@ def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape,
 
     known = _known(shape)
     if as_json:
-        console.print_json(_as_json(found, known))
+        console.print_json(_as_json(found, known, _assumed(shape)))
         return
     print_columns([COLUMNS, *(_row(dram_bytes, plan) for dram_bytes, plan in found)])
     plans = [plan for _, plan in found if not isinstance(plan, BudgetError)]
@@ -121,6 +124,7 @@ def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape,
         [
             ("disk", f"{format_size(shape.total_bytes)} for the pack" + (" (there already)" if shape.is_pack else "")),
             ("resident", f"{format_size(shape.resident_bytes)} whatever the budget"),
+            *([("rates", assumed)] if (assumed := _assumed(shape)) else []),
             (known[0], known[1] or "unknown: exact modes only, until `flashlm calibrate`"),
             *[
                 (f"at {format_size(plan.dram_bytes)}", f"{_settings(plan)}; more {plan.would_help}")
@@ -129,6 +133,13 @@ def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape,
         ],
         title=f"{shape.name}: {shape.model_type}, {shape.dtype}",
     )  # fmt: skip
+
+
+def _assumed(shape: ModelShape) -> str | None:
+    """Return what rates are assumed: a device's profile holds none of encodings that are not plain."""
+    if not shape.quantised:
+        return None
+    return f"ASSUMED for {', '.join(shape.quantised)}: as many bytes a second as measured for {shape.dtype}"
 
 
 def _known(shape: ModelShape) -> tuple[str, str | None]:
@@ -173,11 +184,13 @@ def _settings(plan: Plan) -> str:
     return f"read {ahead}, {plan.queue_depth} pieces of {format_size(plan.piece_bytes)} in flight"
 
 
-def _as_json(found: list[tuple[int, Plan | BudgetError]], known: tuple[str, str | None]) -> dict[str, Any]:
+def _as_json(
+    found: list[tuple[int, Plan | BudgetError]], known: tuple[str, str | None], assumed: str | None
+) -> dict[str, Any]:
     budgets: list[dict[str, Any]] = []
     for dram_bytes, plan in found:
         if isinstance(plan, BudgetError):
             budgets.append({"dram_bytes": dram_bytes, "fits": False, "needed_bytes": plan.needed_bytes})
         else:
             budgets.append({"fits": True, **plan.model_dump(mode="json")})
-    return {known[0]: known[1], "budgets": budgets}
+    return {known[0]: known[1], "rates": assumed or "measured", "budgets": budgets}

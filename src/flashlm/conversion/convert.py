@@ -69,6 +69,7 @@ def convert(
     pack: str | Path,
     *,
     dtype: str = "bfloat16",
+    quantize: str | None = None,
     block_rows: int | None = None,
     min_linear_bytes: int = MIN_LINEAR_BYTES,
     trust_remote_code: bool = False,
@@ -82,6 +83,8 @@ def convert(
         pack: The folder to write; new, empty, or an unfinished conversion of the same source and settings. A finished
             one is left as it is.
         dtype: Element type of the pack: bf16, fp16 or fp32 (or the full names).
+        quantize: "q8_0": streamed weights are written so, in 8.5 bits each, where their rows are whole groups of 32;
+            the others, and what is resident, in `dtype`. None: all in `dtype`.
         block_rows: Rows per block, a multiple of 16; by default blocks of about 4 MiB.
         min_linear_bytes: Smaller linear layers (attention, output layer) stay in DRAM; larger ones can be streamed.
         trust_remote_code: Run model code that comes with the source, and keep it in the pack.
@@ -103,7 +106,7 @@ def convert(
     target = Path(pack).expanduser()
     _check_target(folder, target)
     plan = plan_conversion(
-        str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code, min_linear_bytes
+        str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code, min_linear_bytes, quantize
     )
     prepare_folder(target)
     with only_one(target), one_torch_thread():  # the other cores read and write
@@ -261,7 +264,7 @@ def _unit_entry(file: StreamedFile, checksums: tuple[str, ...]) -> UnitEntry:
         hidden_size=layout.hidden_size,
         num_rows=layout.num_rows,
         parts=layout.parts,
-        encoding=layout.dtype,  # type: ignore[arg-type]  # canonical_dtype returned it
+        encodings=layout.encodings,  # type: ignore[arg-type]  # the layout has checked them
         block_rows=layout.block_rows,
         row_stride_bytes=layout.row_stride_bytes,
         block_stride_bytes=layout.block_stride_bytes,

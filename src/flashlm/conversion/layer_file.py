@@ -17,8 +17,10 @@ import xxhash
 
 from flashlm.conversion.casts import CastCounts
 from flashlm.conversion.pipeline import BufferPool, WriteBehind
+from flashlm.errors import ConfigError, PackError
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.rows.layout import LayerLayout
+from flashlm.rows.quantize import QUANTIZERS
 from flashlm.storage.ranges import RangeRead, RangeReader, bytes_of, room_bytes
 from flashlm.storage.reader import AlignedBuffer
 from flashlm.storage.writer import AtomicFile
@@ -28,6 +30,7 @@ CHUNK_BYTES = 16 << 20  # of the row file: one write
 PANEL_BYTES = 256 << 20
 PASS_BYTES = 16 << 20  # one read of a pass over a matrix that is held in panels
 TILE_COLUMNS = 64
+QUANTIZED_BYTES = 1 << 20  # of fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -226,17 +229,35 @@ def fill_rows(
     out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_names: tuple[str, ...], casts: CastCounts
 ) -> None:
     """Lay the rows of `chunk` into `out` (bytes, from the first block's start), padding with zeros."""
-    dtype = getattr(torch, layout.dtype)
     out.zero_()
     for start in range(chunk.rows.start, chunk.rows.stop, layout.block_rows):
         begin = layout.offset_of((start - chunk.rows.start) // layout.block_rows)
         num_rows = min(layout.block_rows, chunk.rows.stop - start)
-        block = out[begin : begin + num_rows * layout.row_stride_bytes].view(dtype).view(num_rows, -1)
+        block = out[begin : begin + num_rows * layout.row_stride_bytes].view(num_rows, -1)
         low = start - chunk.rows.start
-        for index, part in enumerate(chunk.parts):
-            target = block[:, index * layout.hidden_size : (index + 1) * layout.hidden_size]
-            copy_tiled(target, part[low : low + num_rows])
-            casts.check(target, part[low : low + num_rows], part_names[index])
+        for index, (part, placed) in enumerate(zip(chunk.parts, layout.placed, strict=True)):
+            target = block[:, placed.offset_bytes : placed.offset_bytes + placed.num_bytes]
+            source = part[low : low + num_rows]
+            dtype = placed.encoding.dtype
+            if dtype is None:
+                _quantize(target, source, placed.encoding.name, part_names[index])
+                continue
+            elements = target.view(dtype)
+            copy_tiled(elements, source)
+            casts.check(elements, source, part_names[index])
+
+
+def _quantize(target: torch.Tensor, source: torch.Tensor, encoding: str, name: str) -> None:
+    """Write `source` (num_rows, hidden_size) in an encoding that is not plain, in pieces that stay in the cache."""
+    step = max(QUANTIZED_BYTES // (4 * source.shape[1]), 1)
+    wide = torch.empty(min(step, len(source)), source.shape[1], dtype=torch.float32)
+    for start in range(0, len(source), step):
+        piece = source[start : start + step]
+        copy_tiled(wide[: len(piece)], piece)
+        try:
+            QUANTIZERS[encoding](wide[: len(piece)], target[start : start + step])
+        except ConfigError as error:
+            raise PackError(f"{name} can't be quantised: {error}") from error
 
 
 def copy_tiled(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -23,13 +23,15 @@ from flashlm.pack.checkpoint import Checkpoint, open_checkpoint
 from flashlm.pack.manifest import FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
 from flashlm.pack.pack_config import num_hidden_layers
 from flashlm.pack.units import Kind, Unit
-from flashlm.rows.layout import DTYPE_BYTES, ROWS_PER_STEP, LayerLayout
+from flashlm.rows.encodings import bytes_per_element
+from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
+from flashlm.rows.quantize import QUANTIZERS
 from flashlm.storage.ranges import RangeReader
 from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer, PartSource, build_meta_model
 from flashlm.structure.find_units import MIN_LINEAR_BYTES, FoundUnit, LinearLayer, find_units
 from flashlm.structure.model_config import load_config
-from flashlm.structure.unit_layouts import choose_layouts, streamed_names
+from flashlm.structure.unit_layouts import RowWriting, choose_layouts, part_width, streamed_names
 from flashlm.transformers_seam import dtype_plan
 
 FILE_NAMES: dict[Kind, str] = {"ffn": "layer", "experts": "experts", "linear": "linear"}
@@ -44,6 +46,7 @@ class StreamedFile:
         found: What it holds of the model.
         unit: The same, as sizes.
         part_names: Checkpoint names of the parts of its rows, for messages.
+        source_dtypes: Element types that its weights have there.
         read: Gives its rows in order.
     """
 
@@ -51,6 +54,7 @@ class StreamedFile:
     found: FoundUnit
     unit: Unit
     part_names: tuple[str, ...]
+    source_dtypes: frozenset[torch.dtype]
     read: Callable[[RangeReader, LayerPools], Iterator[RowChunk]]
 
     @property
@@ -70,6 +74,7 @@ class ConversionPlan:
         model_type: The transformers model type.
         num_hidden_layers: Its decoder layers.
         dtype: Element type of the pack.
+        quantize: Encoding that rows were asked in; None: in `dtype`.
         streamed: The files of everything that is streamed, in forward order.
         num_column_parts: The most parts of a layer that lie column by column.
         resident: What goes into `flash/resident.safetensors`.
@@ -84,6 +89,7 @@ class ConversionPlan:
     model_type: str
     num_hidden_layers: int
     dtype: str
+    quantize: str | None
     streamed: tuple[StreamedFile, ...]
     num_column_parts: int
     resident: ResidentPlan
@@ -93,14 +99,30 @@ class ConversionPlan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is left out, a line each."""
+        """What is quantised, and what is left out, a line each."""
         tensors = []
         if self.left_out:
             tensors = [
                 f"left out, not part of the model: {len(self.left_out)} tensors that transformers ignores too, first"
                 f" {self.left_out[0]}"
             ]
-        return (*tensors, *self.small.lines())
+        return (*self._quantised_lines(), *tensors, *self.small.lines())
+
+    def _quantised_lines(self) -> Iterator[str]:
+        if self.quantize is None:
+            return
+        done = [file for file in self.streamed if file.layout.plain is None]
+        names = sorted({str(dtype).removeprefix("torch.") for file in done for dtype in file.source_dtypes})
+        if done:
+            what = f"{len(done)} of {len(self.streamed)} streamed units"
+            yield f"quantised to {self.quantize} from {' and '.join(names)} by flashlm: {what}"
+        left = [file for file in self.streamed if file.layout.plain is not None]
+        if left:
+            widths = ", ".join(str(width) for width in sorted({part_width(file.found) for file in left}))
+            yield (
+                f"left in {self.dtype}, not {self.quantize}: {len(left)} streamed units whose rows of {widths} elements are"
+                f" not whole groups, or blocks too large; first {left[0].found.module}"
+            )
 
     @property
     def file_bytes(self) -> dict[str, int]:
@@ -116,6 +138,7 @@ def plan_conversion(
     block_rows: int | None,
     trust_remote_code: bool,
     min_linear_bytes: int = MIN_LINEAR_BYTES,
+    quantize: str | None = None,
 ) -> ConversionPlan:
     """Read the source's headers and config and decide what goes where; writes nothing.
 
@@ -124,10 +147,12 @@ def plan_conversion(
         UnsupportedModelError: The model's feed-forward layers can't be placed.
         PackError: The source is damaged or incomplete.
     """
+    if quantize is not None and quantize not in QUANTIZERS:
+        raise ConfigError(f"quantize is {quantize!r}: one of {', '.join(QUANTIZERS)} expected")
     config = load_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    found = find_units(model, dtype_bytes=DTYPE_BYTES[dtype], min_linear_bytes=min_linear_bytes)
+    found = find_units(model, dtype_bytes=bytes_per_element(dtype), min_linear_bytes=min_linear_bytes)
     experts = tuple(each for each in found if isinstance(each, ExpertLayer))
     names = map_names(model, checkpoint, experts, is_text_part=type(model.config) is not type(config))
     entries = names.entries
@@ -138,10 +163,12 @@ def plan_conversion(
     _check_block_rows(block_rows, has_experts=bool(experts))
     types = _ResidentTypes(model, dtype)
     found = tuple(each for each in found if not isinstance(each, LinearLayer) or _can_stream(each, names, types))
-    streamed = tuple(_streamed_files(model, found, choose_layouts(found, dtype, block_rows), names, dtype))
+    units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize), block_rows)
+    streamed = tuple(_streamed_files(model, found, units, names))
     small = choose_from_folder(folder, checkpoint.files, with_code=trust_remote_code)
     settings = {
         "dtype": dtype,
+        "encodings": [file.layout.encoding for file in streamed],
         "block_rows": [file.layout.block_rows for file in streamed],
         "flashlm": __version__,
         "format": FORMAT_VERSION,
@@ -153,6 +180,7 @@ def plan_conversion(
         model_type=config.model_type,
         num_hidden_layers=num_hidden_layers(config),
         dtype=dtype,
+        quantize=quantize,
         streamed=streamed,
         num_column_parts=max(
             (sum(part.neuron_axis == 1 for part in each.parts) for each in found if isinstance(each, FfnLayer)),
@@ -185,7 +213,7 @@ def _can_stream(layer: LinearLayer, names: NameMap, types: _ResidentTypes) -> bo
 
 
 def _streamed_files(
-    model: PreTrainedModel, found: tuple[FoundUnit, ...], units: tuple[Unit, ...], names: NameMap, dtype: str
+    model: PreTrainedModel, found: tuple[FoundUnit, ...], units: tuple[Unit, ...], names: NameMap
 ) -> Iterator[StreamedFile]:
     sources = iter(names.experts)
     counts = {"ffn": 0, "experts": 0, "linear": 0}
@@ -195,11 +223,14 @@ def _streamed_files(
         if isinstance(each, ExpertLayer):
             source = next(sources)
             part_names, read = source.part_names, partial(_read_experts, layout=unit.layout, source=source)
+            entries = [*source.in_weight.entries, *source.out_weight.entries]
         else:
             parts = _layer_parts(model, each, names)
-            part_names = tuple(part.entry.name for part in parts)
+            entries = [part.entry for part in parts]
+            part_names = tuple(entry.name for entry in entries)
             read = partial(_read_layer, layout=unit.layout, parts=parts)
-        yield StreamedFile(name=name, found=each, unit=unit, part_names=part_names, read=read)
+        dtypes = frozenset(entry.dtype for entry in entries)
+        yield StreamedFile(name=name, found=each, unit=unit, part_names=part_names, source_dtypes=dtypes, read=read)
 
 
 def _read_experts(

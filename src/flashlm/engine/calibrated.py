@@ -17,7 +17,14 @@ from flashlm.sparsity.routing import Routing, read_routing
 
 logger = logging.getLogger(__name__)
 
-EXACT = "exact: every weight takes part in every token; the placement changes no bit"
+_EXACT = "exact: every weight takes part in every token; the placement changes no bit"
+
+
+def exactness(manifest: Manifest, calibration: Calibration | None) -> str:
+    """Return one line: exact, or how far from it, and whether the weights are the source's or quantised."""
+    line = _EXACT if calibration is None else calibration.exactness()
+    quantised = manifest.quantised
+    return line if not quantised else f"{line}; of weights that were quantised to {', '.join(quantised)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from flashlm.engine.block_check import BlockCheck
@@ -16,8 +15,9 @@ from flashlm.engine.standin import StreamedWeight
 from flashlm.errors import PackError
 from flashlm.memory.budget import Placement
 from flashlm.memory.expert_policy import CachePolicy
+from flashlm.memory.needs import torch_dtype
 from flashlm.pack.manifest import Manifest
-from flashlm.rows.products import BlockGemm
+from flashlm.rows.products import Gemms
 from flashlm.storage.reader import File, Reader
 from flashlm.storage.slab import SlabAllocator
 from flashlm.structure.experts import OUT_WEIGHT_NAME, in_weight_name
@@ -59,7 +59,7 @@ def connect_experts(
     files: list[File],
     placement: Placement,
     policy: CachePolicy,
-    gemm: BlockGemm,
+    gemms: Gemms,
     counters: Counters,
     check: BlockCheck,
     slabs: SlabAllocator,
@@ -75,9 +75,11 @@ def connect_experts(
     store.warm()
     for index, entry in enumerate(manifest.experts):
         module = model.get_submodule(entry.module)
-        module.flash_experts = BoundExperts(layer=index, layout=layouts[index], store=store, gemm=gemm)  # type: ignore[assignment]
+        module.flash_experts = BoundExperts(
+            layer=index, layout=layouts[index], store=store, gemm=gemms.of(layouts[index])
+        )  # type: ignore[assignment]
         shapes: dict[str, tuple[int, ...]] = module.flash_shapes  # type: ignore[assignment]
         for name, shape in shapes.items():
-            weight = StreamedWeight(f"{entry.module}.{name}", shape, getattr(torch, entry.encoding))
+            weight = StreamedWeight(f"{entry.module}.{name}", shape, torch_dtype(manifest.dtype))
             module.register_parameter(name, weight)  # type: ignore[arg-type]  # it counts as one
     return store

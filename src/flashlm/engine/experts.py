@@ -27,7 +27,6 @@ from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
 from flashlm.memory.needs import rows_per_product
 from flashlm.rows import kernels
-from flashlm.rows.encodings import encoding_of
 from flashlm.rows.layout import LayerLayout, round_up
 from flashlm.rows.products import BlockGemm
 from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
@@ -231,7 +230,7 @@ def _add_by_rows(
     """Add an expert's products, without outer bias and norm, by row kernels: a token's bits whatever its company."""
     layout = bound.layout
     num_rows = layout.block_rows
-    rows, width = _rows(layout, place, num_rows), round_up(num_rows, WHOLE_VECTORS)
+    rows, width = kernels.rows_at(layout, place, num_rows), round_up(num_rows, WHOLE_VECTORS)
     for tile in tiles(len(tokens)):
         some = tokens if len(tokens) <= MAX_KERNEL_TOKENS else tokens[tile]
         parts = [torch.zeros(len(some), width, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
@@ -273,7 +272,7 @@ def _run_together(
     Alone, an expert's calls from Python take as long as its weights do in small models.
     """
     layout = bound.layout
-    blocks = [_rows(layout, place, layout.block_rows) for _, place in group]
+    blocks = [kernels.rows_at(layout, place, layout.block_rows) for _, place in group]
     biases = [_biases(module, expert) for expert, _ in group]
     parts = [torch.empty(len(group), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
     for number, part in enumerate(parts):
@@ -303,11 +302,6 @@ def _finish(module: nn.Module, output: torch.Tensor, biases: list[torch.Tensor])
         norm: Callable[[torch.Tensor], torch.Tensor] = module.post_expert_norm  # type: ignore[assignment]
         output = norm(output).to(torch.float32)
     return output
-
-
-def _rows(layout: LayerLayout, place: kernels.SlotRef, num_rows: int) -> kernels.RowBlock:
-    code = encoding_of(layout.dtype).code
-    return kernels.RowBlock(place, num_rows, layout.row_stride_bytes, layout.hidden_size, code, layout.num_parts)
 
 
 @dataclass(frozen=True, slots=True)

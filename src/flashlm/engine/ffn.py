@@ -35,7 +35,6 @@ from flashlm.engine.standin import StreamedWeight, Unhookable, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
-from flashlm.rows.encodings import encoding_of
 from flashlm.rows.layout import LayerLayout, round_up
 from flashlm.rows.products import BlockGemm
 
@@ -138,7 +137,7 @@ class FlashFFN(StreamedModule):
         layer: Its number among the streamed feed-forward layers.
         layout: Geometry of its rows.
         activation: Elementwise function of fp32 tensors.
-        dtype: Element type of the biases.
+        dtype: Element type of the biases, and of the model.
         has_up_bias, has_gate_bias, has_down_bias: Which biases the checkpoint holds.
 
     Attributes:
@@ -172,8 +171,7 @@ class FlashFFN(StreamedModule):
         self.up_bias: nn.Parameter | None
         self.gate_bias: nn.Parameter | None
         self.down_bias: nn.Parameter | None
-        self._dtype = getattr(torch, layout.dtype)
-        self._code = encoding_of(layout.dtype).code
+        self._dtype = dtype
         self._bound: _Bound | None = None
         for name, is_present, size in (
             ("up_bias", has_up_bias, layout.num_rows),
@@ -317,9 +315,7 @@ class FlashFFN(StreamedModule):
         """Add what a run of blocks gives to `share.output` by row kernels; `tokens` are its own, fp32."""
         layout = self.layout
         span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
-        rows = kernels.RowBlock(
-            run.place, len(span), layout.row_stride_bytes, layout.hidden_size, self._code, layout.num_parts
-        )
+        rows = kernels.rows_at(layout, run.place, len(span))
         parts = tiles(len(tokens))
         hidden = torch.empty(len(tokens), len(span), dtype=torch.float32)
         for part in parts:
@@ -405,10 +401,7 @@ class FlashFFN(StreamedModule):
         target[:, firing] = up * activated[:, firing]
 
     def _row_block(self, place: kernels.SlotRef, slots: torch.Tensor) -> kernels.RowBlock:
-        layout = self.layout
-        return kernels.RowBlock(
-            place, len(slots), layout.row_stride_bytes, layout.hidden_size, self._code, layout.num_parts, slots
-        )
+        return kernels.rows_at(self.layout, place, len(slots), slots)
 
     def _activate(
         self,
@@ -451,7 +444,9 @@ class FlashFFN(StreamedModule):
     def extra_repr(self) -> str:
         """Show shapes in `print(model)`."""
         layout = self.layout
-        return f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.dtype}"
+        return (
+            f"hidden_size={layout.hidden_size}, num_rows={layout.num_rows}, gated={layout.has_gate}, {layout.encoding}"
+        )
 
 
 class _LinearFFN(FlashFFN, Unhookable, nn.Linear):

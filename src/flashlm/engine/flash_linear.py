@@ -1,8 +1,8 @@
 """The streamed linear layer: y = x·Wᵀ + b over blocks of rows of W, each of which gives some of the outputs.
 
-It is the model's own `nn.Linear`, without its weight: names, hooks and adapters find it where it was. A matrix that is
-pinned as a whole is an ordinary weight in memory, and its layer an ordinary one; any other placement gives the same bits
-(`engine/linear.py`).
+It is the model's own `nn.Linear`, without its weight: names, hooks and adapters find it where it was. A matrix of plain
+elements that is pinned as a whole is an ordinary weight in memory, and its layer an ordinary one; any other placement gives
+the same bits (`engine/linear.py`). One of another encoding is no weight that torch knows: its layer stays as it is here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flashlm.engine.guards import StreamedModule, check_hidden_states
-from flashlm.engine.linear import choose_way, multiply, prepare
+from flashlm.engine.linear import EncodedMatrix, choose_way, multiply, prepare
 from flashlm.engine.standin import StreamedWeight, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError, PackError
@@ -33,7 +33,7 @@ class _BoundMatrix:
     stream: BlockStream
     unit: int
     layout: LayerLayout
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     widens: bool
 
 
@@ -70,11 +70,13 @@ class FlashLinear(StreamedModule, nn.Linear):
         super().__setattr__(name, value)
 
 
-def _rows(bound: _BoundMatrix, run: BlockRun) -> tuple[slice, torch.Tensor]:
-    """Return which rows of the matrix a run of blocks is, and a view of them."""
+def _rows(bound: _BoundMatrix, run: BlockRun) -> tuple[slice, torch.Tensor | EncodedMatrix]:
+    """Return which rows of the matrix a run of blocks is, and these."""
     layout = bound.layout
     span = slice(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
     num_rows = span.stop - span.start
+    if bound.dtype is None:
+        return span, EncodedMatrix(layout, run.place, num_rows)
     content = torch.from_numpy(run.place.numpy(num_rows * layout.row_bytes))
     return span, content.view(bound.dtype).view(num_rows, layout.hidden_size)
 
@@ -96,28 +98,28 @@ def take_out_weight(model: nn.Module, entry: UnitEntry) -> None:
     keep_from_initialising(module)  # transformers would fill what it takes for a missing weight with random numbers
 
 
-def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: int) -> None:
-    """Connect a linear layer to its matrix: an ordinary weight where it is pinned as a whole, else the stream.
+def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: int, dtype: torch.dtype) -> None:
+    """Connect a linear layer to its matrix: an ordinary weight where it is plain and pinned as a whole, else the stream.
 
     Args:
         model: The model, its other weights loaded.
         entry: What the manifest says of the layer.
         stream: Gives its blocks.
         unit: The layer's number there.
+        dtype: Element type of the model's weights.
     """
     module: Any = model.get_submodule(entry.module)
-    layout, dtype = entry.layout, getattr(torch, entry.encoding)
+    layout = entry.layout
+    plain = None if layout.plain is None else layout.plain.dtype
     if not isinstance(module, nn.Linear):
         raise ConfigError(f"{entry.module} is {type(module).__name__}: a linear layer expected")
     shape = (layout.num_rows, layout.hidden_size)
     pinned = stream.pinned_bytes(unit)
-    if pinned is not None:
-        weight = pinned[: layout.num_rows * layout.row_bytes].view(dtype).view(shape)
+    if pinned is not None and plain is not None:
+        weight = pinned[: layout.num_rows * layout.row_bytes].view(plain).view(shape)
         module.weight = nn.Parameter(weight, requires_grad=False)
         return
     module.register_parameter("weight", StreamedWeight(f"{entry.module}.weight", shape, dtype))  # type: ignore[arg-type]
     module.__class__ = FlashLinear
     vars(module)["_dtype"] = dtype
-    vars(module)["flash_bound"] = _BoundMatrix(
-        stream, unit, layout, dtype, widens=choose_strategy(entry.encoding) == "widen"
-    )
+    vars(module)["flash_bound"] = _BoundMatrix(stream, unit, layout, plain, widens=choose_strategy(layout) == "widen")

@@ -1,6 +1,7 @@
 """Linear layers (attention, output): how their products are made, whether the matrix is in memory or streamed.
 
-Where torch's 16-bit products are slow (processors without bf16 products) a matrix goes the same two ways as streamed rows:
+Where torch's 16-bit products are slow (processors without bf16 products), and in encodings that torch does not know, a
+matrix goes the same two ways as streamed rows:
 our row kernels, in tiles, for tokens that are decoded or verified and for a few; and for prompts the weights widened to fp32
 piece by piece and multiplied there. Measured on AVX2, bf16, 4096 x 4096: torch multiplies 128 tokens at 21 GFLOP/s, and at
 80 in fp32; four tokens reach 5 GB/s in torch. Sums are fp32, rounded once. Elsewhere the products are torch's own.
@@ -21,14 +22,39 @@ from torch.nn import functional as F
 from flashlm.engine.forward_pass import running_pass, tiles
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
-from flashlm.rows.layout import ROWS_PER_STEP
+from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
 
 # torch's own product; our row kernels, in the weights' dtype or in fp32; widened pieces.
 Way = Literal["torch", "rows", "fp32 rows", "widened"]
 
 
-def choose_way(input: torch.Tensor, dtype: torch.dtype, *, widens: bool) -> Way:
-    """Return how a matrix of `dtype` multiplies `input` (..., in_features); `widens` says that torch is slow at it."""
+class EncodedMatrix:
+    """Rows of a matrix in memory whose elements torch does not know, in the place of a weight.
+
+    Args:
+        layout: Geometry of the rows.
+        place: Where the first one is.
+        num_rows: How many.
+    """
+
+    def __init__(self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int) -> None:
+        self._layout = layout
+        self._place = place
+        self.shape = (num_rows, layout.hidden_size)
+
+    def rows(self, start: int, stop: int) -> kernels.RowBlock:
+        """Return some of its rows, for row kernels."""
+        return kernels.rows_at(self._layout, self._place.at(start * self._layout.row_stride_bytes), stop - start)
+
+
+def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool) -> Way:
+    """Return how a matrix multiplies `input` (..., in_features).
+
+    Args:
+        input: The tokens.
+        dtype: Of the matrix; None where torch does not know its elements.
+        widens: Whether torch is slow at it, or can't.
+    """
     if not widens:
         return "torch"
     num_tokens = input.numel() // input.shape[-1]
@@ -43,33 +69,44 @@ def prepare(way: Way, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def multiply(
-    way: Way, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+    way: Way,
+    tokens: torch.Tensor,
+    weight: torch.Tensor | EncodedMatrix,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
 ) -> None:
     """Write tokens·weightᵀ + bias into `output`.
 
     Args:
         way: As `choose_way` said.
         tokens: (num_tokens, in_features), prepared.
-        weight: Some rows of a matrix, (rows, in_features), contiguous.
+        weight: Some rows of a matrix, (rows, in_features), contiguous. Encoded ones take "fp32 rows" or "widened".
         bias: Of these rows, or None.
         output: (num_tokens, rows) in the dtype of the input, rows side by side.
     """
-    if way == "torch":
-        output.copy_(F.linear(tokens, weight, bias))
-    elif way == "rows":
+    if way in ("torch", "rows") and not isinstance(weight, EncodedMatrix):
+        if way == "torch":
+            output.copy_(F.linear(tokens, weight, bias))
+            return
         for tile in tiles(len(tokens)):
             output[tile] = kernels.linear(tokens[tile], weight, bias)
     elif way == "fp32 rows":
-        product = torch.empty(len(tokens), len(weight), dtype=torch.float32)
+        num_rows = weight.shape[0]
+        rows = _some_rows(weight, 0, num_rows)
+        product = torch.empty(len(tokens), num_rows, dtype=torch.float32)
         for tile in tiles(len(tokens)):
-            kernels.project(tokens[tile], kernels.matrix_rows(weight), 0, product[tile])
+            kernels.project(tokens[tile], rows, 0, product[tile])
         output.copy_(product if bias is None else product.add_(bias))
     else:
         _multiply_widened(tokens, weight, bias, output)
 
 
+def _some_rows(weight: torch.Tensor | EncodedMatrix, start: int, stop: int) -> kernels.RowBlock:
+    return weight.rows(start, stop) if isinstance(weight, EncodedMatrix) else kernels.matrix_rows(weight[start:stop])
+
+
 def _multiply_widened(
-    tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor
+    tokens: torch.Tensor, weight: torch.Tensor | EncodedMatrix, bias: torch.Tensor | None, output: torch.Tensor
 ) -> None:
     """Multiply piece by piece in fp32, and round each: all in fp32 are twice as large."""
     num_rows, in_features = weight.shape
@@ -78,7 +115,7 @@ def _multiply_widened(
     scratch = torch.empty(min(step, num_rows), in_features, dtype=torch.float32)
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        kernels.widen(kernels.matrix_rows(weight[start:stop]), 0, scratch[: stop - start])
+        kernels.widen(_some_rows(weight, start, stop), 0, scratch[: stop - start])
         piece = F.linear(tokens, scratch[: stop - start])
         if bias is not None:
             piece += bias[start:stop]

@@ -70,7 +70,7 @@ class PassGuard:
     """
 
     def __init__(self, manifest: Manifest, decision: Decision, config: Any) -> None:
-        facts = pass_facts(config, [entry.unit for entry in manifest.units])
+        facts = pass_facts(config, [entry.unit for entry in manifest.units], manifest.dtype)
         placement, needs = decision.placement, decision.placement.needs
         self.context = decision.context
         self.caches = LiveCaches()

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from flashlm.engine import load_progress
 from flashlm.engine.block_check import BlockCheck
-from flashlm.engine.calibrated import EXACT, Calibration
+from flashlm.engine.calibrated import Calibration, exactness
 from flashlm.engine.counters import Counters
 from flashlm.engine.expert_loading import connect_experts, take_out_experts
 from flashlm.engine.expert_store import ExpertStore
@@ -47,8 +47,8 @@ from flashlm.pack.manifest import Manifest, UnitEntry, resident_path, unit_path
 from flashlm.pack.reorder import read_order
 from flashlm.planner.choices import CheckChoice, ResolvedMode
 from flashlm.planner.decide import Decision
-from flashlm.rows.kernels import MAX_TOKENS
-from flashlm.rows.products import BlockGemm
+from flashlm.rows.kernels import MAX_TOKENS, choose_plain_strategy
+from flashlm.rows.products import Gemms
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.reader import File, Reader
@@ -133,7 +133,7 @@ class FlashRuntime:
     @property
     def exactness(self) -> str:
         """One line: exact, or how far from it."""
-        return EXACT if self.calibration is None else self.calibration.exactness()
+        return exactness(self.manifest, self.calibration)
 
     def describe(self) -> str:
         """Return one line: mode, exactness and where the bytes are."""
@@ -181,8 +181,7 @@ def apply(
         if entry.kind == "linear":
             take_out_weight(model, entry)
     reader = Reader(queue_depth=decision.queue_depth, piece_bytes=decision.piece_bytes)
-    exactness = EXACT if calibration is None else calibration.exactness()
-    logger.info("%s", describe(decision, manifest, exactness, reader))
+    logger.info("%s", describe(decision, manifest, exactness(manifest, calibration), reader))
     return UnboundRuntime(
         pack=pack, manifest=manifest, decision=decision, reader=reader, calibration=calibration, check=check
     )
@@ -216,7 +215,7 @@ class UnboundRuntime:
             model, resident_path(self.pack), manifest.resident, self.reader, is_checked=self.check != "none"
         )
         slabs = SlabAllocator(Budget(placement.dram_bytes - placement.needs.total_bytes))
-        gemm = BlockGemm(manifest.dtype)
+        gemms = Gemms()
         experts = None
         if self.decision.policy is not None:
             experts = connect_experts(
@@ -226,15 +225,15 @@ class UnboundRuntime:
                 [self._open_unit(entry) for entry in manifest.experts],
                 placement,
                 self.decision.policy,
-                gemm,
+                gemms,
                 passes.totals,
                 self._block_check(manifest.experts, "expert"),
                 slabs,
             )
-        stream, sparse = self._bind_dense(model, gemm, passes.totals, slabs)
+        stream, sparse = self._bind_dense(model, gemms, passes.totals, slabs)
         load_progress.finish()
         model.requires_grad_(False)
-        if gemm.strategy == "widen":
+        if choose_plain_strategy(torch_dtype(manifest.dtype)) == "widen":
             widen_linears(model)
         fold_linears(model)
         runtime = FlashRuntime(
@@ -258,7 +257,7 @@ class UnboundRuntime:
         return runtime
 
     def _bind_dense(
-        self, model: PreTrainedModel, gemm: BlockGemm, counters: Counters, slabs: SlabAllocator
+        self, model: PreTrainedModel, gemms: Gemms, counters: Counters, slabs: SlabAllocator
     ) -> tuple[BlockStream, SparseRows | None]:
         """Connect feed-forward and linear layers to the stream, in mode `sparse` the former to the neuron cache too."""
         dense = self.manifest.dense
@@ -278,14 +277,14 @@ class UnboundRuntime:
         index = 0
         for unit, entry in enumerate(dense):
             if entry.kind == "linear":
-                bind_linear(model, entry, stream, unit)
+                bind_linear(model, entry, stream, unit, torch_dtype(self.manifest.dtype))
                 continue
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
             predict = predictors[index].predict if predictors else None
             stored = read_order(self.pack, entry)
             order = None if stored is None else torch.from_numpy(stored)
-            layer.bind(stream, unit, gemm, sparse=sparse, predict=predict, order=order)
+            layer.bind(stream, unit, gemms.of(entry.layout), sparse=sparse, predict=predict, order=order)
             if layer.linears is not None:
                 owner = model.get_submodule(entry.module.rpartition(".")[0])
                 attach(layer, entry, owner, layer.linears, order)
@@ -395,7 +394,7 @@ def _swap_layers(model: PreTrainedModel, manifest: Manifest) -> None:
                 layer=layer,
                 layout=entry.layout,
                 activation=ACT2FN[entry.activation] if learned is None else learned[1].__call__,
-                dtype=torch_dtype(entry.encoding),
+                dtype=torch_dtype(manifest.dtype),
                 has_up_bias="up" in entry.biases,
                 has_gate_bias="gate" in entry.biases,
                 has_down_bias="down" in entry.biases,

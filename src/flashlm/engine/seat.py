@@ -193,7 +193,7 @@ def attach(ffn: FlashFFN, entry: UnitEntry, owner: nn.Module, linears: Linears, 
         "up": (hidden_size, num_rows * (2 if linears.is_fused else 1)),
         "down": (num_rows, hidden_size),
     }
-    dtype = getattr(torch, ffn.layout.dtype)
+    dtype = ffn._dtype
     holder = owner if linears.is_in_layer else ffn
     seat = Seat(path=entry.module, linears=linears, owner=weakref.ref(holder), stand_ins={}, order=order)
     for role, name in sorted(linears.names.items(), key=lambda item: list(sizes).index(item[0])):

@@ -12,8 +12,9 @@ from flashlm.memory.budget import Needs
 from flashlm.memory.limits import process_bytes
 from flashlm.memory.pass_memory import PassFacts, working_bytes
 from flashlm.pack.units import Unit, of_kind
-from flashlm.rows.kernels import WIDEN_PIECE_BYTES, choose_strategy
-from flashlm.rows.layout import DTYPE_BYTES, ROWS_PER_STEP, LayerLayout
+from flashlm.rows.encodings import bytes_per_element
+from flashlm.rows.kernels import WIDEN_PIECE_BYTES, choose_plain_strategy, choose_strategy
+from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
 from flashlm.transformers_seam import attention_implementation
 
 DEFAULT_CONTEXT = 2048
@@ -62,18 +63,26 @@ def rows_per_product(layout: LayerLayout) -> int:
     return min(max(WIDEN_PIECE_BYTES // row_bytes // ROWS_PER_STEP, 1) * ROWS_PER_STEP, layout.block_rows)
 
 
-def pass_facts(config: Any, units: Sequence[Unit]) -> PassFacts:
-    """Return what the memory of a model's passes depends on, of its transformers `config` and what is streamed.
+def pass_facts(config: Any, units: Sequence[Unit], dtype: str) -> PassFacts:
+    """Return what the memory of a model's passes depends on.
 
     A config that no model has been built from does not say how attention will be computed: sdpa is assumed.
+
+    Args:
+        config: The transformers config of the model.
+        units: What is streamed.
+        dtype: Of the resident weights, like "bfloat16": what the model computes in.
     """
     text = config.get_text_config(decoder=True)
     experts = of_kind(units, "experts")
     pieces = [replace(unit.layout, block_rows=rows_per_product(unit.layout)) for unit in experts]
     layouts = [*(unit.layout for unit in of_kind(units, "ffn")), *pieces]
-    layout = max(layouts, key=lambda each: each.block_stride_bytes)
-    dtype_bytes = DTYPE_BYTES[layout.dtype]
-    widened = layout.num_parts if choose_strategy(layout.dtype) == "widen" else 0
+    layout = max(layouts, key=lambda each: (each.block_rows * each.num_parts * each.hidden_size, each.row_bytes))
+    dtype_bytes = bytes_per_element(dtype)
+    widened_bytes = max(each.block_rows * each.num_parts * each.hidden_size * 4 * _widens(each) for each in layouts)
+    widens_matrices = choose_plain_strategy(torch_dtype(dtype)) == "widen" or any(
+        _widens(each.layout) for each in units
+    )
     hidden_size = int(text.hidden_size)
     expert_bytes = max(map(_expert_token_bytes, experts, pieces), default=0)
     return PassFacts(
@@ -82,8 +91,8 @@ def pass_facts(config: Any, units: Sequence[Unit]) -> PassFacts:
         num_layers=int(text.num_hidden_layers),
         num_heads=max(_values(text, "num_attention_heads")),
         dtype_bytes=dtype_bytes,
-        kv_token_bytes=kv_cache_bytes_per_token(config, DTYPE_BYTES[layouts[0].dtype]),
-        scratch_bytes=layout.block_rows * widened * layout.hidden_size * 4 + (WIDEN_PIECE_BYTES if widened else 0),
+        kv_token_bytes=kv_cache_bytes_per_token(config, dtype_bytes),
+        scratch_bytes=widened_bytes + (WIDEN_PIECE_BYTES if widens_matrices else 0),
         token_bytes=hidden_size * (LIVE_VECTORS_PER_TOKEN * dtype_bytes + 3 * 4)
         + 3 * layout.block_rows * 4
         + expert_bytes,
@@ -91,6 +100,10 @@ def pass_facts(config: Any, units: Sequence[Unit]) -> PassFacts:
         masks=any(getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")),
         logit_copies=2 if any(getattr(text, name, None) for name in _LOGIT_SCALINGS) else 1,
     )
+
+
+def _widens(layout: LayerLayout) -> bool:
+    return choose_strategy(layout) == "widen"
 
 
 def _expert_token_bytes(unit: Unit, piece: LayerLayout) -> int:
@@ -126,19 +139,19 @@ def _has_wider_keys(layer: Any) -> bool:
 
 
 def measure_needs(
-    config: Any, units: Sequence[Unit], *, resident_bytes: int, context: int, predictor_bytes: int = 0
+    config: Any, units: Sequence[Unit], dtype: str, *, resident_bytes: int, context: int, predictor_bytes: int = 0
 ) -> Needs:
     """Return what loading a pack into this process takes.
 
     Args:
         config: The transformers config of the model.
         units: What is streamed.
+        dtype: Of the resident weights, like "bfloat16".
         resident_bytes: Size of the resident weights.
         context: Tokens of the KV cache, over all sequences.
         predictor_bytes: Size of the row predictors that will be used.
     """
-    dtype_bytes = DTYPE_BYTES[units[0].layout.dtype]
-    kv_bytes_per_token = kv_cache_bytes_per_token(config, dtype_bytes)
+    kv_bytes_per_token = kv_cache_bytes_per_token(config, bytes_per_element(dtype))
     # transformers' dynamic cache grows a layer by copying it: one layer exists twice for a moment.
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     kv_bytes = context * kv_bytes_per_token * (num_layers + 1) // num_layers
@@ -146,13 +159,13 @@ def measure_needs(
         process_bytes=process_bytes(),
         resident_bytes=resident_bytes,
         kv_cache_bytes=kv_bytes,
-        working_bytes=SLACK_BYTES + working_bytes(pass_facts(config, units), context),
+        working_bytes=SLACK_BYTES + working_bytes(pass_facts(config, units, dtype), context),
         predictor_bytes=predictor_bytes,
         slack_bytes=SLACK_BYTES,
     )
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Return torch's dtype for a key of `DTYPE_BYTES`."""
+    """Return torch's dtype for its name, like "bfloat16"."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype

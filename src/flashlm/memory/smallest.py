@@ -48,5 +48,7 @@ def smallest_dram_bytes(pack: str | Path, context: int | None = None, *, is_chec
     del config.quantization_config
     build_meta_model(config)
     units = [entry.unit for entry in manifest.units]
-    needs = measure_needs(config, units, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT)
+    needs = measure_needs(
+        config, units, manifest.dtype, resident_bytes=manifest.resident.num_bytes, context=context or DEFAULT_CONTEXT
+    )
     return floor_bytes(units, needs) + process_margin_bytes()

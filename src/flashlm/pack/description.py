@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flashlm.pack.manifest import CUSTOM_GATE, read_manifest
+from flashlm.pack.manifest import CUSTOM_GATE, UnitEntry, read_manifest
+from flashlm.rows.encodings import encoding_of
 from flashlm.sizes import format_size
 
 
@@ -17,7 +19,8 @@ class PackInfo:
     Attributes:
         pack: Its folder.
         model_type: The transformers model type.
-        dtype: Element type of rows and resident floating-point weights.
+        dtype: Element type of resident floating-point weights, and of rows that are not quantised.
+        encodings: Bytes of streamed weights by the encoding of their rows.
         num_layers: Streamed FFNs, or layers of experts.
         num_linears: Linear layers that can be streamed: attention, output layer.
         linear_bytes: Bytes of their files.
@@ -42,6 +45,7 @@ class PackInfo:
     pack: Path
     model_type: str
     dtype: str
+    encodings: dict[str, int]
     num_layers: int
     num_linears: int
     linear_bytes: int
@@ -65,6 +69,12 @@ class PackInfo:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
         return asdict(self) | {"pack": str(self.pack)}
+
+    def _rows_in(self) -> list[tuple[str, str]]:
+        if set(self.encodings) <= {encoding_of(self.dtype).name}:
+            return []
+        parts = (f"{format_size(num_bytes)} in {name}" for name, num_bytes in self.encodings.items())
+        return [("streamed rows", ", ".join(parts))]
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (label, value) pairs as people read them."""
@@ -91,12 +101,20 @@ class PackInfo:
             ("model type", self.model_type),
             ("source", self.source),
             ("dtype", self.dtype),
+            *self._rows_in(),
             *shape,
             ("resident", format_size(self.resident_bytes)),
             ("streamed", format_size(self.streamed_bytes)),
             ("written by", f"flashlm {self.flashlm_version}, format {self.format_version}"),
             *(("note", note) for note in self.notes),
         ]
+
+
+def _bytes_by_encoding(units: Iterable[UnitEntry]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for unit in units:
+        found[unit.layout.encoding] = found.get(unit.layout.encoding, 0) + unit.layout.file_bytes
+    return found
 
 
 def describe(pack: str | Path) -> PackInfo:
@@ -114,6 +132,7 @@ def describe(pack: str | Path) -> PackInfo:
         pack=folder,
         model_type=manifest.model_type,
         dtype=manifest.dtype,
+        encodings=_bytes_by_encoding(manifest.units),
         num_layers=len(alike),
         num_linears=len(linears),
         linear_bytes=sum(unit.layout.file_bytes for unit in linears),

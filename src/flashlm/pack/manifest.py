@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import PackError
 from flashlm.pack.units import Kind, Unit
+from flashlm.rows.encodings import ENCODINGS, encoding_of
 from flashlm.rows.layout import GATED, MATRIX, UNGATED, LayerLayout, Part
 
 FORMAT_VERSION: Literal[4] = 4
@@ -40,6 +41,7 @@ MAX_DIMENSION = 1 << 24
 MAX_MANIFEST_BYTES = 64 << 20
 CONFIG_NAME = "config.json"
 
+EncodingName = Literal["bf16", "fp16", "fp32", "q8_0"]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
 SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+(/[^/\\\x00]+)*$", max_length=255)]
@@ -59,7 +61,7 @@ class UnitEntry(Strict):
         hidden_size: Elements of each part of a row: d_model; what experts take and give; a linear layer's inputs.
         num_rows: Neurons of a feed-forward layer (d_ffn), or of all experts; a linear layer's outputs.
         parts: What a row is made of, in order.
-        encoding: Element type of the rows.
+        encodings: Of each part, how its elements are written: "bf16", "fp16", "fp32" or "q8_0".
         block_rows: Rows per block: the neurons of an expert in a layer of experts.
         row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout.
         num_active: Blocks that a token uses: all, but a few of a layer of experts.
@@ -78,7 +80,7 @@ class UnitEntry(Strict):
     hidden_size: Dimension
     num_rows: Annotated[int, Field(gt=0, le=MAX_DIMENSION**2)]
     parts: tuple[Part, ...]
-    encoding: Literal["bfloat16", "float16", "float32"]
+    encodings: tuple[EncodingName, ...]
     block_rows: Dimension
     row_stride_bytes: Annotated[int, Field(gt=0)]
     block_stride_bytes: Annotated[int, Field(gt=0)]
@@ -90,6 +92,11 @@ class UnitEntry(Strict):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> UnitEntry:
+        if len(self.encodings) != len(self.parts):
+            raise ValueError(f"{len(self.parts)} parts need as many encodings, got {len(self.encodings)}")
+        for name in self.encodings:
+            if not ENCODINGS[name].fits(self.hidden_size):
+                raise ValueError(f"{self.hidden_size} elements are not whole groups of {name}")
         layout = self.layout
         allowed = (MATRIX,) if self.kind == "linear" else (GATED, UNGATED)
         if self.parts not in allowed:
@@ -118,7 +125,7 @@ class UnitEntry(Strict):
             hidden_size=self.hidden_size,
             num_rows=self.num_rows,
             parts=self.parts,
-            dtype=self.encoding,
+            encodings=self.encodings,
             block_rows=self.block_rows,
         )
 
@@ -194,8 +201,10 @@ class Manifest(Strict):
             raise ValueError(f"{main} streamed layers in a model of {self.num_hidden_layers}")
         if self.num_hidden_layers > 8 * main + 64:  # no family streams so few; building them would take long
             raise ValueError(f"{self.num_hidden_layers} layers in a model of which {main} are streamed")
-        if any(unit.encoding != self.dtype for unit in self.units):  # no mixed packs are written yet
-            raise ValueError(f"rows of another encoding than the pack's dtype, {self.dtype}")
+        for unit in self.units:  # plain rows have the resident weights' dtype: nothing else is written
+            others = {name for name in unit.encodings if ENCODINGS[name].is_plain} - {encoding_of(self.dtype).name}
+            if others:
+                raise ValueError(f"{unit.file} has rows of {', '.join(others)} in a pack of {self.dtype}")
         if len({unit.file for unit in self.units}) != len(self.units):
             raise ValueError("two units name the same file")
         if len({unit.module for unit in self.units}) != len(self.units):
@@ -229,6 +238,12 @@ class Manifest(Strict):
         """Return this manifest with other units."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return Manifest(**(fields | {"units": units}))
+
+    @property
+    def quantised(self) -> tuple[str, ...]:
+        """Names of the encodings of streamed weights that are not plain elements."""
+        names = {name for unit in self.units for name in unit.encodings}
+        return tuple(sorted(name for name in names if not ENCODINGS[name].is_plain))
 
     @property
     def streamed_bytes(self) -> int:

@@ -27,12 +27,12 @@ from flashlm.planner.cost import (
 from flashlm.planner.rates import Rates, ReadSetting
 from flashlm.planner.shape import RELU_NAMES, ModelShape, SparseShape
 from flashlm.rows.kernels import choose_strategy
-from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
+from flashlm.rows.layout import LayerLayout
 from flashlm.storage.reader import DEFAULT_PIECE_BYTES
 
 # Pieces of 1 MiB in flight. Experts land one after the other rather than all at once at the end.
 EXPERT_READS = ReadSetting(piece_bytes=DEFAULT_PIECE_BYTES, queue_depth=64, gb_per_s=0.0)
-WIDENED_COPIES = 2  # what a prompt's expert is widened into is twice its size, written once and read once
+WIDENED_COPIES = 2  # what a prompt's expert is widened into in fp32 is written once and read once
 SLOWER_WHILE_READING = 1.3  # what a pause takes beside reads that land, of the time alone (docs/experiments.md)
 UNKNOWN_RELU_SHARE = 0.5  # of a ReLU FFN's neurons firing, where no calibration says: random weights
 
@@ -69,14 +69,14 @@ class RowBytes:
 
 def dense_row_bytes(layout: LayerLayout, firing_share: float) -> RowBytes:
     """Return what a row costs in whole blocks: gate and up always, down where the neuron fires."""
-    part = layout.row_bytes / layout.num_parts
-    return RowBytes(up=part * (layout.num_parts - 1), down=part * firing_share)
+    *dots, down = (part.num_bytes for part in layout.placed)
+    return RowBytes(up=sum(dots), down=down * firing_share)
 
 
 def sparse_row_bytes(layout: LayerLayout, firing_share: float) -> RowBytes:
     """Return what a predicted row costs: its trigger always, the rest where the neuron fires."""
-    part = layout.row_bytes / layout.num_parts
-    return RowBytes(up=part * (1 + (layout.num_parts - 2) * firing_share), down=part * firing_share)
+    trigger, *others, down = (part.num_bytes for part in layout.placed)
+    return RowBytes(up=trigger + sum(others) * firing_share, down=down * firing_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +324,8 @@ def prompt_s(shape: ModelShape, placement: Placement, rates: Rates, num_tokens: 
     Every expert that any of a chunk's tokens needs is read once. With uniform routing, num_active of E experts a token, an
     expert is needed by one of T tokens with probability 1 - (1 - num_active / E)^T.
     """
-    weight_bytes = DTYPE_BYTES[shape.dtype]
     num_chunks = max(math.ceil(num_tokens / chunk_tokens), 1)
-    num_weights = (shape.matrix_bytes + sum(layout.file_bytes for layout in shape.layouts)) / weight_bytes
+    num_weights = shape.matrix_weights + sum(layout.num_weights for layout in shape.layouts)
     read_s = widen_s = 0.0
     if placement.ring_bytes:
         read_s = stream_s(placement.ring_bytes, rates.block_read_gb_per_s(_block_bytes(shape)))
@@ -336,8 +335,9 @@ def prompt_s(shape: ModelShape, placement: Placement, rates: Rates, num_tokens: 
         expert_bytes = layout.read_bytes(0)
         missing_bytes = needed * (1.0 - held / unit.num_blocks) * expert_bytes
         read_s += stream_s(missing_bytes, expert_read_gb_per_s(rates, expert_bytes))
-        if choose_strategy(shape.dtype) == "widen":
-            widen_s += multiply_s(needed * expert_bytes * 2 * WIDENED_COPIES, rates.memory_gb_per_s)
-        num_weights += unit.num_active * layout.block_rows * layout.num_parts * layout.hidden_size
+        if choose_strategy(layout) == "widen":
+            wide_bytes = layout.block_rows * layout.num_parts * layout.hidden_size * 4
+            widen_s += multiply_s(needed * wide_bytes * WIDENED_COPIES, rates.memory_gb_per_s)
+        num_weights += unit.num_active * layout.num_weights // unit.num_blocks
     compute_s = gemm_s(num_weights, num_tokens, rates.gemm_gflop_per_s) + num_chunks * widen_s
     return overlapped_s(num_chunks * read_s, compute_s, rates.overlap)

@@ -23,17 +23,24 @@ def outline(model_type: str, units: Iterable[Unit]) -> str:
     main = [_words(unit) for unit in units if unit.kind != "linear"]
     linears = sorted(_words(unit) for unit in units if unit.kind == "linear")
     groups = [f"{len(list(alike))} {words}" for named in (main, linears) for words, alike in groupby(named)]
-    return f"{model_type}, {units[0].layout.dtype}, " + ", ".join(groups)
+    encodings = dict.fromkeys(_encoding(unit) for unit in units)
+    return f"{model_type}, {' and '.join(encodings)}, " + ", ".join(groups)
+
+
+def _encoding(unit: Unit) -> str:
+    plain = unit.layout.plain
+    return unit.layout.encoding if plain is None else str(plain.dtype).removeprefix("torch.")
 
 
 def _words(unit: Unit) -> str:
     layout = unit.layout
+    written = "" if layout.plain else f" in {layout.encoding}"
     if unit.kind == "linear":
-        return f"linear layers of {layout.num_rows} x {layout.hidden_size}"
+        return f"linear layers of {layout.num_rows} x {layout.hidden_size}{written}"
     rows = f"{layout.num_rows} rows"
     if unit.kind == "experts":
         rows = f"{unit.num_blocks} experts ({unit.num_active} active) of {layout.block_rows} rows"
-    return f"layers of {rows} of {layout.num_parts} x {layout.hidden_size}"
+    return f"layers of {rows} of {layout.num_parts} x {layout.hidden_size}{written}"
 
 
 def outline_of_pack(manifest: Manifest) -> str:

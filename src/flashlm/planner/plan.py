@@ -60,7 +60,7 @@ class Candidate:
 
 def model_needs(shape: ModelShape, context: int) -> Needs:
     """Return what the model must hold before anything is pinned, predictors aside, in a process like this one."""
-    return measure_needs(shape.config, shape.units, resident_bytes=shape.resident_bytes, context=context)
+    return measure_needs(shape.config, shape.units, shape.dtype, resident_bytes=shape.resident_bytes, context=context)
 
 
 def make_plan(

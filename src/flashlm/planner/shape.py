@@ -18,14 +18,16 @@ from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
 from flashlm.pack.units import Unit, of_kind
 from flashlm.planner.outline import outline
-from flashlm.rows.layout import DTYPE_BYTES, LayerLayout, canonical_dtype
+from flashlm.rows.encodings import bytes_per_element
+from flashlm.rows.layout import LayerLayout, canonical_dtype
+from flashlm.rows.quantize import QUANTIZERS
 from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
 from flashlm.structure import activations
 from flashlm.structure.families import FfnLayer, build_meta_model
 from flashlm.structure.find_units import FoundUnit, LinearLayer, find_units
 from flashlm.structure.model_config import load_config, load_pack_config
-from flashlm.structure.unit_layouts import choose_layouts, streamed_names
+from flashlm.structure.unit_layouts import RowWriting, choose_layouts, streamed_names
 from flashlm.transformers_seam import Conv1D
 
 CONFIG_NAME = "config.json"
@@ -87,10 +89,12 @@ class ModelShape:
         model_type: The transformers model type.
         activation: That of its feed-forward layers or experts, by its name in `ACT2FN`.
         config: Its transformers config.
+        dtype: Element type of the pack's resident weights, like "bfloat16".
         units: What is streamed, in forward order.
         resident_bytes: Weights that stay in DRAM.
         matrix_bytes: Linear layers that every token is multiplied with, streamed or not, but for feed-forward layers and
             experts that are streamed as such; an embedding table that is only looked up is not.
+        matrix_weights: Their elements.
         num_matrices: How many these are.
         num_layers: Decoder layers.
         is_pack: Whether it is converted already.
@@ -102,9 +106,11 @@ class ModelShape:
     model_type: str
     activation: str
     config: Any
+    dtype: str
     units: tuple[Unit, ...]
     resident_bytes: int
     matrix_bytes: int
+    matrix_weights: int
     is_pack: bool
     num_matrices: int = 0
     num_layers: int
@@ -112,9 +118,9 @@ class ModelShape:
     hits: HitCurve = UNIFORM
 
     @property
-    def dtype(self) -> str:
-        """Element type of the pack, a key of `DTYPE_BYTES`."""
-        return self.units[0].layout.dtype
+    def quantised(self) -> tuple[str, ...]:
+        """Encodings of streamed weights that are not plain elements."""
+        return tuple(sorted({e.encoding.name for u in self.units for e in u.layout.placed if not e.encoding.is_plain}))
 
     @property
     def layouts(self) -> tuple[LayerLayout, ...]:
@@ -130,7 +136,11 @@ class ModelShape:
     def output_bytes(self) -> int:
         """Bytes of the output layer, which every token ends with."""
         text = self.config.get_text_config(decoder=True)
-        return int(text.vocab_size) * int(text.hidden_size) * DTYPE_BYTES[self.dtype]
+        num_rows, width = int(text.vocab_size), int(text.hidden_size)
+        last = self.units[-1].layout  # the output layer, where it is streamed
+        if self.units[-1].kind == "linear" and (last.num_rows, last.hidden_size) == (num_rows, width):
+            return num_rows * last.row_bytes
+        return num_rows * width * bytes_per_element(self.dtype)
 
     @property
     def outline(self) -> str:
@@ -148,12 +158,15 @@ class ModelShape:
         return self.resident_bytes + self.streamed_bytes
 
 
-def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bool = False) -> ModelShape:
+def read_shape(
+    source: str | Path, *, dtype: str = "bf16", quantize: str | None = None, trust_remote_code: bool = False
+) -> ModelShape:
     """Return the shape of a pack, a model folder, a config.json, or a model on the hub (its config only).
 
     Args:
         source: Which.
         dtype: Element type that a conversion would get; a pack has its own.
+        quantize: Encoding that a conversion would write rows in; a pack has its own.
         trust_remote_code: Run model code that comes with the source.
 
     Raises:
@@ -167,7 +180,10 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
     config = _read_config(source, trust_remote_code)
     dtype = canonical_dtype(dtype)
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    found = find_units(model, dtype_bytes=DTYPE_BYTES[dtype])
+    found = find_units(model, dtype_bytes=bytes_per_element(dtype))
+    if quantize is not None and quantize not in QUANTIZERS:
+        raise ConfigError(f"quantize is {quantize!r}: one of {', '.join(QUANTIZERS)} expected")
+    units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize))
     streamed = {name for each in found for name in streamed_names(each)}
     matrices = _matrices(model, _replaced(found))
     resident = sum(p.numel() for name, p in model.named_parameters() if name not in streamed)
@@ -176,9 +192,11 @@ def read_shape(source: str | Path, *, dtype: str = "bf16", trust_remote_code: bo
         model_type=config.model_type,
         activation=_activation(found),
         config=config,
-        units=choose_layouts(found, dtype),
-        resident_bytes=resident * DTYPE_BYTES[dtype],
-        matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[dtype],
+        dtype=dtype,
+        units=units,
+        resident_bytes=resident * bytes_per_element(dtype),
+        matrix_bytes=_matrix_bytes(matrices, units, dtype),
+        matrix_weights=sum(weight.numel() for weight in matrices),
         num_matrices=len(matrices),
         num_layers=_num_layers(config),
         is_pack=False,
@@ -192,6 +210,14 @@ def _activation(found: Iterable[FoundUnit]) -> str:
 def _replaced(found: Iterable[FoundUnit]) -> set[str]:
     """Return the names of weights that streamed feed-forward layers take the place of."""
     return {name for each in found if isinstance(each, FfnLayer) for name in streamed_names(each)}
+
+
+def _matrix_bytes(matrices: list[torch.Tensor], units: tuple[Unit, ...], dtype: str) -> int:
+    """Return the bytes of linear layers: of those that are streamed by their rows' encoding, of the others by `dtype`."""
+    element_bytes = bytes_per_element(dtype)
+    linears = [unit.layout for unit in of_kind(units, "linear")]
+    others = sum(weight.numel() for weight in matrices) - sum(layout.num_weights for layout in linears)
+    return others * element_bytes + sum(layout.num_rows * layout.row_bytes for layout in linears)
 
 
 def _num_layers(config: Any) -> int:
@@ -227,14 +253,17 @@ def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, spars
     replaced = tuple(f"{name}." for entry in manifest.ffns for name in (entry.module, *entry.identities))
     streamed = {name for name, _ in model.named_parameters() if name.startswith(replaced)}
     matrices = _matrices(model, streamed)
+    units = tuple(entry.unit for entry in manifest.units)
     return ModelShape(
         name=str(pack),
         model_type=manifest.model_type,
         activation=manifest.main.activation,
         config=model.config,
-        units=tuple(entry.unit for entry in manifest.units),
+        dtype=manifest.dtype,
+        units=units,
         resident_bytes=manifest.resident.num_bytes,
-        matrix_bytes=sum(weight.numel() for weight in matrices) * DTYPE_BYTES[manifest.dtype],
+        matrix_bytes=_matrix_bytes(matrices, units, manifest.dtype),
+        matrix_weights=sum(weight.numel() for weight in matrices),
         num_matrices=len(matrices),
         num_layers=_num_layers(model.config),
         is_pack=True,

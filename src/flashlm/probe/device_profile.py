@@ -59,7 +59,7 @@ class ProductRates(Strict):
     """How fast weights of one dtype are multiplied with.
 
     Attributes:
-        dtype: A key of `DTYPE_BYTES`.
+        dtype: Element type, like "bfloat16".
         matrix_gb_per_s: One token, resident matrices, one call each.
         block_up_gb_per_s, block_down_gb_per_s: One token, the up (or gate) and the down parts of rows in blocks; of the
             down parts those that fire, every second.

@@ -163,7 +163,7 @@ def _predictors(element: torch.dtype) -> list[Predictor]:
 def _gemm(dtype: str, weights: torch.Tensor) -> Callable[[], object]:
     """Return one block's product with many tokens, the way the engine makes it for this dtype."""
     block = weights[:BLOCK_ROWS, :HIDDEN]
-    if kernels.choose_strategy(dtype) == "native":
+    if kernels.choose_plain_strategy(weights.dtype) == "native":
         tokens = torch.randn(GEMM_TOKENS, HIDDEN).to(weights.dtype)
         return lambda: F.linear(tokens, block)
     wide, tokens = torch.empty(BLOCK_ROWS, HIDDEN), torch.randn(GEMM_TOKENS, HIDDEN)

@@ -19,7 +19,7 @@ from flashlm.pru.cell import PRUCell, State, two_parts
 from flashlm.pru.native_step import NativeWeights, is_served, run_native
 from flashlm.pru.recurrence import run_dense, run_grouped
 from flashlm.pru.shapes import Init, Split, Subsampling, check_choice, check_positive
-from flashlm.rows.kernels import choose_strategy
+from flashlm.rows.kernels import choose_plain_strategy
 
 Path = Literal["auto", "grouped", "folded", "native"]
 # Dense weights that a step of torch's loop makes up for folding, by the context's groups (up to as many), for batches of
@@ -347,13 +347,13 @@ def folding_pays(cell: PRUCell, x: torch.Tensor) -> bool:
 
 def emulates_16_bits(device_type: str) -> bool:
     """Whether autocast's products would be emulated: far slower than fp32 (docs/experiments.md)."""
-    return device_type == "cpu" and not _is_multiplied(str(torch.get_autocast_dtype("cpu")))
+    return device_type == "cpu" and not _is_multiplied(torch.get_autocast_dtype("cpu"))
 
 
 # torch.compile can't look into the processor's flags
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_multiplied(dtype: str) -> bool:
-    return choose_strategy(dtype.removeprefix("torch.")) == "native"
+def _is_multiplied(dtype: torch.dtype) -> bool:
+    return choose_plain_strategy(dtype) == "native"
 
 
 def _with_batch(state: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,15 @@ class Encoding:
     code: int
     dtype: torch.dtype | None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether an element stands for itself, as in a tensor of torch's."""
+        return self.dtype is not None
+
+    def fits(self, num_elements: int) -> bool:
+        """Return whether so many elements are whole groups."""
+        return num_elements % self.group_elements == 0
+
     def bytes_of(self, num_elements: int) -> int:
         """Return the bytes of so many elements.
 
@@ -64,3 +73,8 @@ def encoding_of(dtype: torch.dtype | str) -> Encoding:
     if found is None:
         raise ConfigError(f"rows must be bfloat16, float16 or float32, got {dtype}")
     return found
+
+
+def bytes_per_element(dtype: str) -> int:
+    """Return the bytes of an element of a pack's dtype, like "bfloat16"."""
+    return encoding_of(dtype).group_bytes

@@ -16,7 +16,8 @@ from typing import Literal, TypeVar
 import torch
 
 from flashlm import _native
-from flashlm._native import RowBlock, SlotRef
+from flashlm._native import RowBlock, RowFormat, SlotRef
+from flashlm.rows.layout import LayerLayout
 
 __all__ = [
     "MAX_TOKENS",
@@ -24,10 +25,12 @@ __all__ = [
     "GroupTable",
     "ProductTable",
     "RowBlock",
+    "RowFormat",
     "SlotRef",
     "Strategy",
     "accumulate",
     "accumulate_blocks",
+    "choose_plain_strategy",
     "choose_strategy",
     "linear",
     "matrix_rows",
@@ -35,6 +38,7 @@ __all__ = [
     "one_torch_thread",
     "project",
     "project_blocks",
+    "rows_at",
     "widen",
 ]
 
@@ -45,12 +49,18 @@ Strategy = Literal["native", "widen"]
 T = TypeVar("T")
 
 
-def choose_strategy(dtype: str) -> Strategy:
-    """Return the faster way for rows of `dtype` on this processor."""
-    if dtype == "float32":
+def choose_strategy(layout: LayerLayout) -> Strategy:
+    """Return the faster way through matrix products for rows of `layout` on this processor."""
+    plain = layout.plain
+    return "widen" if plain is None or plain.dtype is None else choose_plain_strategy(plain.dtype)
+
+
+def choose_plain_strategy(dtype: torch.dtype) -> Strategy:
+    """Return the faster way through matrix products for plain elements on this processor."""
+    if dtype == torch.float32:
         return "native"
     multiplies_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "native" if dtype == "bfloat16" and multiplies_bf16 else "widen"
+    return "native" if dtype == torch.bfloat16 and multiplies_bf16 else "widen"
 
 
 def one_torch_thread() -> AbstractContextManager[None]:
@@ -88,6 +98,21 @@ def _find_thread_settings() -> tuple[int, int, int]:
 
 
 _THREAD_SETTINGS = _find_thread_settings()  # not a cached function: torch.compile warns of those
+
+
+def rows_at(layout: LayerLayout, place: SlotRef, num_rows: int, slots: torch.Tensor | None = None) -> RowBlock:
+    """Return rows of a streamed layer that lie in a slab.
+
+    Args:
+        layout: The layer's geometry.
+        place: Where row 0 is.
+        num_rows: How many: as many as `slots` has.
+        slots: Which rows, by position from `place` on: int32 (num_rows,), contiguous. None: all, in order.
+
+    Raises:
+        ConfigError: A row ends beyond the memory.
+    """
+    return RowBlock(place, num_rows, layout.format, slots)
 
 
 def matrix_rows(matrix: torch.Tensor, *, num_parts: int = 1, slots: torch.Tensor | None = None) -> RowBlock:

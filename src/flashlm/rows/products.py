@@ -1,10 +1,11 @@
 """Matrix products over one block of rows, for many tokens at once (prefill).
 
-Two ways, chosen by dtype and processor, both summing over blocks in fp32:
+Two ways, chosen by encoding and processor, both summing over blocks in fp32:
 
 * `native`: torch's product in bf16 straight on the rows. Only where the processor multiplies bf16 (AVX-512-BF16, AMX);
-* `widen`: the block's parts are copied to fp32 and multiplied there. Elsewhere torch's products in 16 bits are several
-  times slower than this (bf16 without AVX-512: 21 against 80 GFLOP/s; fp16 through strided rows: 0.6).
+* `widen`: the block's parts are copied to fp32 and multiplied there. So are encodings that torch does not know; and where
+  the processor does not multiply 16 bits, torch's products of these are several times slower (bf16 without AVX-512: 21
+  against 80 GFLOP/s; fp16 through strided rows: 0.6).
 """
 
 from __future__ import annotations
@@ -13,24 +14,20 @@ import torch
 from torch.nn import functional as F
 
 from flashlm.rows import kernels
-from flashlm.rows.encodings import encoding_of
-from flashlm.rows.kernels import Strategy, choose_strategy
-from flashlm.rows.layout import DTYPE_BYTES, LayerLayout
+from flashlm.rows.kernels import choose_strategy
+from flashlm.rows.layout import LayerLayout
 
 
 class BlockGemm:
     """Products of tokens with the parts of a block.
 
     Args:
-        dtype: Element type of the rows, a key of `DTYPE_BYTES`.
-        strategy: How to multiply; None chooses.
+        dtype: That of the rows and of the products on them as they lie; None: parts are widened to fp32.
     """
 
-    def __init__(self, dtype: str, strategy: Strategy | None = None) -> None:
-        self.strategy: Strategy = strategy or choose_strategy(dtype)
-        self._dtype = getattr(torch, dtype)
-        self._code = encoding_of(dtype).code
-        self._compute_dtype = self._dtype if self.strategy == "native" else torch.float32
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self._compute_dtype = dtype or torch.float32
         self._scratch = torch.empty(0, dtype=torch.float32)
 
     def prepare(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -42,28 +39,18 @@ class BlockGemm:
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Return the block's gate (or None), up and down parts, each (num_rows, hidden_size), as views or widened."""
         views = (
-            self._views(layout, place, num_rows)
-            if self.strategy == "native"
-            else self._widened(layout, place, num_rows)
+            self._widened(layout, place, num_rows)
+            if self.dtype is None
+            else _views(layout, place, num_rows, self.dtype)
         )
         return (views[0] if layout.has_gate else None), views[-2], views[-1]
-
-    def _views(self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int) -> list[torch.Tensor]:
-        itemsize = DTYPE_BYTES[layout.dtype]
-        memory = torch.from_numpy(place.numpy(num_rows * layout.row_stride_bytes))
-        rows = memory.view(self._dtype).view(num_rows, layout.row_stride_bytes // itemsize)
-        return [
-            rows[:, part * layout.hidden_size : (part + 1) * layout.hidden_size] for part in range(layout.num_parts)
-        ]
 
     def _widened(self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int) -> list[torch.Tensor]:
         needed = layout.num_parts * num_rows * layout.hidden_size
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed, dtype=torch.float32)
         parts = self._scratch[:needed].view(layout.num_parts, num_rows, layout.hidden_size)
-        rows = kernels.RowBlock(
-            place, num_rows, layout.row_stride_bytes, layout.hidden_size, self._code, layout.num_parts
-        )
+        rows = kernels.rows_at(layout, place, num_rows)
         for part in range(layout.num_parts):
             kernels.widen(rows, part, parts[part])
         return list(parts)
@@ -79,3 +66,21 @@ class BlockGemm:
             output.addmm_(hidden, part)
         else:
             output += hidden.to(self._compute_dtype) @ part
+
+
+class Gemms:
+    """The products of a model's units: each by the way that suits its encodings, all that widen with one scratch."""
+
+    def __init__(self) -> None:
+        self._made: dict[torch.dtype | None, BlockGemm] = {}
+
+    def of(self, layout: LayerLayout) -> BlockGemm:
+        """Return the products for rows of `layout`."""
+        dtype = layout.plain.dtype if layout.plain and choose_strategy(layout) == "native" else None
+        return self._made.setdefault(dtype, BlockGemm(dtype))
+
+
+def _views(layout: LayerLayout, place: kernels.SlotRef, num_rows: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    memory = torch.from_numpy(place.numpy(num_rows * layout.row_stride_bytes))
+    rows = memory.view(num_rows, layout.row_stride_bytes)
+    return [rows[:, part.offset_bytes : part.offset_bytes + part.num_bytes].view(dtype) for part in layout.placed]

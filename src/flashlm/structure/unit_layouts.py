@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from flashlm.pack.units import Unit
+from flashlm.rows.encodings import ENCODINGS, encoding_of
 from flashlm.rows.layout import (
-    DTYPE_BYTES,
     MATRIX,
     MAX_BLOCK_BYTES,
     LayerLayout,
+    Part,
+    bytes_of_row,
     choose_block_rows,
     choose_matrix_rows,
     ffn_parts,
+    matrix_row_step,
+    same_encoding,
 )
 from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer
@@ -28,56 +33,88 @@ def streamed_names(found: FoundUnit) -> tuple[str, ...]:
     return tuple(source.name for source in (*found.parts, *found.biases.values()))
 
 
-def ffn_block_rows(layers: Sequence[FfnLayer], dtype: str) -> int:
-    """Return the rows per block of a model's feed-forward layers: the same for all of them, chosen for the largest."""
-    largest = max(layers, key=lambda layer: layer.num_rows)
-    return choose_block_rows(
-        hidden_size=largest.hidden_size, num_rows=largest.num_rows, has_gate=largest.has_gate, dtype=dtype
-    )
+@dataclass(frozen=True, kw_only=True)
+class RowWriting:
+    """How a conversion writes rows.
+
+    Attributes:
+        dtype: Element type of the pack, like "bfloat16": of rows that stay plain.
+        quantize: Encoding of the others; None: all stay plain.
+    """
+
+    dtype: str
+    quantize: str | None = None
+
+    def encoding_of(self, found: FoundUnit) -> str:
+        """Return the encoding that all parts of a unit's rows get: what does not fit the quantised one stays plain."""
+        plain = encoding_of(self.dtype).name
+        if self.quantize is None or not ENCODINGS[self.quantize].fits(part_width(found)):
+            return plain
+        if isinstance(found, LinearLayer):
+            row_bytes = bytes_of_row((self.quantize,), found.num_inputs)
+            if matrix_row_step(row_bytes) * row_bytes > MAX_BLOCK_BYTES:
+                return plain
+        return self.quantize
 
 
-def choose_layouts(found: Sequence[FoundUnit], dtype: str, block_rows: int | None = None) -> tuple[Unit, ...]:
-    """Return the units that a conversion to `dtype` makes of what was found, in the same order.
+def part_width(found: FoundUnit) -> int:
+    """Return the elements of each part of a unit's rows."""
+    return found.num_inputs if isinstance(found, LinearLayer) else found.hidden_size
+
+
+def choose_layouts(found: Sequence[FoundUnit], writing: RowWriting, block_rows: int | None = None) -> tuple[Unit, ...]:
+    """Return the units that a conversion makes of what was found, in the same order.
 
     Args:
         found: Feed-forward layers or experts, and linear layers.
-        dtype: Element type, a key of `DTYPE_BYTES`.
-        block_rows: Rows per block of feed-forward layers; None chooses.
+        writing: How rows are written.
+        block_rows: Rows per block of feed-forward layers; None chooses: the same for all of them, for the largest.
     """
     ffns = [each for each in found if isinstance(each, FfnLayer)]
     if ffns and block_rows is None:
-        block_rows = ffn_block_rows(ffns, dtype)
-    layouts = [_ffn_layout(each, dtype, block_rows or 0) for each in ffns]
+        largest = max(ffns, key=lambda layer: layer.num_rows)
+        row_bytes = bytes_of_row(_encodings(largest, writing), largest.hidden_size)
+        block_rows = choose_block_rows(num_rows=largest.num_rows, row_bytes=row_bytes)
+    layouts = [_ffn_layout(each, writing, block_rows or 0) for each in ffns]
     # The blocks of matrices fill the staging slots that those of feed-forward layers need.
     block_bytes = min(max((each.block_stride_bytes for each in layouts), default=MAX_BLOCK_BYTES), MAX_BLOCK_BYTES)
-    return tuple(_unit(each, dtype, block_rows or 0, block_bytes) for each in found)
+    return tuple(_unit(each, writing, block_rows or 0, block_bytes) for each in found)
 
 
-def _unit(found: FoundUnit, dtype: str, block_rows: int, block_bytes: int) -> Unit:
+def _encodings(found: FoundUnit, writing: RowWriting) -> tuple[str, ...]:
+    return same_encoding(writing.encoding_of(found), _parts(found))
+
+
+def _parts(found: FoundUnit) -> tuple[Part, ...]:
+    return MATRIX if isinstance(found, LinearLayer) else ffn_parts(has_gate=found.has_gate)
+
+
+def _unit(found: FoundUnit, writing: RowWriting, block_rows: int, block_bytes: int) -> Unit:
     if isinstance(found, FfnLayer):
-        return Unit.dense("ffn", _ffn_layout(found, dtype, block_rows))
+        return Unit.dense("ffn", _ffn_layout(found, writing, block_rows))
+    encodings = _encodings(found, writing)
     if isinstance(found, ExpertLayer):
         layout = LayerLayout(
             hidden_size=found.hidden_size,
             num_rows=found.num_experts * found.num_rows,
-            parts=ffn_parts(has_gate=found.has_gate),
-            dtype=dtype,
+            parts=_parts(found),
+            encodings=encodings,
             block_rows=found.num_rows,
         )
         return Unit(kind="experts", layout=layout, num_active=found.num_active)
-    row_bytes = found.num_inputs * DTYPE_BYTES[dtype]
+    row_bytes = bytes_of_row(encodings, found.num_inputs)
     rows = choose_matrix_rows(num_rows=found.num_outputs, row_bytes=row_bytes, block_bytes=block_bytes)
     layout = LayerLayout(
-        hidden_size=found.num_inputs, num_rows=found.num_outputs, parts=MATRIX, dtype=dtype, block_rows=rows
+        hidden_size=found.num_inputs, num_rows=found.num_outputs, parts=MATRIX, encodings=encodings, block_rows=rows
     )
     return Unit.dense("linear", layout)
 
 
-def _ffn_layout(layer: FfnLayer, dtype: str, block_rows: int) -> LayerLayout:
+def _ffn_layout(layer: FfnLayer, writing: RowWriting, block_rows: int) -> LayerLayout:
     return LayerLayout(
         hidden_size=layer.hidden_size,
         num_rows=layer.num_rows,
-        parts=ffn_parts(has_gate=layer.has_gate),
-        dtype=dtype,
+        parts=_parts(layer),
+        encodings=_encodings(layer, writing),
         block_rows=block_rows,
     )
