@@ -395,7 +395,7 @@ def main() -> None:
     document = {
         "mode": flash.mode,
         "reader": flash.reader.describe(),
-        "num_slots": flash.placement.num_slots,
+        "num_slots": flash.placement.num_slots or flash.placement.num_spare,
         "num_pinned": sum(each.num_pinned for each in flash.placement.dense),
         "num_reads_of_a_token": last.num_reads,
         "num_missed": last.miss_rows + last.miss_experts,

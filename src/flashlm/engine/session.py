@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Finish = Literal["length", "stop"]
+WAIT_S = 0.1  # of each wait for a step: so late Ctrl-C may be noticed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,12 +328,18 @@ class _Run(PassWatch):
         """
         while True:
             self._is_wanted.release()
-            given = self._given.get()
+            given = self._next_given()
             if isinstance(given, _Failure):
                 raise given.error
             if given is None:
                 return
             yield given
+
+    def _next_given(self) -> Step | _Failure | None:
+        """Wait for what `work` gives. A signal that comes just before a wait begins does not end it, so waits are short."""
+        while True:
+            with suppress(Empty):
+                return self._given.get(timeout=WAIT_S)
 
     def cancel(self) -> None:
         """Break off what runs; no step is wanted any more."""
