@@ -38,6 +38,7 @@ import torch
 
 import flashlm
 from flashlm.errors import BudgetError, FlashError
+from flashlm.memory.budget import MIN_STAGING_BLOCKS
 
 OWN = str(Path(flashlm.__file__).parent)
 HANG_S = 240  # without progress; a busy machine may need a minute for what takes a second
@@ -92,14 +93,21 @@ class Subject:
 
 
 def load_at_floor(pack: Path, mode: str) -> Any:
-    """Load with as little `dram` as is accepted: the floor moves with what the process weighs."""
+    """Load with as little `dram` as is accepted: the floor moves with what the process weighs, up and down."""
     dram = 1 << 20
-    for _ in range(30):
+    for _ in range(60):
         try:
-            return flashlm.load(pack, dram=dram, mode=None if mode == "experts" else mode, context=160)
+            model = flashlm.load(pack, dram=dram, mode=None if mode == "experts" else mode, context=160)
         except BudgetError as error:
             dram = error.needed_bytes + SLACK_BYTES
-    raise RuntimeError("no budget was large enough")
+            continue
+        placement = model.flash.placement
+        spare_slots = placement.num_slots - MIN_STAGING_BLOCKS
+        if spare_slots <= 0:
+            return model
+        dram -= spare_slots * placement.slot_bytes  # the process had become smaller
+        model.flash.close()
+    raise RuntimeError("no budget was the smallest")
 
 
 class Tripwire:

@@ -11,7 +11,7 @@ from flashlm.conversion.convert import convert
 from flashlm.conversion.verify import verify
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack.description import describe
-from flashlm.pack.manifest import RESIDENT_NAME, read_manifest
+from flashlm.pack.manifest import RESIDENT_NAME, manifest_path, read_manifest
 from flashlm.structure.families import build_meta_model, find_ffn_layers
 from tests import tiny_models
 from tests.models import FAMILIES, save_checkpoint, tiny_config
@@ -209,4 +209,14 @@ def test_unknown_model_type_is_refused(tmp_path: Path) -> None:
     config = tiny_config("llama").to_dict() | {"model_type": "nosuchmodel"}
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="nosuchmodel"):
+        convert(tmp_path / "source", tmp_path / "pack")
+
+
+def test_a_finished_pack_of_another_format_is_no_dead_end(tmp_path: Path) -> None:
+    """Its own advice, to convert again, would lead back to it."""
+    save_checkpoint(tmp_path / "source", "llama")
+    convert(tmp_path / "source", tmp_path / "pack")
+    path = manifest_path(tmp_path / "pack")
+    path.write_bytes(path.read_bytes().replace(b'"format_version": 4', b'"format_version": 3'))
+    with pytest.raises(ConfigError, match=r"choose another folder, or delete .*format version 3"):
         convert(tmp_path / "source", tmp_path / "pack")

@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import flashlm
 from flashlm.engine.forward_pass import running_pass
@@ -316,3 +322,54 @@ def test_two_threads_both_get_on(model: PreTrainedModel) -> None:
     assert sum(sums.values()) == model.flash.passes.totals.bytes_read - before
     first_end = min(len(order) - order[::-1].index(start) for start in expected)  # where the earlier one was done
     assert min(order[:first_end].count(start) for start in expected) >= 5
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["input_ids", "attention_mask", "position_ids", "inputs_embeds", "past_key_values", "return_dict_in_generate"],
+)
+def test_what_describes_prompt_and_cache_is_the_sessions(option: str, llama: PreTrainedModel) -> None:
+    """With another's the cache would be taken for that of the prompt, and the next answer be wrong."""
+    session = Session(llama)
+    with pytest.raises(ConfigError, match=option):
+        session.stream(PROMPT, **{option: torch.ones(1, 4)})
+    assert tokens(session.stream(PROMPT, max_new_tokens=3, **GREEDY)) == greedy(llama, PROMPT, 3)
+
+
+def test_a_callers_criteria_and_processors_join_the_sessions(llama: PreTrainedModel, tokenizer: Any) -> None:
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    expected = greedy(llama, PROMPT, 8)
+    word = tokenizer.decode(expected[1:2])
+    both = {"stopping_criteria": StoppingCriteriaList([Never()]), "logits_processor": LogitsProcessorList([])}
+    session = Session(llama, tokenizer)
+    steps = list(session.stream(PROMPT, max_new_tokens=8, stop_strings=word, logprobs=True, **both, **GREEDY))
+    assert [step.token for step in steps] == expected[: expected.index(expected[1]) + 1]
+    assert steps[-1].finish == "stop"
+    assert all(step.logprob is not None for step in steps)
+
+
+@pytest.mark.parametrize("stop", ["", ("",), ("w3", "")])
+def test_an_empty_stop_string_is_refused(stop: Any, llama: PreTrainedModel, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="empty stop string"):
+        Session(llama, tokenizer).stream(PROMPT, stop_strings=stop)
+
+
+def test_an_interrupt_while_the_thread_starts_leaves_none_behind(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(llama)
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(session.stream(PROMPT, max_new_tokens=3, **GREEDY))
+    monkeypatch.undo()
+    assert not [thread for thread in threading.enumerate() if thread.name == "flashlm session"]
+    assert tokens(session.stream(PROMPT, max_new_tokens=3, **GREEDY)) == greedy(llama, PROMPT, 3)

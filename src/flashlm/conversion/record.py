@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from flashlm.documents import DocumentKind, Strict
-from flashlm.errors import ConfigError, StorageError
+from flashlm.errors import ConfigError, PackError, StorageError
 from flashlm.pack.manifest import FLASH_DIR, MAX_MANIFEST_BYTES, manifest_path, read_manifest
 from flashlm.storage.writer import is_temporary, sync_folder, write_error
 
@@ -128,7 +128,11 @@ def only_one(pack: Path) -> Iterator[None]:
 
 
 def _check_finished(pack: Path, fingerprint: str) -> None:
-    if read_manifest(pack).source.fingerprint != fingerprint:
+    try:
+        found = read_manifest(pack).source.fingerprint
+    except PackError as error:  # "convert again" would lead here again
+        raise ConfigError(f"choose another folder, or delete {pack}, which can't be converted over: {error}") from error
+    if found != fingerprint:
         raise ConfigError(
             f"{pack} is a finished pack of another source or with other settings: choose another folder, or delete it"
         )

@@ -54,6 +54,8 @@ class FlashLinear(StreamedModule, nn.Linear):
         """
         bound = self.flash_bound
         check_hidden_states(self, input)
+        if input.shape[-1] != self.in_features:
+            raise ConfigError(f"(..., {self.in_features}) expected, got {tuple(input.shape)}")
         way = choose_way(input, bound.dtype, widens=bound.widens)
         tokens = prepare(way, input.detach().reshape(-1, self.in_features))
         output = torch.empty(len(tokens), self.out_features, dtype=input.dtype)

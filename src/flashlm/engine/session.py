@@ -49,6 +49,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Finish = Literal["length", "stop"]
+# What a session says to `generate` itself: with others' the cache would not be of the tokens that it is taken for.
+_OWNED = frozenset(
+    {
+        "inputs", "input_ids", "attention_mask", "position_ids", "cache_position", "inputs_embeds", "past_key_values",
+        "token_type_ids", "return_dict_in_generate", "streamer",
+    }
+)  # fmt: skip
 WAIT_S = 0.1  # of each wait for a step: so late Ctrl-C may be noticed
 
 
@@ -120,7 +127,7 @@ class Session:
         prompt: Prompt,
         *,
         max_new_tokens: int = 64,
-        stop_strings: tuple[str, ...] = (),
+        stop_strings: str | Sequence[str] = (),
         logprobs: bool = False,
         **options: Any,
     ) -> Iterator[Step]:
@@ -130,17 +137,28 @@ class Session:
             prompt: The whole text so far (earlier turns too), the messages so far, or token ids. What of it the session's
                 cache holds is not computed again.
             max_new_tokens: Tokens to generate at most.
-            stop_strings: Text that ends the sequence.
+            stop_strings: Text, or several texts, that end the sequence.
             logprobs: Whether steps tell how probable their tokens are.
-            **options: Further arguments of transformers' `generate`.
+            **options: Further arguments of transformers' `generate`; a list of stopping criteria or logits processors is
+                added to the session's own. What describes the prompt or the cache is the session's.
 
         Raises:
-            ConfigError: At once: the prompt can't be encoded. With the first step: another stream of this session is open.
+            ConfigError: At once: the prompt can't be encoded, or an option is the session's own. With the first step:
+                another stream of this session is open.
             BudgetError, StorageError, PackError: From a step, as from `generate`. The session has forgotten its sequence
                 then, and is ready for a new prompt.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        if owned := sorted(_OWNED & options.keys()):
+            raise ConfigError(
+                f"{', '.join(owned)}: the session makes these itself, from the prompt; call generate for others"
+            )
+        if int(options.get("num_return_sequences") or 1) > 1:
+            raise ConfigError(f"num_return_sequences={options['num_return_sequences']}: a session is one sequence")
+        stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        if not all(stop_strings):
+            raise ConfigError("an empty stop string would end every text at once")
         if stop_strings and self._tokenizer is None:
             raise ConfigError("stop_strings need a tokenizer: make the session with one")
         ids = encode(self._tokenizer, prompt)
@@ -179,9 +197,11 @@ class Session:
         if self._thread is not None and self._thread.is_alive():
             raise ConfigError("another stream of this session is open: close it, or make a session of its own")
         run = _Run(len(ids), max_new_tokens, self._tokenizer, self.telemetry)
-        asked = (
-            self._arguments(ids, run, stop_strings, logprobs, options) | options | {"max_new_tokens": max_new_tokens}
-        )
+        own = self._arguments(ids, run, stop_strings, logprobs, options)
+        asked = own | options | {"max_new_tokens": max_new_tokens}
+        for name in ("stopping_criteria", "logits_processor"):  # ours first: scores are taken before the caller's cuts
+            if name in own and options.get(name) is not None:
+                asked[name] = type(own[name])([*own[name], *options[name]])
         # A daemon: it waits wherever the caller stopped asking, and must not keep the program from ending.
         self._thread = thread = threading.Thread(
             target=copy_context().run,
@@ -189,12 +209,13 @@ class Session:
             name="flashlm session",
             daemon=True,
         )
-        thread.start()
         try:
+            thread.start()
             yield from run.steps()
         finally:
             run.cancel()
-            if thread is not threading.current_thread():  # where the garbage collector closes this
+            # An interrupt may come before it has begun; the garbage collector may close this within it.
+            if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
 
     def _arguments(
@@ -208,8 +229,10 @@ class Session:
             "return_dict_in_generate": True,
         }
 
+        config = options.get("generation_config") or self._model.generation_config
+
         def chosen(name: str) -> Any:
-            return options.get(name) or getattr(self._model.generation_config, name, None)
+            return options.get(name) or getattr(config, name, None)
 
         run.is_one_sequence = max(chosen("num_beams") or 1, chosen("num_return_sequences") or 1) == 1
         run.is_drafted = bool(chosen("prompt_lookup_num_tokens") or chosen("assistant_model"))
