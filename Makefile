@@ -18,8 +18,8 @@ PARITY_TESTS := tests/test_transformers_seam.py tests/engine/test_transformers_w
 SANITIZE := .venv-sanitize
 # Of the engine's tests those that drive native code in ways of their own: reads in flight across a pass, row caches, experts,
 # interrupts, passes side by side. The others repeat these in Python, and the whole takes too long under a sanitizer.
-SANITIZED_ENGINE := stream sparse experts interrupts passes kv_pass linear ordering
-SANITIZED_TESTS := tests/native tests/rows tests/storage $(SANITIZED_ENGINE:%=tests/engine/test_%.py)
+SANITIZED_ENGINE := stream sparse experts interrupts passes kv_pass linear
+SANITIZED_TESTS := tests/native tests/rows tests/storage tests/calibration/test_ordering.py $(SANITIZED_ENGINE:%=tests/engine/test_%.py)
 # Both before anything else in the process, and in its children. Leaks are not looked for: the interpreter and torch leave
 # what they allocated for the process's life. Mixed ways of allocation are torch's. What is ours ends the process (CMakeLists.txt).
 SANITIZED_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \

@@ -43,3 +43,12 @@ def test_dependencies_are_what_the_package_imports() -> None:
     tools = names([each for group in PROJECT["dependency-groups"].values() for each in group if isinstance(each, str)])
     assert dependencies <= used <= dependencies | optional
     assert not dependencies & tools
+
+
+def test_the_makefiles_test_files_are_there() -> None:
+    """A file that has moved would end a whole run of tests with nothing run."""
+    text = (ROOT / "Makefile").read_text()
+    engine = re.search(r"^SANITIZED_ENGINE := (.*)$", text, re.MULTILINE)
+    assert engine is not None
+    named = re.findall(r"tests/[\w/]+\.py", text) + [f"tests/engine/test_{name}.py" for name in engine[1].split()]
+    assert [path for path in named if not (ROOT / path).exists()] == []
