@@ -12,6 +12,8 @@ from pathlib import Path
 
 import flashlm
 
+ROOT = Path(__file__).parents[1]
+
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 
