@@ -230,7 +230,7 @@ def _pack_shape(pack: Path, trust_remote_code: bool) -> ModelShape:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
-    return shape_of_model(model, pack, manifest, _pack_sparsity(pack, manifest))
+    return shape_of_model(model, pack, manifest, _pack_sparsity(pack, manifest), hits=_pack_hits(pack, manifest))
 
 
 def _pack_hits(pack: Path, manifest: Manifest) -> HitCurve:
@@ -247,8 +247,13 @@ def _pack_hits(pack: Path, manifest: Manifest) -> HitCurve:
     )
 
 
-def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, sparse: SparseShape | None) -> ModelShape:
-    """Return the shape of a pack whose model has been built, its feed-forward layers still in place."""
+def shape_of_model(
+    model: PreTrainedModel, pack: Path, manifest: Manifest, sparse: SparseShape | None, *, hits: HitCurve = UNIFORM
+) -> ModelShape:
+    """Return the shape of a pack whose model has been built, its feed-forward layers still in place.
+
+    `hits` counts in estimates only: loading, which makes none for experts, does without.
+    """
     # By the manifest, not by looking for FFNs again: that needs weights, and here they may be on the meta device.
     replaced = tuple(f"{name}." for entry in manifest.ffns for name in (entry.module, *entry.identities))
     streamed = {name for name, _ in model.named_parameters() if name.startswith(replaced)}
@@ -268,7 +273,7 @@ def shape_of_model(model: PreTrainedModel, pack: Path, manifest: Manifest, spars
         num_layers=_num_layers(model.config),
         is_pack=True,
         sparse=sparse,
-        hits=_pack_hits(pack, manifest),
+        hits=hits,
     )
 
 
