@@ -305,6 +305,9 @@ def test_embeddings_and_the_output_layer_take_adapters(family: str, whole_pack: 
         streamed = PeftModel.from_pretrained(_load(tiny.pack, **settings), tmp_path / name)
         _assert_close(_logits(streamed, tokens), theirs, _logits(reference.double(), tokens))
         reference.float()
+    streamed = PeftModel.from_pretrained(_load(tiny.pack), tmp_path / "plain")
+    with pytest.raises(ConfigError, match=r"can't be merged: model.embed_tokens is streamed"):
+        streamed.merge_adapter()
 
 
 def test_an_adapter_with_embeddings_of_its_own_leaves_streamed_ones_as_they_were(

@@ -97,7 +97,9 @@ def test_a_token_reads_every_unit_once_and_never_jumps(
     assert not restarts
     record = model.flash.telemetry.records[-1]
     misses_bytes = record.miss_experts * model.flash.placement.expert_bytes
-    row_bytes = record.bytes_read - model.flash.placement.ring_bytes - misses_bytes  # of embeddings, as far as a read is
+    row_bytes = (
+        record.bytes_read - model.flash.placement.ring_bytes - misses_bytes
+    )  # of embeddings, as far as a read is
     assert 0 < row_bytes <= 2 * 4096
 
 
