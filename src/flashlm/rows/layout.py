@@ -177,6 +177,11 @@ class LayerLayout:
         """Whether the parts of a block lie whole, so that no row lies by itself."""
         return self.arrangement == "block"
 
+    @property
+    def down_group(self) -> int:
+        """What cuts between neurons are multiples of: the groups of a `down` that lies whole."""
+        return ENCODINGS[self.encodings[-1]].group_elements if self.is_by_block else 1
+
     @cached_property
     def whole_block(self) -> tuple[BlockPart, ...]:
         """Where the parts of a block of `block_rows` lie; arrangement `block`."""
