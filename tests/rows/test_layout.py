@@ -25,7 +25,7 @@ from flashlm.rows.layout import (
 SHAPES = {
     "num_rows": st.integers(1, 70_000),
     "parts": st.sampled_from([GATED, UNGATED, MATRIX]),
-    "hidden_size": st.integers(1, 600).map(lambda groups: 32 * groups),
+    "hidden_size": st.integers(1, 80).map(lambda groups: 256 * groups),
     "encodings": st.lists(st.sampled_from(sorted(ENCODINGS)), min_size=3, max_size=3).map(tuple),
 }
 
@@ -92,7 +92,7 @@ def test_chosen_blocks_are_of_a_size_to_stream(**shape) -> None:
 
 @given(
     num_rows=st.integers(1, 200_000),
-    num_inputs=st.integers(1, 600).map(lambda groups: 32 * groups),
+    num_inputs=st.integers(1, 80).map(lambda groups: 256 * groups),
     encoding=st.sampled_from(sorted(ENCODINGS)),
     block_bytes=st.sampled_from([1 << 16, MAX_BLOCK_BYTES]),
 )

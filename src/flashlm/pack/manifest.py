@@ -41,7 +41,23 @@ MAX_DIMENSION = 1 << 24
 MAX_MANIFEST_BYTES = 64 << 20
 CONFIG_NAME = "config.json"
 
-EncodingName = Literal["bf16", "fp16", "fp32", "q8_0"]
+EncodingName = Literal[
+    "bf16",
+    "fp16",
+    "fp32",
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+    "iq4_nl",
+    "iq4_xs",
+    "mxfp4",
+    "fp8_block",
+]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
 SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+(/[^/\\\x00]+)*$", max_length=255)]
@@ -61,7 +77,7 @@ class UnitEntry(Strict):
         hidden_size: Elements of each part of a row: d_model; what experts take and give; a linear layer's inputs.
         num_rows: Neurons of a feed-forward layer (d_ffn), or of all experts; a linear layer's outputs.
         parts: What a row is made of, in order.
-        encodings: Of each part, how its elements are written: "bf16", "fp16", "fp32" or "q8_0".
+        encodings: Of each part, how its elements are written.
         block_rows: Rows per block: the neurons of an expert in a layer of experts.
         row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout.
         num_active: Blocks that a token uses: all, but a few of a layer of experts.
