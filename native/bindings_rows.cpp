@@ -328,17 +328,18 @@ void check_blocks(const std::vector<const RowBlock*>& blocks, const Array& vecto
 
 void project_blocks(nb::handle x, const std::vector<const RowBlock*>& blocks, size_t part, nb::handle out,
                     const std::vector<nb::handle>& biases) {
-    const Array token(x, "x"), outputs(out, "out");
-    check_blocks(blocks, token, 1, outputs);
-    const size_t num_rows = blocks.front()->num_rows();
+    const Array tokens(x, "x"), outputs(out, "out");
+    const bool is_shared = tokens.num_dims() != 2 || tokens.size(0) == 1;  // else each block has a token of its own
+    check_blocks(blocks, tokens, is_shared ? 1 : blocks.size(), outputs);
+    const size_t num_rows = blocks.front()->num_rows(), step = is_shared ? 0 : blocks.front()->width();
     if (!biases.empty() && biases.size() != blocks.size()) {
         throw Refused(to_string(biases.size()) + " biases for " + to_string(blocks.size()) + " blocks");
     }
     std::vector<ProjectArgs> products;
     products.reserve(blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i) {
-        products.push_back({blocks[i]->part(part), token.data<const float>(), 1, outputs.data<float>() + i * num_rows,
-                            num_rows, biases.empty() ? nullptr : checked_bias(biases[i], num_rows)});
+        products.push_back({blocks[i]->part(part), tokens.data<const float>() + i * step, 1,
+                            outputs.data<float>() + i * num_rows, num_rows, biases.empty() ? nullptr : checked_bias(biases[i], num_rows)});
     }
     nb::gil_scoped_release release;
     run_projects(blocks.front()->encoding(part), products.data(), products.size());
@@ -517,7 +518,7 @@ void bind_rows(nb::module_& m) {
     m.def("quantize_q8_0", &quantize_rows, "source"_a, "target"_a, "target[r] = source[r] as q8_0");
     m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "out[t, r] = x[t] . weight[r] (+ bias[r])");
     m.def("project_blocks", &project_blocks, "x"_a, "blocks"_a, "part"_a, "out"_a, "biases"_a,
-          "out[b, r] = x . row[r].part (+ bias[r]) of several blocks, in one job");
+          "out[b, r] = x or x[b] . row[r].part (+ bias[r]) of several blocks, in one job");
     m.def("accumulate_blocks", &accumulate_blocks, "h"_a, "blocks"_a, "y"_a,
           "y[b] += sum over r of h[b, r] * row[r].down of several blocks, in one job");
     nb::class_<ProductTable>(m, "ProductTable")

@@ -8,6 +8,7 @@ namespace flashlm {
 namespace {
 
 #include "../simd/avx512.inc"
+#include "../simd/bytes_avx2.inc"
 #include "../simd/elements.inc"
 #include "codecs.inc"
 #include "row_kernels.inc"

@@ -5,6 +5,7 @@ namespace flashlm {
 namespace {
 
 #include "../simd/generic.inc"
+#include "../simd/bytes_pair.inc"
 #include "../simd/elements.inc"
 #include "codecs.inc"
 #include "row_kernels.inc"

@@ -8,6 +8,7 @@ namespace flashlm {
 namespace {
 
 #include "../simd/neon.inc"
+#include "../simd/bytes_pair.inc"
 #include "../simd/elements.inc"
 #include "codecs.inc"
 #include "row_kernels.inc"

@@ -264,9 +264,10 @@ def _unit_entry(file: StreamedFile, checksums: tuple[str, ...]) -> UnitEntry:
         hidden_size=layout.hidden_size,
         num_rows=layout.num_rows,
         parts=layout.parts,
-        encodings=layout.encodings,  # type: ignore[arg-type]  # the layout has checked them
+        encodings=layout.encodings,
         block_rows=layout.block_rows,
-        row_stride_bytes=layout.row_stride_bytes,
+        arrangement=layout.arrangement,
+        row_stride_bytes=None if layout.is_by_block else layout.row_stride_bytes,
         block_stride_bytes=layout.block_stride_bytes,
         num_active=file.unit.num_active,
         activation=activation,

@@ -36,6 +36,7 @@ from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.layout import LayerLayout, round_up
+from flashlm.rows.neurons import neurons_at
 from flashlm.rows.products import BlockGemm
 
 ACTIVATION_STEP = 64  # a multiple of what torch takes at a time with any instruction set
@@ -315,21 +316,21 @@ class FlashFFN(StreamedModule):
         """Add what a run of blocks gives to `share.output` by row kernels; `tokens` are its own, fp32."""
         layout = self.layout
         span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
-        rows = kernels.rows_at(layout, run.place, len(span))
+        neurons = neurons_at(layout, run.place, len(span))
         parts = tiles(len(tokens))
         hidden = torch.empty(len(tokens), len(span), dtype=torch.float32)
         for part in parts:
             some = _cut(tokens, part)
-            kernels.project(some, rows, layout.num_parts - 2, _cut(hidden, part), _part(bound.up_bias, span))
+            neurons.project(some, layout.num_parts - 2, _cut(hidden, part), _part(bound.up_bias, span))
         gate = None
         if layout.has_gate:
             gate = torch.empty(len(tokens), len(span), dtype=torch.float32)
             for part in parts:
-                kernels.project(_cut(tokens, part), rows, 0, _cut(gate, part), _part(bound.gate_bias, span))
+                neurons.project(_cut(tokens, part), 0, _cut(gate, part), _part(bound.gate_bias, span))
         with kernels.one_torch_thread():  # torch's threads cut a tensor in other places for every size
             hidden = self._activate(hidden, gate, span, tokens, allowed, share.adapters)
-        for part in parts:
-            kernels.accumulate(_cut(hidden, part), rows, _cut(share.output, part))
+            for part in parts:
+                neurons.accumulate(_cut(hidden, part), _cut(share.output, part))
 
     def _add_by_products(
         self,

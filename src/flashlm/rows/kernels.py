@@ -17,7 +17,7 @@ import torch
 
 from flashlm import _native
 from flashlm._native import RowBlock, RowFormat, SlotRef
-from flashlm.rows.layout import LayerLayout
+from flashlm.rows.layout import BlockPart, LayerLayout
 
 __all__ = [
     "MAX_TOKENS",
@@ -36,6 +36,7 @@ __all__ = [
     "matrix_rows",
     "on_one_torch_thread",
     "one_torch_thread",
+    "part_at",
     "project",
     "project_blocks",
     "rows_at",
@@ -113,6 +114,19 @@ def rows_at(layout: LayerLayout, place: SlotRef, num_rows: int, slots: torch.Ten
         ConfigError: A row ends beyond the memory.
     """
     return RowBlock(place, num_rows, layout.format, slots)
+
+
+def part_at(part: BlockPart, block: SlotRef) -> RowBlock:
+    """Return a part, or a piece of one, of a block that lies in a slab, as rows of one part.
+
+    Args:
+        part: Where it lies in the block.
+        block: Where the block begins.
+
+    Raises:
+        ConfigError: A row ends beyond the memory.
+    """
+    return RowBlock(block.at(part.offset_bytes), part.num_rows, part.format, None)
 
 
 def matrix_rows(matrix: torch.Tensor, *, num_parts: int = 1, slots: torch.Tensor | None = None) -> RowBlock:
@@ -196,7 +210,7 @@ def project_blocks(
     """Write out[b, r] = x · row[r].part (+ bias[r]) for several blocks in one job, with the bits that `project` gives.
 
     Args:
-        x: fp32 (1, width), contiguous.
+        x: fp32 (1, width), contiguous, for all; or (number of blocks, width), x[b] for each.
         blocks: Of one encoding and shape, and without slots.
         part: Index of the part within a row.
         out: fp32 (number of blocks, num_rows), contiguous.
