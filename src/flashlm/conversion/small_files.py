@@ -63,6 +63,11 @@ class SmallFiles:
     kept: tuple[str, ...]
     left_out: dict[str, str]
 
+    @classmethod
+    def none(cls) -> SmallFiles:
+        """Return that there are none."""
+        return cls(kept=(), left_out={})
+
     def lines(self) -> list[str]:
         """Return what was left out as one line for each reason."""
         by_reason: dict[str, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ from flashlm.pack.pack_config import (
 from flashlm.structure import activations
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(folder: Path, *, trust_remote_code: bool = False, quantised: Collection[str] = ()) -> PreTrainedConfig:
     """Return the model's config.
+
+    Args:
+        folder: Of the model.
+        trust_remote_code: Run code that comes with it.
+        quantised: Ways in which its weights may be quantised, as transformers calls them.
 
     Raises:
         PackError: No config.json, a damaged one, or one of a quantized model or of a pack; or a tokenizer file is none.
@@ -31,8 +37,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     """
     raw = read_config(folder)
     quantized = raw.get("quantization_config")
-    if isinstance(quantized, dict):
-        method = quantized.get("quant_method")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    if quantized is not None and method not in quantised:
         what = "already a flashlm pack" if method == QUANT_METHOD else f"already quantized ({method})"
         raise PackError(f"{folder} is {what}: convert the model it was made from")
     check_counts(raw, folder / CONFIG_NAME)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,9 @@ _MAX_KEPT = 4096  # elements of an array of numbers; longer ones, and those of t
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SPLIT = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+# Parts of a model that are no language model: what sees or hears, importance matrices.
+_BESIDE = re.compile(r"^mmproj|mmproj[-.]|imatrix", re.IGNORECASE)
 
 # Types of metadata by number: what struct calls them. 8 is text, 9 an array.
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -147,10 +150,10 @@ def read_gguf_header(path: Path) -> GgufHeader:
     return _checked(_joined(parts, path))
 
 
-def is_split_part(name: str) -> bool:
-    """Return whether a file's name is that of a part of a split model, but not of the first."""
-    found = _SPLIT.match(name)
-    return found is not None and int(found["number"]) > 1
+def models_among(names: Iterable[str]) -> list[str]:
+    """Return the GGUF files among `names`, of split models the first one; parts for other programs aside."""
+    files = sorted(name for name in names if name.endswith(SUFFIX) and not _BESIDE.search(name.rpartition("/")[2]))
+    return [name for name in files if (found := _SPLIT.match(name)) is None or int(found["number"]) == 1]
 
 
 def files_of(name: str) -> list[str]:
@@ -263,9 +266,13 @@ class _Reader:
 
     def _wrong_version(self, version: int) -> PackError:
         if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *_VERSIONS):
-            return PackError(f"{self._path} is a big-endian GGUF file: convert it to little-endian, with gguf-convert-endian")
+            return PackError(
+                f"{self._path} is a big-endian GGUF file: convert it to little-endian, with gguf-convert-endian"
+            )
         versions = " and ".join(map(str, _VERSIONS))
-        return PackError(f"{self._path} is of GGUF version {version}, {versions} are read: make it again with llama.cpp")
+        return PackError(
+            f"{self._path} is of GGUF version {version}, {versions} are read: make it again with llama.cpp"
+        )
 
     def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._text("the name of a tensor", _MAX_NAME_BYTES)
@@ -300,9 +307,7 @@ class _Reader:
                 )
             if offset % alignment:
                 raise self._damaged(f"{name} lies at {offset}, no multiple of {alignment}")
-            tensors[name] = GgufTensor(
-                name=name, path=self._path, type=found, shape=shape, offset=data_start + offset
-            )
+            tensors[name] = GgufTensor(name=name, path=self._path, type=found, shape=shape, offset=data_start + offset)
         ordered = sorted(tensors.values(), key=lambda each: each.offset)
         for before, after in pairwise(ordered):
             if before.offset + before.num_bytes > after.offset:
@@ -343,7 +348,7 @@ class _Reader:
         return list(struct.unpack(f"<{count}{_NUMBERS[kind][1]}", self._take(count * size, f"metadata {key}")))
 
     def _count(self, most: int, what: str, smallest: int) -> int:
-        count = self._number("<Q", f"the number of {what}")
+        count: int = self._number("<Q", f"the number of {what}")
         if count > most or count * smallest > self._num_bytes:
             raise self._damaged(f"it says that it holds {count} {what}")
         return count

@@ -203,9 +203,7 @@ FAMILIES: dict[str, GgufFamily] = {
     "qwen3moe": GgufFamily(whole=_WHOLE, layer=_LLAMA | _HEAD_NORMS | {"ffn_gate_inp": "mlp.gate"}),
     "minimax-m2": GgufFamily(
         whole=_WHOLE,
-        layer=_LLAMA
-        | _HEAD_NORMS
-        | {"ffn_gate_inp": "mlp.gate", "exp_probs_b.bias": "mlp.e_score_correction_bias"},
+        layer=_LLAMA | _HEAD_NORMS | {"ffn_gate_inp": "mlp.gate", "exp_probs_b.bias": "mlp.e_score_correction_bias"},
     ),
     "gpt-oss": GgufFamily(
         whole=_WHOLE,

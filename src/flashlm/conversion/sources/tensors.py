@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -149,18 +148,18 @@ class ForeignTensor(StoredTensor):
     """One in a type that only the `gguf` package decodes: it can't be kept as it is.
 
     Attributes:
-        ggml_type: The type's number.
+        ggml_type: Its name there.
     """
 
-    ggml_type: int
+    ggml_type: str
 
     def _decode(self, encoded: torch.Tensor) -> torch.Tensor:
         try:
             from gguf import GGMLQuantizationType
             from gguf.quants import dequantize
 
-            found = dequantize(encoded.numpy(), GGMLQuantizationType(self.ggml_type))
-        except (ImportError, NotImplementedError, ValueError) as error:
+            found = dequantize(encoded.numpy(), GGMLQuantizationType[self.ggml_type])
+        except (ImportError, NotImplementedError, ValueError, KeyError) as error:
             raise UnsupportedModelError(
                 f"{self.path} holds {self.name} in {self.encoding.upper()}, which the installed gguf can't decode: take a"
                 f" file in another type, or `pip install --upgrade gguf` ({error})"
@@ -221,11 +220,14 @@ def _typed(encoded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class RowsRead:
     """Rows of several tensors on their way into one buffer; ranges that two of them share are read once."""
 
-    NOTHING: ClassVar[tuple[()]] = ()
-
     def __init__(self, wanted: Sequence[tuple[EncodedTensor, range]]) -> None:
         self._wanted = [(entry, rows, entry.ranges(rows)) for entry, rows in wanted]
         self._ranges = tuple(dict.fromkeys(each for *_, ranges in self._wanted for each in ranges))
+
+    @property
+    def is_one_piece(self) -> bool:
+        """Whether what is read is what `read` returns, without a copy."""
+        return len(self._ranges) == 1 and all(getattr(entry, "order", None) is None for entry, *_ in self._wanted)
 
     @property
     def room_bytes(self) -> int:
