@@ -31,7 +31,9 @@ def random_matrix(name: str, num_rows: int, width: int, random: np.random.Genera
     if encoding.dtype is not None:
         values = torch.from_numpy(random.standard_normal((num_rows, width)) * SPREAD).to(encoding.dtype)
         return values.view(torch.uint8).numpy(), values.float()
-    groups = random.integers(0, 256, (num_rows * width // encoding.group_elements, encoding.group_bytes), dtype=np.uint8)
+    groups = random.integers(
+        0, 256, (num_rows * width // encoding.group_elements, encoding.group_bytes), dtype=np.uint8
+    )
     scales = random.choice([-1.0, 1.0], (len(groups), 2)) * random.uniform(0.5, 1.5, (len(groups), 2))
     if name == "mxfp4":
         groups[:, 0] = random.integers(118, 124, len(groups))

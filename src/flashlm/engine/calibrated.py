@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.manifest import Manifest
+from flashlm.pack.units import check_rows, has_rows
 from flashlm.planner.settings import Settings
 from flashlm.sparsity.calibration_document import PredictorEntry, Sparsity, read_sparsity, read_tensors, tensors_path
 from flashlm.sparsity.predictor import Predictor, load_predictor
@@ -83,10 +84,15 @@ def find_calibration(pack: Path, manifest: Manifest, settings: Settings) -> Cali
     """Return the pack's calibration where mode `sparse` or `auto` may use it.
 
     Raises:
-        ConfigError: Mode `sparse` is asked for and the pack has no predictors.
+        ConfigError: Mode `sparse` is asked for and the pack has no predictors, or no rows that lie by themselves.
         PackError: Mode `sparse` is asked for, and the calibration is damaged or of other weights.
     """
     if settings.mode not in ("sparse", "auto"):
+        return None
+    units = [entry.unit for entry in manifest.ffns]
+    if settings.mode == "sparse":
+        check_rows(units, str(pack), "mode sparse")
+    if not has_rows(units):
         return None
     try:
         sparsity = read_sparsity(pack, manifest)

@@ -125,4 +125,5 @@ def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: i
     module.register_parameter("weight", StreamedWeight(f"{entry.module}.weight", shape, dtype))  # type: ignore[arg-type]
     module.__class__ = FlashLinear
     vars(module)["_dtype"] = dtype
-    vars(module)["flash_bound"] = _BoundMatrix(stream, unit, layout, plain, widens=plain is None or choose_plain_strategy(dtype) == "widen")
+    widens = plain is None or choose_plain_strategy(dtype) == "widen"
+    vars(module)["flash_bound"] = _BoundMatrix(stream, unit, layout, plain, widens=widens)

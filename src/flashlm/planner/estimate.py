@@ -55,8 +55,8 @@ def dense_use(shape: ModelShape) -> DenseUse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowBytes:
-    """The bytes of a row that one token's arithmetic reads on average: the parts of its dot products, and its down part."""
+class TouchedBytes:
+    """Bytes of a row or layer that one token's arithmetic reads on average: of its dot products, and of its down part."""
 
     up: float
     down: float
@@ -67,16 +67,16 @@ class RowBytes:
         return self.up + self.down
 
 
-def dense_row_bytes(layout: LayerLayout, firing_share: float) -> RowBytes:
-    """Return what a row costs in whole blocks: gate and up always, down where the neuron fires."""
-    *dots, down = (part.num_bytes for part in layout.placed)
-    return RowBytes(up=sum(dots), down=down * firing_share)
+def dense_bytes(layout: LayerLayout, firing_share: float) -> TouchedBytes:
+    """Return what a layer costs in whole blocks: gate and up always, down where the neuron fires, unless it lies whole."""
+    *dots, down = (layout.part_bytes(index) for index in range(layout.num_parts))
+    return TouchedBytes(up=sum(dots), down=down if layout.is_by_block else down * firing_share)
 
 
-def sparse_row_bytes(layout: LayerLayout, firing_share: float) -> RowBytes:
+def sparse_row_bytes(layout: LayerLayout, firing_share: float) -> TouchedBytes:
     """Return what a predicted row costs: its trigger always, the rest where the neuron fires."""
     trigger, *others, down = (part.num_bytes for part in layout.placed)
-    return RowBytes(up=trigger + sum(others) * firing_share, down=down * firing_share)
+    return TouchedBytes(up=trigger + sum(others) * firing_share, down=down * firing_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +152,13 @@ def exact_token(
 def _dense_part(shape: ModelShape, placement: Placement, rates: Rates, use: DenseUse) -> _DensePart:
     placed = list(zip(dense_units(shape.units), placement.dense, strict=True))
     ffns = [(unit.layout, each) for unit, each in placed if unit.kind == "ffn"]
-    rows = [(layout, dense_row_bytes(layout, use.firing_share)) for layout, _ in ffns]
+    touched = [dense_bytes(layout, use.firing_share) for layout, _ in ffns]
     block_bytes = _block_bytes(shape)
     gb_per_s = rates.block_read_gb_per_s(block_bytes) if block_bytes else math.inf
     streamed_cpu_s = sum(each.num_streamed for _, each in placed) * rates.block_cpu_s(block_bytes or 1)
     ffn_s = (
-        multiply_s(sum(layout.num_rows * row.up for layout, row in rows), rates.block_up_gb_per_s)
-        + multiply_s(sum(layout.num_rows * row.down for layout, row in rows), rates.block_down_gb_per_s)
+        multiply_s(sum(each.up for each in touched), rates.block_up_gb_per_s)
+        + multiply_s(sum(each.down for each in touched), rates.block_down_gb_per_s)
         # Pinned and streamed blocks join apart (`LayerLayout.run_blocks`); a matrix that is all pinned is one product.
         + sum(
             -(-each.num_pinned // layout.run_blocks) - (-each.num_streamed // layout.run_blocks)
@@ -176,7 +176,7 @@ def _dense_part(shape: ModelShape, placement: Placement, rates: Rates, use: Dens
         pinned_ffn_s=(ffn_s - streamed_cpu_s) * num_pinned / num_blocks if num_blocks else 0.0,
         read_s=stream_s(placement.ring_bytes, gb_per_s),
         gb_per_s=gb_per_s,
-        touched_bytes=sum(layout.num_rows * row.total for layout, row in rows),
+        touched_bytes=sum(each.total for each in touched),
         streamed_matrix_s=multiply_s(matrices_bytes, rates.matrix_gb_per_s),
     )
 
@@ -194,7 +194,7 @@ def _expert_part(shape: ModelShape, placement: Placement, rates: Rates) -> _Expe
         miss_share = 1.0 - shape.hits.hit_share(held / unit.num_blocks)
         expert_bytes = unit.layout.read_bytes(0)
         one_read_s = stream_s(expert_bytes, expert_read_gb_per_s(rates, expert_bytes))
-        one_product_s = multiply_s(unit.layout.block_rows * unit.layout.row_bytes, rates.expert_gb_per_s)
+        one_product_s = multiply_s(unit.layout.weight_bytes / unit.num_blocks, rates.expert_gb_per_s)
         for misses in range(unit.num_active + 1):
             share = (
                 math.comb(unit.num_active, misses) * miss_share**misses * (1 - miss_share) ** (unit.num_active - misses)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
-from flashlm.pack.units import Unit, of_kind
+from flashlm.pack.units import Unit, has_rows, of_kind
 from flashlm.planner.outline import outline
-from flashlm.rows.encodings import bytes_per_element
+from flashlm.rows.encodings import ENCODINGS, bytes_per_element
 from flashlm.rows.layout import LayerLayout, canonical_dtype
 from flashlm.rows.quantize import QUANTIZERS
 from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
@@ -120,7 +120,8 @@ class ModelShape:
     @property
     def quantised(self) -> tuple[str, ...]:
         """Encodings of streamed weights that are not plain elements."""
-        return tuple(sorted({e.encoding.name for u in self.units for e in u.layout.placed if not e.encoding.is_plain}))
+        names = {name for unit in self.units for name in unit.layout.encodings}
+        return tuple(sorted(name for name in names if not ENCODINGS[name].is_plain))
 
     @property
     def layouts(self) -> tuple[LayerLayout, ...]:
@@ -139,7 +140,7 @@ class ModelShape:
         num_rows, width = int(text.vocab_size), int(text.hidden_size)
         last = self.units[-1].layout  # the output layer, where it is streamed
         if self.units[-1].kind == "linear" and (last.num_rows, last.hidden_size) == (num_rows, width):
-            return num_rows * last.row_bytes
+            return last.weight_bytes
         return num_rows * width * bytes_per_element(self.dtype)
 
     @property
@@ -217,7 +218,7 @@ def _matrix_bytes(matrices: list[torch.Tensor], units: tuple[Unit, ...], dtype: 
     element_bytes = bytes_per_element(dtype)
     linears = [unit.layout for unit in of_kind(units, "linear")]
     others = sum(weight.numel() for weight in matrices) - sum(layout.num_weights for layout in linears)
-    return others * element_bytes + sum(layout.num_rows * layout.row_bytes for layout in linears)
+    return others * element_bytes + sum(layout.weight_bytes for layout in linears)
 
 
 def _num_layers(config: Any) -> int:
@@ -280,7 +281,8 @@ def shape_of_model(
 def _pack_sparsity(pack: Path, manifest: Manifest) -> SparseShape | None:
     """Return what the pack's calibration says; None without one that can be used."""
     try:
-        sparsity = read_sparsity(pack, manifest) if manifest.ffns else None
+        has_some = manifest.ffns and has_rows(entry.unit for entry in manifest.ffns)
+        sparsity = read_sparsity(pack, manifest) if has_some else None
     except PackError:
         return None
     if sparsity is None or not sparsity.has_predictors:
