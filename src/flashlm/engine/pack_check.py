@@ -11,7 +11,7 @@ from typing import Any
 
 from flashlm.engine.opened import OpenedPack
 from flashlm.engine.resident import check_header
-from flashlm.errors import ConfigError, FlashError, PackError, UnsupportedModelError
+from flashlm.errors import ConfigError, FlashError, UnsupportedModelError
 from flashlm.pack.files import check_resident_file, check_small_files, warn_of_changes
 from flashlm.pack.manifest import FORMAT_VERSION, Manifest, check_version, read_manifest, resident_path
 from flashlm.pack.pack_config import LOCAL_IMPLEMENTATIONS
