@@ -24,8 +24,11 @@ _EXACT = "exact: every weight takes part in every token; the placement changes n
 def exactness(manifest: Manifest, calibration: Calibration | None) -> str:
     """Return one line: exact, or how far from it, and whether the weights are the source's or quantised."""
     line = _EXACT if calibration is None else calibration.exactness()
-    quantised = manifest.quantised
-    return line if not quantised else f"{line}; of weights that were quantised to {', '.join(quantised)}"
+    quantised = ", ".join(manifest.quantised)
+    if not quantised:
+        return line
+    how = f"{quantised}, as the source has them" if manifest.keeps_groups else f"quantised to {quantised}"
+    return f"{line}; of weights that were {how}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -278,6 +278,11 @@ class Manifest(Strict):
         return tuple(sorted(name for name in names if not ENCODINGS[name].is_plain))
 
     @property
+    def keeps_groups(self) -> bool:
+        """Whether weights have the encodings that the source had, and were not quantised by flashlm."""
+        return any(unit.layout.is_by_block for unit in self.units)
+
+    @property
     def streamed_bytes(self) -> int:
         """Bytes of all units' files."""
         return sum(unit.layout.file_bytes for unit in self.units)
