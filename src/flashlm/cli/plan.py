@@ -15,6 +15,7 @@ from flashlm.planner.choices import Mode
 
 if TYPE_CHECKING:
     from flashlm.planner.plan_document import Plan
+    from flashlm.planner.rates import Rates
     from flashlm.planner.shape import ModelShape
 
 COLUMNS = ("dram", "mode", "exact", "held", "read a token", "tokens/s", "prompt tokens/s", "at the roofline")
@@ -88,7 +89,7 @@ def plan(
     try:
         check_fits(shape, max(budgets), context)  # before the probe, which takes a minute
     except BudgetError as error:
-        _print_plans([(dram_bytes, error) for dram_bytes in budgets], shape, as_json)
+        _print_plans([(dram_bytes, error) for dram_bytes in budgets], shape, None, as_json)
         raise
     folder = probe_dir or (Path(source) if shape.is_pack else Path.cwd())
     rates = rates_for(folder, shape.dtype, console.note)
@@ -100,7 +101,7 @@ def plan(
             found.append((dram_bytes, error))
     plans = [plan for _, plan in found if not isinstance(plan, BudgetError)]
     if not plans:
-        _print_plans(found, shape, as_json)
+        _print_plans(found, shape, _assumed(shape, rates), as_json)
         raise next(error for _, error in found if isinstance(error, BudgetError))
     if save is not None:
         save_plan(plans[0], save)
@@ -108,15 +109,17 @@ def plan(
         from flashlm.planner.plots import plot_latency
 
         plot_latency(shape, rates, context, plot)
-    _print_plans(found, shape, as_json)
+    _print_plans(found, shape, _assumed(shape, rates), as_json)
 
 
-def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape, as_json: bool) -> None:
+def _print_plans(
+    found: list[tuple[int, Plan | BudgetError]], shape: ModelShape, assumed: str | None, as_json: bool
+) -> None:
     from flashlm.sizes import format_size
 
     known = _known(shape)
     if as_json:
-        console.print_json(_as_json(found, known, _assumed(shape)))
+        console.print_json(_as_json(found, known, assumed))
         return
     print_columns([COLUMNS, *(_row(dram_bytes, plan) for dram_bytes, plan in found)])
     plans = [plan for _, plan in found if not isinstance(plan, BudgetError)]
@@ -124,7 +127,7 @@ def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape,
         [
             ("disk", f"{format_size(shape.total_bytes)} for the pack" + (" (there already)" if shape.is_pack else "")),
             ("resident", f"{format_size(shape.resident_bytes)} whatever the budget"),
-            *([("rates", assumed)] if (assumed := _assumed(shape)) else []),
+            *([("rates", assumed)] if assumed else []),
             (known[0], known[1] or "unknown: exact modes only, until `flashlm calibrate`"),
             *[
                 (f"at {format_size(plan.dram_bytes)}", f"{_settings(plan)}; more {plan.would_help}")
@@ -135,11 +138,10 @@ def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape,
     )  # fmt: skip
 
 
-def _assumed(shape: ModelShape) -> str | None:
-    """Return what rates are assumed: a device's profile holds none of encodings that are not plain."""
-    if not shape.quantised:
-        return None
-    return f"ASSUMED for {', '.join(shape.quantised)}: as many bytes a second as measured for {shape.dtype}"
+def _assumed(shape: ModelShape, rates: Rates) -> str | None:
+    """Return what rates are assumed: of encodings that the device's profile holds none of."""
+    names = shape.assumed(rates)
+    return f"ASSUMED for {', '.join(names)}: as many bytes a second as measured for {shape.dtype}" if names else None
 
 
 def _known(shape: ModelShape) -> tuple[str, str | None]:

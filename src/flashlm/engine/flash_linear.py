@@ -18,7 +18,7 @@ from flashlm.engine.linear import EncodedMatrix, choose_way, multiply, prepare
 from flashlm.engine.standin import StreamedWeight, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError, PackError
-from flashlm.rows.kernels import choose_strategy
+from flashlm.rows.kernels import choose_plain_strategy
 from flashlm.rows.layout import LayerLayout
 from flashlm.transformers_seam import keep_from_initialising
 
@@ -112,7 +112,8 @@ def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: i
     """
     module: Any = model.get_submodule(entry.module)
     layout = entry.layout
-    plain = None if layout.plain is None else layout.plain.dtype
+    # Elements of another dtype than the model's take no product of torch's, as those that torch does not know.
+    plain = dtype if layout.plain is not None and layout.plain.dtype == dtype else None
     if not isinstance(module, nn.Linear):
         raise ConfigError(f"{entry.module} is {type(module).__name__}: a linear layer expected")
     shape = (layout.num_rows, layout.hidden_size)
@@ -124,4 +125,5 @@ def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: i
     module.register_parameter("weight", StreamedWeight(f"{entry.module}.weight", shape, dtype))  # type: ignore[arg-type]
     module.__class__ = FlashLinear
     vars(module)["_dtype"] = dtype
-    vars(module)["flash_bound"] = _BoundMatrix(stream, unit, layout, plain, widens=choose_strategy(layout) == "widen")
+    widens = plain is None or choose_plain_strategy(dtype) == "widen"
+    vars(module)["flash_bound"] = _BoundMatrix(stream, unit, layout, plain, widens=widens)

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flashlm.documents import describe_versions
 from flashlm.engine.opened import OpenedPack
 from flashlm.engine.resident import check_header
-from flashlm.errors import ConfigError, FlashError, PackError, UnsupportedModelError
+from flashlm.errors import ConfigError, FlashError, UnsupportedModelError
 from flashlm.pack.files import check_resident_file, check_small_files, warn_of_changes
-from flashlm.pack.manifest import FORMAT_VERSION, READ_VERSIONS, Manifest, read_manifest, resident_path
+from flashlm.pack.manifest import FORMAT_VERSION, Manifest, check_version, read_manifest, resident_path
 from flashlm.pack.pack_config import LOCAL_IMPLEMENTATIONS
 from flashlm.structure.model_config import check_config
 
@@ -42,11 +41,7 @@ def check_pack(
     name = getattr(config, "name_or_path", None)
     folder = Path(str(name))
     if not name or not folder.is_dir():  # a config made by hand, or a name on the hub: looked at once it is loaded
-        if format_version not in READ_VERSIONS:
-            raise PackError(
-                f"the pack has format version {format_version!r}, this flashlm reads {describe_versions(READ_VERSIONS)}:"
-                " convert the model again"
-            )
+        check_version(format_version)
         return None, None
     if opened is not None and opened.folder == folder:
         manifest = opened.manifest

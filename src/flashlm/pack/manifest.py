@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from flashlm.documents import DocumentKind, Strict
+from flashlm.documents import DocumentKind, Strict, describe_versions
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.units import Kind, Unit
 from flashlm.rows.encodings import ENCODINGS, encoding_of
@@ -278,6 +278,11 @@ class Manifest(Strict):
         return tuple(sorted(name for name in names if not ENCODINGS[name].is_plain))
 
     @property
+    def keeps_groups(self) -> bool:
+        """Whether weights have the encodings that the source had, and were not quantised by flashlm."""
+        return any(unit.layout.is_by_block for unit in self.units)
+
+    @property
     def streamed_bytes(self) -> int:
         """Bytes of all units' files."""
         return sum(unit.layout.file_bytes for unit in self.units)
@@ -302,6 +307,19 @@ _KIND = DocumentKind(
     advice="convert the model again",
     is_sealed=True,
 )
+
+
+def check_version(format_version: object) -> None:
+    """Refuse a pack whose config.json states a version that is not read.
+
+    Raises:
+        PackError: Which, and which are.
+    """
+    if format_version not in READ_VERSIONS:
+        raise PackError(
+            f"the pack has format version {format_version!r}, this flashlm reads {describe_versions(READ_VERSIONS)}:"
+            " convert the model again"
+        )
 
 
 def manifest_path(pack: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flashlm.errors import ConfigError
 from flashlm.planner.cost import Overlap
-from flashlm.planner.rates import Rates, ReadSetting
+from flashlm.planner.rates import EncodedProducts, Rates, ReadSetting
 from flashlm.probe.device_profile import DeviceProfile, Pattern, load_profile, profile_path
 from flashlm.probe.probe import probe
 
@@ -58,6 +58,16 @@ def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
         overlap=Overlap(read_share=profile.read_share, compute_share=profile.compute_share),
         stream_settings=_settings(profile, "sequential"),
         random_settings=_settings(profile, "random"),
+        encoded={
+            each.encoding: EncodedProducts(
+                matrix_gb_per_s=each.matrix_gb_per_s,
+                up_gb_per_s=each.matrix_gb_per_s,
+                down_gb_per_s=each.down_gb_per_s,
+                expert_gb_per_s=each.expert_gb_per_s,
+                gemm_gflop_per_s=each.gemm_gflop_per_s,
+            )
+            for each in profile.encoded
+        },
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs, Placement, place
 from flashlm.memory.needs import DEFAULT_CONTEXT, measure_needs
-from flashlm.pack.units import dense_units
+from flashlm.pack.units import check_rows, dense_units
 from flashlm.planner.bottleneck import would_help
 from flashlm.planner.choices import ResolvedMode
 from flashlm.planner.cost import TokenCost
@@ -82,7 +82,8 @@ def make_plan(
 
     Raises:
         BudgetError: Below the floor; it says what is needed.
-        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known, or a mode that is not the model's.
+        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known or whose rows can't be read one by one, or
+            a mode that is not the model's.
     """
     context = context or DEFAULT_CONTEXT
     check_mode(shape, mode)
@@ -135,6 +136,7 @@ def check_mode(shape: ModelShape, mode: str) -> None:
     elif mode == "experts":
         raise ConfigError(f"mode='experts': {shape.name} has no experts; leave mode out")
     elif mode == "sparse" and shape.sparse is None:
+        check_rows(shape.units, shape.name, "mode sparse")
         raise ConfigError(f"nothing is known of the sparsity of {shape.name}: convert it and run `flashlm calibrate`")
 
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
-from flashlm.pack.units import Unit, of_kind
+from flashlm.pack.units import Unit, has_rows, of_kind
 from flashlm.planner.outline import outline
-from flashlm.rows.encodings import bytes_per_element
+from flashlm.planner.rates import Rates
+from flashlm.rows.encodings import ENCODINGS, bytes_per_element, encoding_of
 from flashlm.rows.layout import LayerLayout, canonical_dtype
 from flashlm.rows.quantize import QUANTIZERS
 from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
@@ -120,7 +121,15 @@ class ModelShape:
     @property
     def quantised(self) -> tuple[str, ...]:
         """Encodings of streamed weights that are not plain elements."""
-        return tuple(sorted({e.encoding.name for u in self.units for e in u.layout.placed if not e.encoding.is_plain}))
+        names = {name for unit in self.units for name in unit.layout.encodings}
+        return tuple(sorted(name for name in names if not ENCODINGS[name].is_plain))
+
+    def assumed(self, rates: Rates) -> tuple[str, ...]:
+        """Return the encodings of which rates hold nothing: they are taken to be as fast, by their bytes, as the dtype."""
+        unmeasured = set(self.quantised) - set(rates.encoded)
+        by_rows = [unit.layout for unit in self.units if unit.kind != "linear" and not unit.layout.is_by_block]
+        names = unmeasured | {name for layout in by_rows for name in layout.encodings if name in self.quantised}
+        return tuple(sorted(names))
 
     @property
     def layouts(self) -> tuple[LayerLayout, ...]:
@@ -135,12 +144,23 @@ class ModelShape:
     @property
     def output_bytes(self) -> int:
         """Bytes of the output layer, which every token ends with."""
-        text = self.config.get_text_config(decoder=True)
-        num_rows, width = int(text.vocab_size), int(text.hidden_size)
-        last = self.units[-1].layout  # the output layer, where it is streamed
-        if self.units[-1].kind == "linear" and (last.num_rows, last.hidden_size) == (num_rows, width):
-            return num_rows * last.row_bytes
-        return num_rows * width * bytes_per_element(self.dtype)
+        streamed, text = self._streamed_output, self.config.get_text_config(decoder=True)
+        if streamed is not None:
+            return streamed.weight_bytes
+        return int(text.vocab_size) * int(text.hidden_size) * bytes_per_element(self.dtype)
+
+    @property
+    def output_encoding(self) -> str:
+        """Encoding of the output layer."""
+        streamed = self._streamed_output
+        return encoding_of(self.dtype).name if streamed is None else streamed.encodings[0]
+
+    @property
+    def _streamed_output(self) -> LayerLayout | None:
+        last, text = self.units[-1], self.config.get_text_config(decoder=True)
+        shape = (int(text.vocab_size), int(text.hidden_size))
+        is_output = last.kind == "linear" and (last.layout.num_rows, last.layout.hidden_size) == shape
+        return last.layout if is_output else None
 
     @property
     def outline(self) -> str:
@@ -217,7 +237,7 @@ def _matrix_bytes(matrices: list[torch.Tensor], units: tuple[Unit, ...], dtype: 
     element_bytes = bytes_per_element(dtype)
     linears = [unit.layout for unit in of_kind(units, "linear")]
     others = sum(weight.numel() for weight in matrices) - sum(layout.num_weights for layout in linears)
-    return others * element_bytes + sum(layout.num_rows * layout.row_bytes for layout in linears)
+    return others * element_bytes + sum(layout.weight_bytes for layout in linears)
 
 
 def _num_layers(config: Any) -> int:
@@ -280,7 +300,8 @@ def shape_of_model(
 def _pack_sparsity(pack: Path, manifest: Manifest) -> SparseShape | None:
     """Return what the pack's calibration says; None without one that can be used."""
     try:
-        sparsity = read_sparsity(pack, manifest) if manifest.ffns else None
+        has_some = manifest.ffns and has_rows(entry.unit for entry in manifest.ffns)
+        sparsity = read_sparsity(pack, manifest) if has_some else None
     except PackError:
         return None
     if sparsity is None or not sparsity.has_predictors:

@@ -1,4 +1,7 @@
-"""How fast weights are multiplied with, per dtype: matrices, rows in blocks, scattered rows, predictors, prompts."""
+"""How fast weights are multiplied with, per dtype: matrices, rows in blocks, scattered rows, predictors, prompts.
+
+Per encoding that is not plain: matrices, the parts of blocks, experts, prompts.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from flashlm.probe.device_profile import ProductRates
+from flashlm.probe.device_profile import EncodedRates, ProductRates
 from flashlm.probe.timing import median_s
 from flashlm.rows import kernels
+from flashlm.rows.encodings import Encoding
 from flashlm.sparsity.calibration_document import PredictorEntry
 from flashlm.sparsity.predictor import Predictor
 
@@ -22,6 +26,9 @@ EXPERT_HIDDEN, EXPERT_ROWS, EXPERT_PARTS, EXPERTS_TOGETHER = (
     4,
 )  # shorter parts of rows than dense models'
 GEMM_TOKENS = 128
+ENCODED_BYTES, ENCODED_ROUNDS = 64 << 20, 3
+DOWN_ROWS = 512  # neurons of a block of 4 MiB in 4 bits, at HIDDEN
+ANY_BYTE = 0x2D  # as every byte of a group: no scale that it makes is infinite, or so small that products are subnormal
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -173,3 +180,69 @@ def _gemm(dtype: str, weights: torch.Tensor) -> Callable[[], object]:
         F.linear(tokens, wide)
 
     return widened
+
+
+@torch.no_grad()
+def encoded_rates(encoding: Encoding) -> EncodedRates:
+    """Measure the products of decode and prefill with weights of an encoding that is not plain, as the engine makes them."""
+    memory = torch.full((ENCODED_BYTES,), ANY_BYTE, dtype=torch.uint8)
+    with kernels.one_torch_thread():
+        matrix_s, matrix_bytes = _encoded_matrices(memory, encoding, HIDDEN, HIDDEN)
+        down_s, down_bytes = _encoded_matrices(memory, encoding, HIDDEN, DOWN_ROWS)
+        expert_s, expert_bytes = _encoded_experts(memory, encoding)
+    block = _encoded(memory, encoding, 0, BLOCK_ROWS, HIDDEN)
+    wide, tokens = torch.empty(BLOCK_ROWS, HIDDEN), torch.randn(GEMM_TOKENS, HIDDEN)
+
+    def multiply() -> None:
+        kernels.widen(block, 0, wide)
+        F.linear(tokens, wide)
+
+    gemm_s = median_s(multiply)
+    return EncodedRates(
+        encoding=encoding.name,
+        matrix_gb_per_s=matrix_bytes / matrix_s / 1e9,
+        down_gb_per_s=down_bytes / down_s / 1e9,
+        expert_gb_per_s=expert_bytes / expert_s / 1e9,
+        gemm_gflop_per_s=2 * GEMM_TOKENS * BLOCK_ROWS * HIDDEN / gemm_s / 1e9,
+    )
+
+
+def _encoded(memory: torch.Tensor, encoding: Encoding, number: int, num_rows: int, width: int) -> kernels.RowBlock:
+    """Return the matrix of a shape that lies behind `number` others."""
+    row_bytes = encoding.bytes_of(width)
+    row_format = kernels.RowFormat.alike(row_bytes, width, encoding.code, 1)
+    start = number * num_rows * row_bytes
+    return kernels.RowBlock(
+        memory[start : start + num_rows * row_bytes].view(num_rows, row_bytes), num_rows, row_format
+    )
+
+
+def _encoded_matrices(memory: torch.Tensor, encoding: Encoding, num_rows: int, width: int) -> tuple[float, int]:
+    """Return the time of products with as many matrices as the memory holds, and their bytes."""
+    num_bytes = num_rows * encoding.bytes_of(width)
+    matrices = [_encoded(memory, encoding, index, num_rows, width) for index in range(len(memory) // num_bytes)]
+    x, out = torch.ones(1, width), torch.empty(1, num_rows)
+
+    def multiply() -> None:
+        for matrix in matrices:
+            kernels.project(x, matrix, 0, out)
+
+    return median_s(multiply, ENCODED_ROUNDS), len(matrices) * num_bytes
+
+
+def _encoded_experts(memory: torch.Tensor, encoding: Encoding) -> tuple[float, int]:
+    """Return the time of products with as many experts as the memory holds, some together, and their bytes."""
+    num_bytes = EXPERT_ROWS * encoding.bytes_of(EXPERT_HIDDEN)  # of a part; of down the same
+    count = len(memory) // num_bytes // EXPERT_PARTS // EXPERTS_TOGETHER * EXPERTS_TOGETHER
+    ups = [_encoded(memory, encoding, index, EXPERT_ROWS, EXPERT_HIDDEN) for index in range(2 * count)]
+    downs = [_encoded(memory, encoding, 2 * count + index, EXPERT_HIDDEN, EXPERT_ROWS) for index in range(count)]
+    token = torch.ones(1, EXPERT_HIDDEN)
+    hidden, output = torch.ones(EXPERTS_TOGETHER, EXPERT_ROWS), torch.empty(EXPERTS_TOGETHER, EXPERT_HIDDEN)
+
+    def multiply() -> None:
+        for start in range(0, count, EXPERTS_TOGETHER):
+            for first in (2 * start, 2 * start + EXPERTS_TOGETHER):
+                kernels.project_blocks(token, ups[first : first + EXPERTS_TOGETHER], 0, torch.empty_like(hidden))
+            kernels.project_blocks(hidden, downs[start : start + EXPERTS_TOGETHER], 0, output)
+
+    return median_s(multiply, ENCODED_ROUNDS), EXPERT_PARTS * count * num_bytes
