@@ -1,14 +1,15 @@
 """A GGUF file as a source: transformers makes config and tokenizer of its metadata, our tables say where its tensors belong.
 
-transformers reads a small file that holds the same metadata and, under every tensor's name, nothing: so it sees all parts of
-a split model, maps no weights into memory, and the file's own header has been checked before. What its mapping of a family
-leaves at a default though the file states it, is completed here (`COMPLETED`).
+transformers reads a small file that holds the same metadata and, under every tensor's name, one number: so it sees all parts
+of a split model, maps no weights into memory, and the file's own header has been checked before. What its mapping of a
+family leaves at a default though the file states it, is completed here.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ _HEADER_NAME = "header.gguf"
 _ALIGNMENT = 32
 # What transformers keeps of where a tokenizer was loaded from.
 _NOT_OF_TOKENIZERS = ("is_local", "local_files_only", "name_or_path", "gguf_file", "add_bos_token_", "tokenizer_file")
+_NOT_OF_CONFIGS = re.compile(
+    r"^tokenizer\.(ggml\.(tokens|scores|token_type|merges|pre|model)|chat_template)|\.rope\.scaling\."
+)
 _MOE_SIZES = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
@@ -51,6 +55,11 @@ _COMPLETED: dict[str, dict[str, str]] = {
     "phi3": {"attention.sliding_window": "sliding_window"},
     "falcon": {"attention.layer_norm_epsilon": "layer_norm_epsilon", "feed_forward_length": "ffn_hidden_size"},
     "nemotron": {"attention.layer_norm_epsilon": "norm_eps"},
+}
+_YARN = {
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
 }
 _PARTIAL_ROTARY = ("stablelm", "nemotron", "phi3")
 
@@ -71,13 +80,14 @@ def write_model_folder(header: GgufHeader, folder: Path) -> tuple[str, ...]:
     """
     _check_metadata(header)
     family_of(header)
-    stub = folder / _HEADER_NAME
+    bare = folder / _HEADER_NAME
     try:
-        stub.write_bytes(_bare(header))
+        bare.write_bytes(_bare(header, for_config=True))
         config = _config(header, folder)
+        bare.write_bytes(_bare(header, for_config=False))
         notes = _write_tokenizer(header, folder)
     finally:
-        stub.unlink(missing_ok=True)
+        bare.unlink(missing_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     _write_generation_config(header, folder)
     return notes
@@ -108,16 +118,29 @@ def _check_metadata(header: GgufHeader) -> None:
             raise PackError(f"{header.files[0]} says {key} is {value}")
 
 
-def _bare(header: GgufHeader) -> bytes:
-    """Return a GGUF file of the same metadata, whose tensors are a number each."""
+def _bare(header: GgufHeader, *, for_config: bool) -> bytes:
+    """Return a GGUF file of the same metadata, whose tensors are a number each.
+
+    For a config the vocabulary is one token, since transformers takes long over long lists, and rotary scaling is left out:
+    we read it ourselves.
+    """
+    raw = dict(header.raw)
+    if for_config:
+        raw = {key: value for key, value in raw.items() if not _NOT_OF_CONFIGS.search(key)}
+        raw["tokenizer.ggml.tokens"] = _text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 1) + _text("t")
     alignment = header.metadata.get("general.alignment", _ALIGNMENT)
-    content = bytearray(b"GGUF")
-    content += struct.pack("<IQQ", 3, len(header.tensors), header.num_keys) + header.metadata_bytes
+    content = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(header.tensors), len(raw)))
+    for value in raw.values():
+        content += value
     for index, name in enumerate(header.tensors):
-        raw = name.encode()
-        content += struct.pack("<Q", len(raw)) + raw + struct.pack("<IQIQ", 1, 1, 0, index * alignment)
+        content += _text(name) + struct.pack("<IQIQ", 1, 1, 0, index * alignment)
     content += bytes(-len(content) % alignment + len(header.tensors) * alignment)
     return bytes(content)
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def _config(header: GgufHeader, folder: Path) -> dict[str, Any]:
@@ -180,22 +203,24 @@ def _rope(header: GgufHeader, config: Any) -> dict[str, Any] | None:
 
 def _rope_scaling(header: GgufHeader) -> dict[str, Any]:
     kind, factor = header.of_model("rope.scaling.type"), header.of_model("rope.scaling.factor")
-    if kind not in ("linear", "yarn") or not factor or header.architecture == "gpt-oss":  # which transformers reads
+    if kind not in ("linear", "yarn") or not factor:
         return {}
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    original = header.of_model("rope.scaling.original_context_length")
-    if kind == "yarn" and original:
-        scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        for key, name in _YARN.items():
+            value = header.of_model(f"rope.scaling.{key}")
+            if value is not None:
+                scaling[name] = value
     return scaling
 
 
 def _write_tokenizer(header: GgufHeader, folder: Path) -> tuple[str, ...]:
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     if "tokenizer.ggml.model" not in header.metadata:
         return ("no tokenizer: the file holds none",)
     try:
-        AutoTokenizer.from_pretrained(folder, gguf_file=_HEADER_NAME).save_pretrained(folder)
+        PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=_HEADER_NAME).save_pretrained(folder)
     except Exception as error:  # each kind of tokenizer has ways of its own to stumble
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return (f"no tokenizer: transformers makes none of the file ({reason}); put the model's own into the pack",)

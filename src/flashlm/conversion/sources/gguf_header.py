@@ -115,15 +115,13 @@ class GgufHeader:
     Attributes:
         files: The files, in order.
         metadata: Values by key: numbers, texts, and lists of numbers. Of long lists, and those of texts, how many they hold.
-        metadata_bytes: All of it as it stands in the first file.
-        num_keys: How many keys these bytes hold.
+        raw: The same as it stands in the first file, key and value, by key.
         tensors: By name, in the order of the files.
     """
 
     files: tuple[Path, ...]
     metadata: dict[str, Any]
-    metadata_bytes: bytes
-    num_keys: int
+    raw: dict[str, bytes]
     tensors: dict[str, GgufTensor]
 
     @property
@@ -202,8 +200,7 @@ def _joined(parts: list[GgufHeader], path: Path) -> GgufHeader:
     return GgufHeader(
         files=tuple(part.files[0] for part in parts),
         metadata=first.metadata,
-        metadata_bytes=first.metadata_bytes,
-        num_keys=first.num_keys,
+        raw=first.raw,
         tensors=tensors,
     )
 
@@ -242,25 +239,24 @@ class _Reader:
             raise self._wrong_version(version)
         num_tensors = self._count(_MAX_TENSORS, "tensors", 24)
         num_keys = self._count(_MAX_KEYS, "metadata keys", 13)
-        start = self._at
         metadata: dict[str, Any] = {}
+        starts: dict[str, int] = {}
         for _ in range(num_keys):
+            start = self._at
             key = self._text("a metadata key", _MAX_NAME_BYTES)
             if key in metadata:
                 raise self._damaged(f"metadata {key} stands there twice")
-            metadata[key] = self._value(key)
-        end = self._at
+            metadata[key], starts[key] = self._value(key), start
+        ends = [*starts.values(), self._at][1:]
         infos = [self._info() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 8 or alignment > _MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {alignment!r}: a power of two from 8 on expected")
         data_start = -(-self._at // alignment) * alignment
-        self._file.seek(start)
         return GgufHeader(
             files=(self._path,),
             metadata=metadata,
-            metadata_bytes=self._file.read(end - start),
-            num_keys=num_keys,
+            raw={key: self._again(start, end) for (key, start), end in zip(starts.items(), ends, strict=True)},
             tensors=self._placed(infos, data_start, alignment),
         )
 
@@ -375,6 +371,11 @@ class _Reader:
     def _skip(self, count: int, what: str) -> None:
         self._advance(count, what)
         self._file.seek(self._at)
+
+    def _again(self, start: int, end: int) -> bytes:
+        """Return bytes that were looked at before."""
+        self._file.seek(start)
+        return self._file.read(end - start)
 
     def _advance(self, count: int, what: str) -> None:
         self._at += count
