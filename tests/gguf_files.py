@@ -263,7 +263,7 @@ class _Weight:
         elif weight.ndim == 3 and "experts" in name:
             rows = weight.transpose(1, 2) if self.config.model_type == "gpt_oss" else weight
             rows.copy_(self._write_rows(name, self.name(name, "ffn_down_exps.weight"), rows.shape))
-        elif weight.ndim == 1 or "conv.weight" in name:
+        elif weight.ndim == 1 or "conv.weight" in name or "shared_expert_gate" in name:
             self._write_vector(self.gguf_name(name), weight)
         else:
             is_turned = self.architecture == "gpt2" and ".h." in name
@@ -287,7 +287,7 @@ class _Weight:
         weight.copy_(torch.from_numpy(0.2 * self.random.standard_normal(weight.shape)))
         if stored.endswith("norm.weight"):
             weight.add_(0.0 if self._shifts_norms else 1.0)
-        content = weight.squeeze(1) if weight.ndim == 3 else weight
+        content = weight.squeeze() if weight.ndim > 1 else weight
         if stored.endswith("norm.weight") and self._shifts_norms:
             content = content + 1
             weight.copy_(content - 1)  # as it comes back
