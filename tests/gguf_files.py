@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from flashlm.rows.encodings import ENCODINGS
 from tests.encoded_packs import random_matrix
 
 Types = Callable[[str], str]
@@ -173,6 +174,20 @@ def q4_0(name: str) -> str:
     return "q4_0"
 
 
+def random_rows(
+    encoding: str, num_rows: int, width: int, random: np.random.Generator
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Return rows in an encoding, uint8 (num_rows, row bytes), and what they mean; also of types that only GGUF has."""
+    if encoding in ENCODINGS:
+        return random_matrix(encoding, num_rows, width, random)
+    known = gguf.GGMLQuantizationType[encoding.upper()]
+    group_elements, group_bytes = gguf.GGML_QUANT_SIZES[known]
+    raw = random.integers(0, 256, (num_rows * width // group_elements, group_bytes), dtype=np.uint8)
+    raw[:, -2:] = np.full((len(raw), 1), 0.001, dtype=np.float16).view(np.uint8)  # q3_k's scale is its end
+    raw = raw.reshape(num_rows, -1)
+    return raw, torch.from_numpy(gguf.quants.dequantize(raw, known))
+
+
 def save_gguf(path: Path, architecture: str, types: Types = q4_0, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """Write a tiny model of an architecture to `path`.
 
@@ -307,7 +322,7 @@ class _Weight:
         ]
         if is_small or shape[-1] % gguf.GGML_QUANT_SIZES[known][0]:
             encoding, known = "fp32", gguf.GGMLQuantizationType.F32
-        raw, values = random_matrix(encoding, int(np.prod(shape[:-1])), shape[-1], self.random)
+        raw, values = random_rows(encoding, int(np.prod(shape[:-1])), shape[-1], self.random)
         moved = np.ascontiguousarray(self._moved(stored, raw).reshape(*shape[:-1], -1))
         plain = {"fp32": np.float32, "fp16": np.float16}.get(encoding)
         self.writer.add_tensor(stored, moved.view(plain) if plain else moved, raw_dtype=known)

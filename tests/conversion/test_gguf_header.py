@@ -70,7 +70,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "too many tensors": (content(*GOOD, num_tensors=1 << 60), "says that it holds 1152921504606846976 tensors"),
     "more tensors than bytes": (content(*GOOD, num_tensors=1000), "says that it holds 1000 tensors"),
     "too many keys": (content(*GOOD, num_keys=1 << 40), "metadata keys"),
-    "ends within a key": (content(*GOOD)[:60], "cut short: it ends after 60 bytes, within"),
+    "ends within a key": (content(*GOOD)[:100], "cut short: it ends after 100 bytes, within"),
     "long text": (content(keys=(struct.pack("<Q", 1 << 50),), num_tensors=0), "1125899906842624 bytes, at most"),
     "no UTF-8": (content(keys=(text("a") + struct.pack("<IQ", 8, 1) + b"\xff",)), "no UTF-8"),
     "key twice": (content(*GOOD, keys=(TWICE, TWICE)), "general.architecture stands there twice"),
