@@ -10,9 +10,8 @@ from flashlm.conversion.sources.tensors import EncodedTensor, by_rows
 from flashlm.errors import UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.rows.encodings import BY_DTYPE, ENCODINGS, encoding_of
-from flashlm.rows.layout import MAX_BLOCK_BYTES, matrix_row_step
 from flashlm.structure.experts import ExpertLayer
-from flashlm.structure.find_units import FoundUnit, LinearLayer
+from flashlm.structure.find_units import EmbeddingLayer, FoundUnit, LinearLayer
 
 
 def kept_encodings(
@@ -42,15 +41,15 @@ def kept_encodings(
         else:
             entries = [part.entry for part in parts[each.module]]
             axes = [part.neuron_axis for part in parts[each.module]]
-            is_laid = isinstance(each, LinearLayer) or axes == [0] * (len(axes) - 1) + [1]
+            is_laid = isinstance(each, LinearLayer | EmbeddingLayer) or axes == [0] * (len(axes) - 1) + [1]
         encoded = [entry for entry in entries if isinstance(entry, EncodedTensor) and not entry.is_plain]
         if not encoded:
-            if keeps_plain and not isinstance(each, LinearLayer):
+            if keeps_plain and not isinstance(each, LinearLayer | EmbeddingLayer):
                 kept[each.module] = tuple(_plain_name(entry) for entry in entries)
             continue
         _check_known(encoded)
-        if isinstance(each, LinearLayer):
-            if _can_be_cut(each, encoded[0]):
+        if isinstance(each, LinearLayer | EmbeddingLayer):
+            if encoded[0].is_as_stored:
                 kept[each.module] = (encoded[0].encoding,)
         elif not is_laid or any(entry.change is not None for entry in encoded):
             raise UnsupportedModelError(
@@ -74,9 +73,3 @@ def _check_known(entries: Sequence[EncodedTensor]) -> None:
                 f"{entry.path} holds {entry.name} in {entry.encoding.upper()}, which flashlm does not multiply with: take a"
                 f" file in one of {known}, or convert with --quantize q8_0, which writes all that is streamed anew"
             )
-
-
-def _can_be_cut(layer: LinearLayer, entry: EncodedTensor) -> bool:
-    """Return whether a matrix can be kept, and be cut into blocks of a usual size."""
-    row_bytes = ENCODINGS[entry.encoding].bytes_of(layer.num_inputs)
-    return entry.is_as_stored and matrix_row_step(row_bytes) * row_bytes <= MAX_BLOCK_BYTES
