@@ -69,7 +69,7 @@ def weight_files(names: Mapping[str, object], read_file: Callable[[str], Path]) 
     raise PackError(f"the repository has no weights: {SINGLE_NAME}, {INDEX_NAME} or a {SUFFIX} file expected")
 
 
-def download(source: str, file: str | None, *, with_code: bool, announce: Callable[[str], None]) -> Path:
+def download(source: str, file: str | None = None, *, with_code: bool, announce: Callable[[str], None]) -> Path:
     """Return the folder of a model of the hub, or its GGUF file, after fetching what is not there yet.
 
     Without a connection a copy that was fetched earlier is taken.
