@@ -1,11 +1,12 @@
 """Seconds a token over the memory that a model may have: one pack, many caps, flashlm beside llama.cpp's memory map.
 
     python benchmarks/dram_curve.py --shape opt-6.7b --caps 3.3GiB,5GiB,7GiB,9GiB,11GiB,14GiB --work DIR
+    python benchmarks/dram_curve.py --shape deepseek-v3-4-layers --caps 2.5GiB,6GiB,12GiB --peer-caps "" --work DIR
 
 Every point is a process of its own whose memory, page cache included, the kernel caps; `dram` is the cap. Before and after
 each point the device's sequential rate is measured over the pack's files, which is what a point's reading is held against:
-the floor is streamed bytes over that rate. Weights are random and so are the token ids. Every step leaves its record in
-DIR, so an interrupted run continues where it stopped (the steps and the work folder are those of `hybrid.py`).
+the floor is streamed bytes over that rate. flashlm's logits must be the same at every cap. Weights are random and so are
+the token ids. Every step leaves its record in DIR, so an interrupted run continues where it stopped (the steps and the work folder are those of `hybrid.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xxhash
 from hybrid import HERE, Run, check_space, child, clean, convert, log, make_checkpoint, make_gguf, start, system_spec
 from machine import describe_block_device, describe_commit, describe_machine, today
 from shapes import SHAPES
@@ -34,7 +37,10 @@ def measure_point(run: Run, system: str, cap_bytes: int) -> Record:
     spec |= {"limit_bytes": run.args.rate_bytes, "num_passes": run.args.rate_passes}
     capped = replace(run, cap_bytes=cap_bytes)
     before = child(run, f"{name}-before", spec, drop=True)
-    record = child(run, name, system_spec(capped, system), cap_bytes=cap_bytes, drop=True)
+    measured = system_spec(capped, system)
+    if system == "hybrid":
+        measured |= {"mode": "auto"}  # without a calibration hybrid, of a mixture experts
+    record = child(run, name, measured, cap_bytes=cap_bytes, drop=True)
     after = child(run, f"{name}-after", spec, drop=True)
     rates = [rate for each in (before, after) for rate in _reader_rates(each["result"])]
     samples = record["result"].get("decode", [])[1:]  # the first one fills caches
@@ -49,6 +55,9 @@ def measure_point(run: Run, system: str, cap_bytes: int) -> Record:
         "s_per_token_all": [sample["wall_s"] for sample in samples],
         "facts": record["result"].get("facts"),
     }
+    logits = run.record_path(name).with_suffix(".npy")
+    if system == "hybrid" and logits.exists():
+        point["logits_xxh3"] = xxhash.xxh3_64_hexdigest(np.load(logits).tobytes())
     if samples:
         point["s_per_token"] = statistics.median(sample["wall_s"] for sample in samples)
         point["read_bytes_per_token"] = statistics.median(sample["disk_read_bytes"] for sample in samples)
@@ -102,7 +111,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    sizes = lambda text: [parse_size_bytes(each) for each in text.split(",")]  # noqa: E731
+    sizes = lambda text: [parse_size_bytes(each) for each in text.split(",") if each]  # noqa: E731
     add("--shape", choices=SHAPES, default="opt-6.7b", help="model shape (default: %(default)s)")
     add("--caps", type=sizes, default=sizes("3.3GiB,5GiB,7GiB,9GiB,11GiB,14GiB"), help="comma-separated")
     add("--peer-caps", type=sizes, default=sizes("3.3GiB,7GiB,14GiB"), help="of llama.cpp")
@@ -157,6 +166,7 @@ def main() -> None:
         "simulated": "random weights (one pool of normals, std 0.02, cut at different offsets); random token ids",
         "cache_state": "page cache dropped before every process",
         "weight_bytes": run.weight_bytes,
+        "logits_are_the_same": len({point["logits_xxh3"] for point in points if "logits_xxh3" in point}) == 1,
         "points": points,
     }
     name = f"dram-curve-{args.shape}"

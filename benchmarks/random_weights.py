@@ -61,7 +61,7 @@ class RandomPool:
 
 def embedding_scale(config: PretrainedConfig) -> int:
     """Return by how much the embeddings of a config are larger than its other weights."""
-    is_mixture = any(hasattr(config, name) for name in ("num_experts", "num_local_experts"))
+    is_mixture = any(hasattr(config, name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
     return MIXTURE_EMBEDDING_SCALE if is_mixture else 1
 
 

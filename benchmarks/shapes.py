@@ -165,6 +165,34 @@ def _gpt_oss(*, layers: int) -> PretrainedConfig:
     )
 
 
+def _deepseek_v3(*, layers: int) -> PretrainedConfig:
+    """DeepSeek-V3, which has 61 layers: three dense ones, then mixtures."""
+    from transformers import DeepseekV3Config
+
+    return DeepseekV3Config(
+        num_hidden_layers=layers,
+        first_k_dense_replace=3,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        n_group=8,
+        topk_group=4,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        vocab_size=129280,
+        dtype="bfloat16",
+        architectures=["DeepseekV3ForCausalLM"],
+    )
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-6.7b": lambda: _opt(layers=32, d_model=4096, heads=32),
     "llama-2-7b": lambda: _llama(layers=32, d_model=4096, heads=32, d_ffn=11008),
@@ -176,6 +204,7 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     # as many layers as a disk holds twice
     "qwen3-30b-a3b-8-layers": lambda: _qwen3_moe(layers=8),
     "gpt-oss-20b-6-layers": lambda: _gpt_oss(layers=6),
+    "deepseek-v3-4-layers": lambda: _deepseek_v3(layers=4),
     # the rest try the harness, not the machine
     "opt-1.3b": lambda: _opt(layers=24, d_model=2048, heads=32),
     "opt-tiny": lambda: _opt(layers=4, d_model=256, heads=4, vocab=1024, positions=512),

@@ -183,6 +183,20 @@ def keep_from_initialising(module: nn.Module) -> None:
     module._is_hf_initialized = True  # type: ignore[assignment]  # nn.Module declares tensors and modules only
 
 
+def forget_tie(model: PreTrainedModel, name: str) -> None:
+    """Tell transformers that it need not tie a weight to another, which it would look for when others are loaded."""
+    pairs = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {one: other for one, other in pairs if name not in (one, other)}
+
+
+def initialise_buffers(model: PreTrainedModel, module: nn.Module) -> None:
+    """Give `module`, all of whose weights are there, the buffers that its family computes and saves nowhere."""
+    for weight in module.parameters(recurse=False):
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # or it would be filled with random numbers
+    if any(True for _ in module.buffers(recurse=False)):
+        model._init_weights(module)
+
+
 def is_initialised(loaded: nn.Parameter | nn.Module) -> bool:
     """Return whether transformers has loaded a parameter, or all of a module, from a checkpoint."""
     return getattr(loaded, "_is_hf_initialized", False)

@@ -77,7 +77,8 @@ def sparse_of(shape: ModelShape, *, has_passed: bool) -> ModelShape:
 
 
 def test_a_config_alone_gives_the_published_sizes(opt_6_7b: ModelShape) -> None:
-    assert opt_6_7b.streamed_bytes == 32 * (16384 * 2 + 4 * 4096) * 4096 * 2  # attention too
+    layers_bytes = 32 * (16384 * 2 + 4 * 4096) * 4096 * 2  # attention too
+    assert opt_6_7b.streamed_bytes == layers_bytes + 50272 * 4096 * 2  # and the output layer, which has the embeddings
     assert opt_6_7b.total_bytes / 1e9 == pytest.approx(13.3, rel=0.01)
     attention_and_output = 32 * 4 * 4096**2 + 50272 * 4096
     assert opt_6_7b.matrix_bytes == 2 * attention_and_output

@@ -53,14 +53,19 @@ from flashlm.storage.ranges import RangeReader
 from flashlm.storage.writer import check_room, sync_folder, write_error, write_small_file
 from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer
-from flashlm.structure.find_units import MIN_LINEAR_BYTES
+from flashlm.structure.find_units import MIN_LINEAR_BYTES, LinearLayer
 
 ProgressCallback = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is being worked on."""
 AnnounceCallback = Callable[[str], None]
 """Called with one line that says what will be, or was, done."""
 
-KIND_WORDS: dict[Kind, str] = {"ffn": "streamed layers", "experts": "layers of experts", "linear": "linear layers"}
+KIND_WORDS: dict[Kind, str] = {
+    "ffn": "streamed layers",
+    "experts": "layers of experts",
+    "linear": "linear layers",
+    "embedding": "embeddings",
+}
 _SPARE_BYTES = 16 << 20  # manifest, progress record, file system overhead
 
 
@@ -86,7 +91,7 @@ def convert(
         quantize: "q8_0": streamed weights are written so, in 8.5 bits each, where their rows are whole groups of 32;
             the others, and what is resident, in `dtype`. None: all in `dtype`.
         block_rows: Rows per block, a multiple of 16; by default blocks of about 4 MiB.
-        min_linear_bytes: Smaller linear layers (attention, output layer) stay in DRAM; larger ones can be streamed.
+        min_linear_bytes: Smaller matrices (attention, output layer, embeddings) stay in DRAM; larger ones can be streamed.
         trust_remote_code: Run model code that comes with the source, and keep it in the pack.
         progress: Called with (bytes done, bytes in all, what).
         announce: Called with one line about what will be written, one for each thing that is left out, and one where
@@ -254,7 +259,7 @@ def _unit_entry(file: StreamedFile, checksums: tuple[str, ...]) -> UnitEntry:
         identities, activation, biases = found.identities, found.activation, found.bias_parts
     elif isinstance(found, ExpertLayer):
         activation = found.activation
-    elif found.has_bias:
+    elif isinstance(found, LinearLayer) and found.has_bias:
         biases = MATRIX
     return UnitEntry(
         kind=file.unit.kind,
@@ -272,6 +277,7 @@ def _unit_entry(file: StreamedFile, checksums: tuple[str, ...]) -> UnitEntry:
         num_active=file.unit.num_active,
         activation=activation,
         biases=biases,
+        table=found.table if isinstance(found, LinearLayer) else "",
         checksums=checksums,
     )
 

@@ -29,12 +29,12 @@ from flashlm.rows.quantize import QUANTIZERS
 from flashlm.storage.ranges import RangeReader
 from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer, PartSource, build_meta_model
-from flashlm.structure.find_units import MIN_LINEAR_BYTES, FoundUnit, LinearLayer, find_units
+from flashlm.structure.find_units import MIN_LINEAR_BYTES, EmbeddingLayer, FoundUnit, LinearLayer, find_units
 from flashlm.structure.model_config import load_config
 from flashlm.structure.unit_layouts import RowWriting, choose_layouts, part_width, streamed_names
 from flashlm.transformers_seam import dtype_plan
 
-FILE_NAMES: dict[Kind, str] = {"ffn": "layer", "experts": "experts", "linear": "linear"}
+FILE_NAMES: dict[Kind, str] = {"ffn": "layer", "experts": "experts", "linear": "linear", "embedding": "embedding"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def plan_conversion(
                 del entries[duplicate]
     _check_block_rows(block_rows, has_experts=bool(experts))
     types = _ResidentTypes(model, dtype)
-    found = tuple(each for each in found if not isinstance(each, LinearLayer) or _can_stream(each, names, types))
+    found = tuple(each for each in found if _can_stream(each, names, types))
     units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize), block_rows)
     streamed = tuple(_streamed_files(model, found, units, names))
     small = choose_from_folder(folder, checkpoint.files, with_code=trust_remote_code)
@@ -204,19 +204,22 @@ def _check_block_rows(block_rows: int | None, *, has_experts: bool) -> None:
         raise ConfigError(f"block_rows is {block_rows}: a multiple of {ROWS_PER_STEP} above zero expected")
 
 
-def _can_stream(layer: LinearLayer, names: NameMap, types: _ResidentTypes) -> bool:
-    """Return whether a linear layer's weight is one tensor of the checkpoint, and of the pack's dtype in the model."""
-    entry = names.entries.get(layer.weight)
-    if entry is None or not entry.dtype.is_floating_point or entry.shape != (layer.num_outputs, layer.num_inputs):
+def _can_stream(found: FoundUnit, names: NameMap, types: _ResidentTypes) -> bool:
+    """Return whether a matrix is one tensor of the checkpoint, and of the pack's dtype in the model."""
+    if not isinstance(found, LinearLayer | EmbeddingLayer):
+        return True
+    there = [name for name in streamed_names(found) if name in names.entries]
+    if len(there) != 1:  # made of others, or two that the config ties and that differ
         return False
-    return types.of(layer.weight, entry.dtype) == types.wanted
+    entry = names.entries[there[0]]
+    return entry.dtype.is_floating_point and types.of(there[0], entry.dtype) == types.wanted
 
 
 def _streamed_files(
     model: PreTrainedModel, found: tuple[FoundUnit, ...], units: tuple[Unit, ...], names: NameMap
 ) -> Iterator[StreamedFile]:
     sources = iter(names.experts)
-    counts = {"ffn": 0, "experts": 0, "linear": 0}
+    counts = dict.fromkeys(FILE_NAMES, 0)
     for each, unit in zip(found, units, strict=True):
         name = f"{FILE_NAMES[unit.kind]}-{counts[unit.kind]:05d}.rows"
         counts[unit.kind] += 1
@@ -245,9 +248,12 @@ def _read_layer(
     return read_layer(reader, layout, parts, pools)
 
 
-def _layer_parts(model: PreTrainedModel, layer: FfnLayer | LinearLayer, names: NameMap) -> tuple[LayerPart, ...]:
-    if isinstance(layer, LinearLayer):
-        return (LayerPart(PartSource(name=layer.weight), names.entries[layer.weight]),)
+def _layer_parts(
+    model: PreTrainedModel, layer: FfnLayer | LinearLayer | EmbeddingLayer, names: NameMap
+) -> tuple[LayerPart, ...]:
+    if isinstance(layer, LinearLayer | EmbeddingLayer):
+        (name,) = (name for name in streamed_names(layer) if name in names.entries)
+        return (LayerPart(PartSource(name=name), names.entries[name]),)
     for source in (*layer.parts, *layer.biases.values()):
         if source.name in names.made:
             raise UnsupportedModelError(

@@ -45,6 +45,11 @@ class BlockCheck:
         self._at_load = at_load
         self._always = always
 
+    @property
+    def checks_streamed(self) -> bool:
+        """Whether what is streamed is checked."""
+        return self._always
+
     def check(self, layer: int, block: int, content: object) -> None:
         """Hold the bytes of a block, as read, against its checksum.
 

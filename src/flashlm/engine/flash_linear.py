@@ -20,9 +20,11 @@ from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError, PackError
 from flashlm.rows.kernels import choose_plain_strategy
 from flashlm.rows.layout import LayerLayout
-from flashlm.transformers_seam import keep_from_initialising
+from flashlm.transformers_seam import forget_tie, keep_from_initialising
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from flashlm.pack.manifest import UnitEntry
 
 
@@ -67,7 +69,7 @@ class FlashLinear(StreamedModule, nn.Linear):
         return output.view(*input.shape[:-1], self.out_features)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias"):
+        if name in ("weight", "bias") and value is not self._parameters.get(name):  # tying again changes nothing
             refuse(f"{self.weight.flash_name.removesuffix('.weight')}.{name}", "can't be replaced")
         super().__setattr__(name, value)
 
@@ -83,24 +85,27 @@ def _rows(bound: _BoundMatrix, run: BlockRun) -> tuple[slice, torch.Tensor | Enc
     return span, content.view(bound.dtype).view(num_rows, layout.hidden_size)
 
 
-def take_out_weight(model: nn.Module, entry: UnitEntry) -> None:
-    """Remove the weight of a streamed linear layer before the others are loaded.
+def take_out_weight(model: PreTrainedModel, path: str) -> None:
+    """Remove the weight of a streamed linear layer or table of embeddings before the others are loaded.
 
     Raises:
         PackError: The pack does not belong to the model.
     """
     try:
-        module = model.get_submodule(entry.module)
+        module = model.get_submodule(path)
     except AttributeError as error:
         raise PackError(
-            f"the pack streams {entry.module}, which {type(model).__name__} does not have ({error}):"
+            f"the pack streams {path}, which {type(model).__name__} does not have ({error}):"
             " convert the model again with this version of transformers"
         ) from error
     module.register_parameter("weight", None)
+    forget_tie(model, f"{path}.weight")  # what shares it is taken out, too
     keep_from_initialising(module)  # transformers would fill what it takes for a missing weight with random numbers
 
 
-def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: int, dtype: torch.dtype) -> None:
+def bind_linear(
+    model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: int, dtype: torch.dtype
+) -> StreamedWeight | nn.Parameter:
     """Connect a linear layer to its matrix: an ordinary weight where it is plain and pinned as a whole, else the stream.
 
     Args:
@@ -109,6 +114,9 @@ def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: i
         stream: Gives its blocks.
         unit: The layer's number there.
         dtype: Element type of the model's weights.
+
+    Returns:
+        The layer's weight, or what stands for it.
     """
     module: Any = model.get_submodule(entry.module)
     layout = entry.layout
@@ -121,9 +129,11 @@ def bind_linear(model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: i
     if pinned is not None and plain is not None:
         weight = pinned[: layout.num_rows * layout.row_bytes].view(plain).view(shape)
         module.weight = nn.Parameter(weight, requires_grad=False)
-        return
-    module.register_parameter("weight", StreamedWeight(f"{entry.module}.weight", shape, dtype))  # type: ignore[arg-type]
+        return module.weight
+    stand_in = StreamedWeight(f"{entry.module}.weight", shape, dtype)
+    module.register_parameter("weight", stand_in)  # type: ignore[arg-type]  # it counts as one
     module.__class__ = FlashLinear
     vars(module)["_dtype"] = dtype
     widens = plain is None or choose_plain_strategy(dtype) == "widen"
     vars(module)["flash_bound"] = _BoundMatrix(stream, unit, layout, plain, widens=widens)
+    return stand_in

@@ -26,6 +26,7 @@ from flashlm.engine.counters import Counters
 from flashlm.engine.expert_loading import connect_experts, take_out_experts
 from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.ffn import FlashFFN
+from flashlm.engine.flash_embedding import TableRows, bind_embedding
 from flashlm.engine.flash_linear import bind_linear, take_out_weight
 from flashlm.engine.forward_pass import Phase
 from flashlm.engine.guards import guard
@@ -36,7 +37,7 @@ from flashlm.engine.resident import ResidentLoad, load_resident
 from flashlm.engine.row_check import RowCheck
 from flashlm.engine.seat import attach, find_linears
 from flashlm.engine.sparse import SparseRows
-from flashlm.engine.standin import StreamedActivation
+from flashlm.engine.standin import StreamedActivation, StreamedWeight
 from flashlm.engine.stream import BlockStream
 from flashlm.engine.telemetry import Telemetry
 from flashlm.errors import PackError
@@ -51,8 +52,8 @@ from flashlm.rows.kernels import MAX_TOKENS, choose_plain_strategy
 from flashlm.rows.products import Gemms
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
-from flashlm.storage.reader import File, Reader
-from flashlm.storage.slab import Budget, SlabAllocator
+from flashlm.storage.reader import File, Reader, ReadRequest
+from flashlm.storage.slab import Budget, SlabAllocator, SlotRef
 from flashlm.structure.ffn_probe import find_learned
 from flashlm.transformers_seam import given_cache
 
@@ -179,7 +180,11 @@ def apply(
     take_out_experts(model, manifest)
     for entry in manifest.dense:
         if entry.kind == "linear":
-            take_out_weight(model, entry)
+            take_out_weight(model, entry.module)
+            if entry.table:
+                take_out_weight(model, entry.table)
+    for entry in manifest.tables:
+        take_out_weight(model, entry.module)
     reader = Reader(queue_depth=decision.queue_depth, piece_bytes=decision.piece_bytes)
     logger.info("%s", describe(decision, manifest, exactness(manifest, calibration), reader))
     return UnboundRuntime(
@@ -231,6 +236,7 @@ class UnboundRuntime:
                 slabs,
             )
         stream, sparse = self._bind_dense(model, gemms, passes.totals, slabs)
+        self._bind_tables(model, passes.totals, slabs)
         load_progress.finish()
         model.requires_grad_(False)
         if choose_plain_strategy(torch_dtype(manifest.dtype)) == "widen":
@@ -277,7 +283,10 @@ class UnboundRuntime:
         index = 0
         for unit, entry in enumerate(dense):
             if entry.kind == "linear":
-                bind_linear(model, entry, stream, unit, torch_dtype(self.manifest.dtype))
+                weight = bind_linear(model, entry, stream, unit, torch_dtype(self.manifest.dtype))
+                if entry.table:
+                    rows = self._table_rows(entry, files[unit], stream.pinned_place(unit), counters)
+                    bind_embedding(model, entry.table, weight, rows)
                 continue
             layer = model.get_submodule(entry.module)
             assert isinstance(layer, FlashFFN)
@@ -292,6 +301,36 @@ class UnboundRuntime:
                 layer.activation_threshold = self.calibration.sparsity.layers[index].activation_threshold
             index += 1
         return stream, sparse
+
+    def _bind_tables(self, model: PreTrainedModel, counters: Counters, slabs: SlabAllocator) -> None:
+        """Connect tables of embeddings that no linear layer shares: pinned, or read row by row."""
+        check, dtype = self._block_check(self.manifest.tables, "block"), torch_dtype(self.manifest.dtype)
+        for unit, (entry, each) in enumerate(zip(self.manifest.tables, self.decision.placement.tables, strict=True)):
+            layout, file = entry.layout, self._open_unit(entry)
+            weight: StreamedWeight | nn.Parameter
+            weight = StreamedWeight(f"{entry.module}.weight", (layout.num_rows, layout.hidden_size), dtype)
+            is_pinned, plain = each.pinned_bytes > 0, None if layout.plain is None else layout.plain.dtype
+            # Of a table that stays on flash one block is held against its checksum: a file of another pack is noticed.
+            blocks = range(layout.num_blocks if is_pinned else 1)
+            num_bytes = each.pinned_bytes or layout.read_bytes(0)
+            cuts = [(layout.block_stride_bytes, num_bytes)]
+            memory = (slabs if is_pinned else SlabAllocator()).slabs(cuts, huge_pages=False)[0]
+            requests = [
+                ReadRequest.into(memory.slot(block), file, layout.offset_of(block), layout.read_bytes(block))
+                for block in blocks
+            ]
+            if is_pinned or self.check != "none":
+                check.read(self.reader, requests, [(unit, block) for block in blocks])
+            rows = self._table_rows(entry, file, memory.slot(0) if is_pinned else None, counters)
+            if is_pinned and plain is not None:
+                content = torch.from_numpy(memory.slot(0).numpy(layout.num_rows * layout.row_bytes))
+                values = content.view(plain).view(layout.num_rows, layout.hidden_size)
+                weight = nn.Parameter(values, requires_grad=False)
+            bind_embedding(model, entry.module, weight, rows)
+
+    def _table_rows(self, entry: UnitEntry, file: File, pinned: SlotRef | None, counters: Counters) -> TableRows:
+        check, dtype = self._block_check([entry], "block"), torch_dtype(self.manifest.dtype)
+        return TableRows(entry.layout, dtype, self.reader, file, 0, check, counters, pinned=pinned)
 
     def _bind_sparse(
         self, files: list[File], counters: Counters, slabs: SlabAllocator

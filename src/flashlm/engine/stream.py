@@ -178,6 +178,11 @@ class BlockStream:
             return None
         return torch.from_numpy(self._pinned[unit][0].numpy(sum(sizes)))
 
+    def pinned_place(self, unit: int) -> SlotRef | None:
+        """Return where the first row of `unit` is where all its blocks are pinned; None where they are not."""
+        is_pinned = len(self._pinned_bytes[unit]) == self._num_blocks[unit]
+        return self._pinned[unit][0] if is_pinned else None
+
     def unit(self, unit: int) -> AbstractContextManager[Iterator[BlockRun]]:
         """Give the blocks of `unit`, in file order; each run is valid until the next one is taken.
 

@@ -9,6 +9,7 @@ below which a model is refused. What is left goes by value: the bytes of reading
   and the same for all of them, so they are pinned evenly.
 * A slot of an expert or neuron cache saves as much as it is hit, which is less: caches get what is left. Beside a neuron
   cache all linear layers are pinned: they are needed for every token, the blocks between them only for prompts.
+* A table of embeddings saves one row: it is pinned only where nothing else is read any more.
 
 Pure arithmetic over `Unit`s: this module knows neither torch nor files. Design, "Memory"; the paper's §3.1 (what stays in
 DRAM).
@@ -113,7 +114,20 @@ class ExpertSlots:
     streamed_bytes: int
 
 
-UnitPlacement = Blocks | RowCache | ExpertSlots
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table of embeddings: all of it is pinned, or rows are read when a token asks for them.
+
+    Attributes:
+        pinned_bytes: Memory of the table; 0 where its rows are read.
+        row_bytes: Bytes of a row.
+    """
+
+    pinned_bytes: int
+    row_bytes: int
+
+
+UnitPlacement = Blocks | RowCache | ExpertSlots | Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +157,12 @@ class Placement:
     @property
     def dense(self) -> tuple[Blocks | RowCache, ...]:
         """Of each unit of which a token uses every block, in forward order."""
-        return tuple(unit for unit in self.units if not isinstance(unit, ExpertSlots))
+        return tuple(unit for unit in self.units if isinstance(unit, Blocks | RowCache))
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Of each table of embeddings that no linear layer shares."""
+        return tuple(unit for unit in self.units if isinstance(unit, Table))
 
     @property
     def rows(self) -> tuple[LayerCapacity, ...]:
@@ -157,8 +176,8 @@ class Placement:
 
     @property
     def pinned_bytes(self) -> int:
-        """Memory of all pinned blocks."""
-        return sum(unit.pinned_bytes for unit in self.units if isinstance(unit, Blocks))
+        """Memory of all pinned blocks and tables."""
+        return sum(unit.pinned_bytes for unit in self.units if isinstance(unit, Blocks | Table))
 
     @property
     def ring_bytes(self) -> int:
@@ -167,13 +186,15 @@ class Placement:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that a token reads at most: of dense units, and its experts."""
-        return sum(unit.streamed_bytes for unit in self.units)
+        """Bytes that a token reads at most: of dense units, and its experts; its row of a table aside."""
+        return sum(unit.streamed_bytes for unit in self.units if not isinstance(unit, Table))
 
     @property
     def cache_bytes(self) -> int:
         """Memory of caches, of rows or experts."""
-        return self.scratch_bytes + sum(unit.cache_bytes for unit in self.units if not isinstance(unit, Blocks))
+        return self.scratch_bytes + sum(
+            unit.cache_bytes for unit in self.units if isinstance(unit, RowCache | ExpertSlots)
+        )
 
     @property
     def staging_bytes(self) -> int:
@@ -291,12 +312,19 @@ def place(
     capacities = iter(plan_capacities(uses, cache_bytes // sizes.row_bytes) if uses else ())
     experts, num_spare = _hold_experts(sizes, cache_bytes, bound)
     slots = iter(experts)
+    left_bytes = cache_bytes - sum(experts) * sizes.expert_bytes
+    if bound is not None:
+        left_bytes = min(left_bytes, bound - sum(experts) * sizes.expert_bytes)
+    if num_slots or num_spare:  # something else is read for every token
+        left_bytes = 0
     return Placement(
         dram_bytes=dram_bytes,
         needs=needs,
         units=tuple(
             _expert_slots(unit, next(slots), sizes.expert_bytes, is_short=num_spare > 0)
             if unit.kind == "experts"
+            else _table(unit, left_bytes)
+            if unit.kind == "embedding"
             else _row_cache(unit, next(capacities))
             if unit.kind == "ffn" and uses
             else _blocks(unit, count)
@@ -413,6 +441,12 @@ def _blocks(unit: Unit, num_pinned: int) -> Blocks:
         pinned_bytes=sum(sizes[:num_pinned]),
         streamed_bytes=sum(sizes[num_pinned:]),
     )
+
+
+def _table(unit: Unit, left_bytes: int) -> Table:
+    """Pin a table where there is room; a model has one of input embeddings."""
+    is_pinned = unit.layout.file_bytes <= left_bytes
+    return Table(pinned_bytes=unit.layout.file_bytes if is_pinned else 0, row_bytes=unit.layout.row_bytes)
 
 
 def _row_cache(unit: Unit, capacity: LayerCapacity) -> RowCache:

@@ -24,6 +24,8 @@ class PackInfo:
         num_layers: Streamed FFNs, or layers of experts.
         num_linears: Linear layers that can be streamed: attention, output layer.
         linear_bytes: Bytes of their files.
+        embedding_bytes: Bytes of the table of embeddings, of which a token reads one row; 0 where it is resident, or the
+            output layer's.
         num_experts: Experts of all layers; 0 in a model without.
         num_active_experts: Experts that a token uses, over all layers.
         expert_bytes: Bytes of an expert; 0 in a model without.
@@ -49,6 +51,7 @@ class PackInfo:
     num_layers: int
     num_linears: int
     linear_bytes: int
+    embedding_bytes: int
     num_experts: int
     num_active_experts: int
     expert_bytes: int
@@ -97,6 +100,8 @@ class PackInfo:
             ]
         if self.num_linears:
             shape.append(("linear layers", f"{self.num_linears}, {format_size(self.linear_bytes)}"))
+        if self.embedding_bytes:
+            shape.append(("embeddings", f"{format_size(self.embedding_bytes)}, read row by row"))
         return [
             ("model type", self.model_type),
             ("source", self.source),
@@ -142,6 +147,7 @@ def describe(pack: str | Path) -> PackInfo:
         num_layers=len(alike),
         num_linears=len(linears),
         linear_bytes=sum(unit.layout.file_bytes for unit in linears),
+        embedding_bytes=sum(unit.layout.file_bytes for unit in manifest.tables),
         num_experts=sum(unit.num_experts for unit in manifest.experts),
         num_active_experts=sum(unit.num_active for unit in manifest.experts),
         expert_bytes=main.block_stride_bytes if manifest.experts else 0,

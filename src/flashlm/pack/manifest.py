@@ -56,30 +56,31 @@ Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
 SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+(/[^/\\\x00]+)*$", max_length=255)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$", max_length=1024)]
-UnitFileName = Annotated[str, Field(pattern=r"^(layer|experts|linear)-\d{5}(\.[0-9a-f]{8})?\.rows$")]
+UnitFileName = Annotated[str, Field(pattern=r"^(layer|experts|linear|embedding)-\d{5}(\.[0-9a-f]{8})?\.rows$")]
 
 
 class UnitEntry(Strict):
-    """One streamed unit: a feed-forward layer, the routed experts of a layer, or a linear layer.
+    """One streamed unit: a feed-forward layer, the routed experts of a layer, a linear layer, or a table of embeddings.
 
     Attributes:
         kind: Which of these.
         module: Dotted path of the module in the model: `ffn`: the one that the streamed layer replaces; `experts`: the
-            experts module, without its two large weights; `linear`: the linear layer, without its weight.
+            experts module, without its two large weights; `linear`, `embedding`: the layer itself, without its weight.
         identities: Dotted paths of modules whose work a streamed feed-forward layer takes over.
         file: Name of the unit's file in `flash/`.
         hidden_size: Elements of each part of a row: d_model; what experts take and give; a linear layer's inputs.
-        num_rows: Neurons of a feed-forward layer (d_ffn), or of all experts; a linear layer's outputs.
+        num_rows: Neurons of a feed-forward layer (d_ffn), or of all experts; a linear layer's outputs; tokens of a table.
         parts: What a row is made of, in order.
         encodings: Of each part, how its elements are written: a name of `ENCODINGS`.
         block_rows: Rows per block: the neurons of an expert in a layer of experts.
         arrangement: How a block is arranged: "row", or "block" where no row lies by itself.
         row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout. No row stride where no
             row lies by itself.
-        num_active: Blocks that a token uses: all, but a few of a layer of experts.
+        num_active: Blocks that a token uses: all; a few of a layer of experts; one of a table of embeddings.
         activation: Name in transformers' `ACT2FN`; "custom" where experts have a way of their own; none of a linear layer.
         biases: Parts of a feed-forward layer or linear layer whose biases the resident file holds: `<module>.up_bias`
             (num_rows,), `.gate_bias` (num_rows,), `.down_bias` (hidden_size,); of a linear layer `<module>.bias`.
+        table: Dotted path of the table of input embeddings that shares a linear layer's weight; "" where none does.
         checksums: xxh3-64 of each block as read (padding included), 16 hexadecimal digits.
         order_checksum: xxh3-64 of the `.order` file of a feed-forward layer, which says which checkpoint neuron each row
             is; None where rows lie in the checkpoint's order, and there is no such file.
@@ -100,6 +101,7 @@ class UnitEntry(Strict):
     num_active: Annotated[int, Field(gt=0)]
     activation: str = ""
     biases: tuple[Part, ...] = ()
+    table: ModuleName | Literal[""] = ""
     checksums: tuple[Checksum, ...]
     order_checksum: Checksum | None = None
 
@@ -109,7 +111,8 @@ class UnitEntry(Strict):
             layout = self.layout
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        allowed = (MATRIX,) if self.kind == "linear" else (GATED, UNGATED)
+        is_matrix = self.kind in ("linear", "embedding")
+        allowed = (MATRIX,) if is_matrix else (GATED, UNGATED)
         if self.parts not in allowed:
             raise ValueError(f"a unit of kind {self.kind} has no rows of {self.parts}")
         row_stride_bytes = None if layout.is_by_block else layout.row_stride_bytes
@@ -119,17 +122,22 @@ class UnitEntry(Strict):
             )
         if len(self.checksums) != layout.num_blocks:
             raise ValueError(f"{self.file} has {layout.num_blocks} blocks but {len(self.checksums)} checksums")
-        if not set(self.biases) <= set(self.parts) or (self.kind == "experts" and self.biases):
+        if not set(self.biases) <= set(self.parts) or (self.kind in ("experts", "embedding") and self.biases):
             raise ValueError(f"biases of {self.biases} in a unit of kind {self.kind}")
         if self.kind == "experts":
             if self.num_active > layout.num_blocks or self.num_rows % self.block_rows:
                 raise ValueError("more active experts than experts, or a part of one")
+        elif self.kind == "embedding":
+            if self.num_active != 1:
+                raise ValueError(f"a token uses one block of {self.file}, not {self.num_active}")
         elif self.num_active != layout.num_blocks:
             raise ValueError(f"a token uses all {layout.num_blocks} blocks of {self.file}, not {self.num_active}")
         if self.kind != "ffn" and (self.identities or self.order_checksum is not None):
             raise ValueError(f"identities or an order of rows in a unit of kind {self.kind}")
         if self.order_checksum is not None and layout.is_by_block:
             raise ValueError("an order of rows that don't lie by themselves")
+        if self.table and self.kind != "linear":
+            raise ValueError(f"a table of embeddings in a unit of kind {self.kind}")
         return self
 
     @model_serializer(mode="wrap")
@@ -228,7 +236,8 @@ class Manifest(Strict):
             self._check_is_of_4()
         if len({unit.file for unit in self.units}) != len(self.units):
             raise ValueError("two units name the same file")
-        if len({unit.module for unit in self.units}) != len(self.units):
+        modules = [module for unit in self.units for module in (unit.module, unit.table) if module]
+        if len(set(modules)) != len(modules):
             raise ValueError("two units name the same module")
         wanted = -(-self.resident.num_bytes // self.resident.chunk_bytes)
         if len(self.resident.checksums) != wanted:
@@ -259,7 +268,12 @@ class Manifest(Strict):
     @cached_property
     def dense(self) -> tuple[UnitEntry, ...]:
         """The units of which a token uses every block."""
-        return tuple(unit for unit in self.units if unit.kind != "experts")
+        return tuple(unit for unit in self.units if unit.unit.is_dense)
+
+    @cached_property
+    def tables(self) -> tuple[UnitEntry, ...]:
+        """The tables of embeddings that no linear layer shares."""
+        return tuple(unit for unit in self.units if unit.kind == "embedding")
 
     @property
     def main(self) -> UnitEntry:

@@ -4,7 +4,8 @@ Units stand in the order in which a forward pass meets them. Manifest, budget, p
 
 * `ffn`: a feed-forward layer, whose rows are its neurons;
 * `experts`: the routed experts of a layer, each a block of which a token uses a few;
-* `linear`: a matrix that every token is multiplied with: attention's projections, the output layer.
+* `linear`: a matrix that every token is multiplied with: attention's projections, the output layer;
+* `embedding`: a table of which a token looks up one row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 from flashlm.errors import ConfigError
 from flashlm.rows.layout import LayerLayout
 
-Kind = Literal["ffn", "experts", "linear"]
+Kind = Literal["ffn", "experts", "linear", "embedding"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class Unit:
     Attributes:
         kind: What it is.
         layout: Its geometry.
-        num_active: Blocks that a token uses: all, but a few of a layer of experts.
+        num_active: Blocks that a token uses: all; a few of a layer of experts; of an embedding the one with its row.
     """
 
     kind: Kind
@@ -38,10 +39,15 @@ class Unit:
         """Make a unit of which a token uses every block."""
         return cls(kind=kind, layout=layout, num_active=layout.num_blocks)
 
+    @classmethod
+    def table(cls, layout: LayerLayout) -> Unit:
+        """Make an embedding."""
+        return cls(kind="embedding", layout=layout, num_active=1)
+
     @property
     def is_dense(self) -> bool:
         """Whether a token uses all of it."""
-        return self.kind != "experts"
+        return self.kind in ("ffn", "linear")
 
     @property
     def num_blocks(self) -> int:

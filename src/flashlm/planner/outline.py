@@ -20,8 +20,8 @@ def outline(model_type: str, units: Iterable[Unit]) -> str:
         units: What is streamed, in forward order.
     """
     units = list(units)
-    main = [_words(unit) for unit in units if unit.kind != "linear"]
-    linears = sorted(_words(unit) for unit in units if unit.kind == "linear")
+    main = [_words(unit) for unit in units if unit.kind in ("ffn", "experts")]
+    linears = sorted(_words(unit) for unit in units if unit.kind in ("linear", "embedding"))
     groups = [f"{len(list(alike))} {words}" for named in (main, linears) for words, alike in groupby(named)]
     encodings = dict.fromkeys(_encoding(unit) for unit in units)
     return f"{model_type}, {' and '.join(encodings)}, " + ", ".join(groups)
@@ -35,8 +35,9 @@ def _encoding(unit: Unit) -> str:
 def _words(unit: Unit) -> str:
     layout = unit.layout
     written = "" if layout.plain else f" in {layout.encoding}"
-    if unit.kind == "linear":
-        return f"linear layers of {layout.num_rows} x {layout.hidden_size}{written}"
+    if unit.kind in ("linear", "embedding"):
+        what = "linear layers" if unit.kind == "linear" else "embeddings"
+        return f"{what} of {layout.num_rows} x {layout.hidden_size}{written}"
     rows = f"{layout.num_rows} rows"
     if unit.kind == "experts":
         rows = f"{unit.num_blocks} experts ({unit.num_active} active) of {layout.block_rows} rows"

@@ -25,8 +25,9 @@ from flashlm.rows.quantize import QUANTIZERS
 from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
 from flashlm.sparsity.routing import read_routing
 from flashlm.structure import activations
+from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer, build_meta_model
-from flashlm.structure.find_units import FoundUnit, LinearLayer, find_units
+from flashlm.structure.find_units import FoundUnit, find_units
 from flashlm.structure.model_config import load_config, load_pack_config
 from flashlm.structure.unit_layouts import RowWriting, choose_layouts, streamed_names
 from flashlm.transformers_seam import Conv1D
@@ -127,7 +128,8 @@ class ModelShape:
     def assumed(self, rates: Rates) -> tuple[str, ...]:
         """Return the encodings of which rates hold nothing: they are taken to be as fast, by their bytes, as the dtype."""
         unmeasured = set(self.quantised) - set(rates.encoded)
-        by_rows = [unit.layout for unit in self.units if unit.kind != "linear" and not unit.layout.is_by_block]
+        neurons = [*of_kind(self.units, "ffn"), *of_kind(self.units, "experts")]
+        by_rows = [unit.layout for unit in neurons if not unit.layout.is_by_block]
         names = unmeasured | {name for layout in by_rows for name in layout.encodings if name in self.quantised}
         return tuple(sorted(names))
 
@@ -224,7 +226,7 @@ def read_shape(
 
 
 def _activation(found: Iterable[FoundUnit]) -> str:
-    return next(each.activation for each in found if not isinstance(each, LinearLayer))
+    return next(each.activation for each in found if isinstance(each, FfnLayer | ExpertLayer))
 
 
 def _replaced(found: Iterable[FoundUnit]) -> set[str]:

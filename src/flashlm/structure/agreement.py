@@ -20,7 +20,7 @@ from flashlm.pack.manifest import Manifest, UnitEntry
 from flashlm.rows.layout import MATRIX, ffn_parts
 from flashlm.structure.asked import misfit
 from flashlm.structure.experts import ExpertLayer
-from flashlm.structure.find_units import FoundUnit, LinearLayer, find_units
+from flashlm.structure.find_units import EmbeddingLayer, FoundUnit, LinearLayer, find_units
 
 
 def check_structure(model: PreTrainedModel, manifest: Manifest, pack: Path) -> None:
@@ -45,8 +45,8 @@ def structure_problems(model: PreTrainedModel, manifest: Manifest) -> Iterator[s
         return
     stated = [_stated(entry) for entry in manifest.units]
     modules = {entry["module"] for entry in stated}
-    # Small linear layers are streamed or not as the conversion was asked to.
-    found = [entry for entry in found if entry["kind"] != "linear" or entry["module"] in modules]
+    # Small linear layers and embeddings are streamed or not as the conversion was asked to.
+    found = [entry for entry in found if entry["kind"] in ("ffn", "experts") or entry["module"] in modules]
     if len(found) != len(stated):
         yield f"the pack streams {len(stated)} units, {kind} has {len(found)}"
         return
@@ -93,7 +93,11 @@ def _described(found: FoundUnit) -> dict[str, Any]:
             "hidden_size": found.num_inputs,
             "parts": MATRIX,
             "biases": MATRIX if found.has_bias else (),
+            "table": found.table,
         }
+    if isinstance(found, EmbeddingLayer):
+        sizes = {"num_rows": found.num_rows, "hidden_size": found.hidden_size}
+        return {"kind": "embedding", "module": found.module, **sizes, "parts": MATRIX}
     shared = {
         "module": found.module,
         "hidden_size": found.hidden_size,

@@ -27,12 +27,14 @@ from flashlm.rows.layout import (
 )
 from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer
-from flashlm.structure.find_units import FoundUnit, LinearLayer
+from flashlm.structure.find_units import EmbeddingLayer, FoundUnit, LinearLayer
 
 
 def streamed_names(found: FoundUnit) -> tuple[str, ...]:
     """Return the state-dict names of the weights that go into a unit, and of biases that a pack names anew."""
     if isinstance(found, LinearLayer):
+        return found.names
+    if isinstance(found, EmbeddingLayer):
         return (found.weight,)
     if isinstance(found, ExpertLayer):
         return found.in_weight, found.out_weight
@@ -61,11 +63,13 @@ class RowWriting:
     def arrangement_of(self, found: FoundUnit) -> Arrangement:
         """Return how a unit's blocks are arranged: as the source has them, where its groups are kept."""
         is_plain = all(ENCODINGS[name].is_plain for name in self.kept.get(found.module, ()))
-        return "row" if is_plain or isinstance(found, LinearLayer) else "block"
+        return "row" if is_plain or isinstance(found, LinearLayer | EmbeddingLayer) else "block"
 
     def _encoding_of(self, found: FoundUnit) -> str:
         """Return the encoding that all parts of a unit's rows get: what does not fit the quantised one stays plain."""
         plain = encoding_of(self.dtype).name
+        if isinstance(found, EmbeddingLayer):
+            return plain  # a token reads one row of it: fewer bits would gain nothing
         if self.quantize is None or not ENCODINGS[self.quantize].fits(part_width(found)):
             return plain
         if isinstance(found, LinearLayer):
@@ -122,7 +126,7 @@ def _whole(layer: FfnLayer, writing: RowWriting) -> LayerLayout:
 
 
 def _parts(found: FoundUnit) -> tuple[Part, ...]:
-    return MATRIX if isinstance(found, LinearLayer) else ffn_parts(has_gate=found.has_gate)
+    return MATRIX if isinstance(found, LinearLayer | EmbeddingLayer) else ffn_parts(has_gate=found.has_gate)
 
 
 def _unit(found: FoundUnit, writing: RowWriting, block_rows: Mapping[Arrangement, int], block_bytes: int) -> Unit:
@@ -139,12 +143,13 @@ def _unit(found: FoundUnit, writing: RowWriting, block_rows: Mapping[Arrangement
             arrangement=writing.arrangement_of(found),
         )
         return Unit(kind="experts", layout=layout, num_active=found.num_active)
-    row_bytes = bytes_of_row(encodings, found.num_inputs)
-    rows = choose_matrix_rows(num_rows=found.num_outputs, row_bytes=row_bytes, block_bytes=block_bytes)
+    num_rows = found.num_outputs if isinstance(found, LinearLayer) else found.num_rows
+    row_bytes = bytes_of_row(encodings, part_width(found))
+    rows = choose_matrix_rows(num_rows=num_rows, row_bytes=row_bytes, block_bytes=block_bytes)
     layout = LayerLayout(
-        hidden_size=found.num_inputs, num_rows=found.num_outputs, parts=MATRIX, encodings=encodings, block_rows=rows
+        hidden_size=part_width(found), num_rows=num_rows, parts=MATRIX, encodings=encodings, block_rows=rows
     )
-    return Unit.dense("linear", layout)
+    return Unit.dense("linear", layout) if isinstance(found, LinearLayer) else Unit.table(layout)
 
 
 def _ffn_layout(layer: FfnLayer, writing: RowWriting, block_rows: Mapping[Arrangement, int]) -> LayerLayout:
