@@ -129,18 +129,18 @@ def test_blocks_of_a_matrix_join_without_a_gap(num_rows: int, num_inputs: int, e
 
 
 @st.composite
-def layouts_by_block(draw: st.DrawFn) -> LayerLayout:
+def layouts_by_block(draw: st.DrawFn, most: int = 40) -> LayerLayout:
     """Layers whose blocks hold their parts whole: of all encodings, of one block and many, with a shorter last one."""
     parts = draw(st.sampled_from([GATED, UNGATED]))
     encodings = tuple(draw(st.sampled_from(sorted(ENCODINGS))) for _ in parts)
     group = ENCODINGS[encodings[-1]].group_elements
-    hidden = math.lcm(*(ENCODINGS[name].group_elements for name in encodings[:-1])) * draw(st.integers(1, 9))
+    hidden = math.lcm(*(ENCODINGS[name].group_elements for name in encodings[:-1])) * draw(st.integers(1, min(most, 9)))
     return LayerLayout(
         parts=parts,
         encodings=encodings,
         hidden_size=hidden,
-        num_rows=group * draw(st.integers(1, 40)),
-        block_rows=math.lcm(group, draw(st.sampled_from([1, ROWS_PER_STEP]))) * draw(st.integers(1, 12)),
+        num_rows=group * draw(st.integers(1, most)),
+        block_rows=math.lcm(group, draw(st.sampled_from([1, ROWS_PER_STEP]))) * draw(st.integers(1, min(most, 12))),
         arrangement="block",
     )
 

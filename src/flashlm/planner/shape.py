@@ -128,7 +128,8 @@ class ModelShape:
     def assumed(self, rates: Rates) -> tuple[str, ...]:
         """Return the encodings of which rates hold nothing: they are taken to be as fast, by their bytes, as the dtype."""
         unmeasured = set(self.quantised) - set(rates.encoded)
-        by_rows = [unit.layout for unit in self.units if unit.kind != "linear" and not unit.layout.is_by_block]
+        neurons = [*of_kind(self.units, "ffn"), *of_kind(self.units, "experts")]
+        by_rows = [unit.layout for unit in neurons if not unit.layout.is_by_block]
         names = unmeasured | {name for layout in by_rows for name in layout.encodings if name in self.quantised}
         return tuple(sorted(names))
 
