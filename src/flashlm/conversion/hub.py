@@ -69,6 +69,20 @@ def weight_files(names: Mapping[str, object], read_file: Callable[[str], Path]) 
     raise PackError(f"the repository has no weights: {SINGLE_NAME}, {INDEX_NAME} or a {SUFFIX} file expected")
 
 
+def named_files(names: Mapping[str, object], file: str) -> list[str]:
+    """Return the files of a repository that make up the GGUF model `file`: itself, or all parts of a split one.
+
+    Raises:
+        ConfigError: It is none, or the repository lacks one of them.
+    """
+    wanted = files_of(file)
+    missing = [name for name in wanted if name not in names or not name.endswith(SUFFIX)]
+    if missing:
+        held = ", ".join(models_among(names)) or "none"
+        raise ConfigError(f"the repository holds no {missing[0]}; its GGUF models are: {held}")
+    return wanted
+
+
 def download(source: str, file: str | None = None, *, with_code: bool, announce: Callable[[str], None]) -> Path:
     """Return the folder of a model of the hub, or its GGUF file, after fetching what is not there yet.
 
@@ -99,12 +113,12 @@ def download(source: str, file: str | None = None, *, with_code: bool, announce:
         return folder
     try:
         sizes = {each.rfilename: each.size for each in info.siblings or ()}
-        if file is not None:
-            shards = files_of(file)
-        else:
+        if file is None:
             shards = weight_files(sizes, lambda name: Path(hf_hub_download(source, name)))
+        else:
+            shards = named_files(sizes, file)
         is_gguf = shards[0].endswith(SUFFIX)
-        wanted, small = wanted_files(sizes, shards, with_code=with_code) if not is_gguf else (shards, SmallFiles.none())
+        wanted, small = (shards, SmallFiles.none()) if is_gguf else wanted_files(sizes, shards, with_code=with_code)
         num_bytes = sum(sizes[name] or 0 for name in wanted)
         announce(
             f"fetching {len(wanted)} of {len(sizes)} files of {source}, {format_size(num_bytes)} (what is not here yet)"
