@@ -12,10 +12,12 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import flashlm
+from flashlm.cli.plan import source_shape
 from flashlm.conversion.convert import convert
 from flashlm.conversion.verify import verify
 from flashlm.errors import ConfigError, UnsupportedModelError
 from flashlm.pack.manifest import UnitEntry, read_manifest, unit_path
+from flashlm.planner.shape import read_shape
 from flashlm.rows.encodings import ENCODINGS
 from tests.gguf_files import ARCHITECTURES, q4_0, save_gguf
 
@@ -134,3 +136,14 @@ def test_settings_beside_the_encodings(tmp_path: Path) -> None:
     assert again == [f"{tmp_path / 'pack'} is already finished: nothing to do"]
     with pytest.raises(ConfigError, match="another source or with other settings"):
         convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+
+
+def test_a_plan_before_conversion_knows_the_packs_bytes(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "qwen3moe", mixed, hidden_size=256, moe_intermediate_size=256, vocab_size=2048)
+    convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    planned, pack = source_shape(str(tmp_path)), read_shape(tmp_path / "pack")
+    assert [unit.kind for unit in planned.units] == ["embedding", "experts", "experts", "linear"]
+    assert planned.units == pack.units
+    assert (planned.resident_bytes, planned.matrix_bytes) == (pack.resident_bytes, pack.matrix_bytes)
+    assert planned.outline == pack.outline
+    assert "q6_k" in planned.outline

@@ -22,6 +22,7 @@ from flashlm.conversion.sources.tensors import EncodedTensor, RowsRead
 from flashlm.conversion.verify import verify
 from flashlm.errors import PackError
 from flashlm.pack.checkpoint import open_checkpoint
+from flashlm.planner.shape import read_shape
 from flashlm.storage.ranges import RangeReader
 from flashlm.storage.reader import AlignedBuffer
 from tests.conversion.test_gguf import check_same
@@ -117,6 +118,18 @@ def test_fp8_tiles_give_the_models_logits(family: str, tmp_path: Path) -> None:
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "source", quantization_config=config, dtype=torch.float32)
     # transformers leaves what is not quantised in bf16
     check_same(wanted.eval().float(), flashlm.load(tmp_path / "pack"))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3", "deepseek_v3"])
+def test_a_quantised_config_alone_says_what_a_pack_will_hold(family: str, tmp_path: Path) -> None:
+    if family == "gpt_oss":
+        save_mxfp4(tmp_path / "source")
+    else:
+        save_fp8(tmp_path / "source", family)
+    convert(tmp_path / "source", tmp_path / "pack")
+    planned, pack = read_shape(tmp_path / "source" / "config.json"), read_shape(tmp_path / "pack")
+    assert planned.units == pack.units
+    assert planned.quantised == pack.quantised != ()
 
 
 def decoded(entry: EncodedTensor, rows: range) -> torch.Tensor:

@@ -23,7 +23,7 @@ COLUMNS = ("dram", "mode", "exact", "held", "read a token", "tokens/s", "prompt 
 
 def plan(
     source: Annotated[
-        str, typer.Argument(help="Pack, model folder, config.json, or hub id (only its config is fetched).")
+        str, typer.Argument(help="Pack, model folder, .gguf file, config.json, or hub id (only its config is fetched).")
     ],
     dram: Annotated[
         str | None,
@@ -36,7 +36,13 @@ def plan(
         int | None, typer.Option(help="Tokens that the KV cache may hold. Default: 2048.", show_default=False)
     ] = None,
     mode: Annotated[Mode, typer.Option(help="Plan for this mode alone; auto: the cheapest that is allowed.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the pack, where it is still to be made: bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the pack, where it is still to be made: bf16, fp16 or fp32. Default: as `convert`.",
+            show_default=False,
+        ),
+    ] = None,
     quantize: Annotated[
         str | None, typer.Option(help="Of what is streamed, where it is still to be made: q8_0.", show_default=False)
     ] = None,
@@ -71,7 +77,6 @@ def plan(
     from flashlm.planner.plan_document import save_plan
     from flashlm.planner.published import assume_sparsity
     from flashlm.planner.settings import as_tokens
-    from flashlm.planner.shape import read_shape
     from flashlm.sizes import parse_budget_bytes
 
     budgets = (
@@ -82,7 +87,7 @@ def plan(
     context = as_tokens(context)
     if save is not None and len(budgets) != 1:
         raise ConfigError("--save takes a plan of one budget: give one --dram SIZE")
-    shape = read_shape(source, dtype=dtype, quantize=quantize, trust_remote_code=trust_remote_code)
+    shape = source_shape(source, dtype, quantize, trust_remote_code=trust_remote_code)
     if assume_sparse:
         shape = assume_sparsity(shape)
     check_mode(shape, mode)
@@ -110,6 +115,32 @@ def plan(
 
         plot_latency(shape, rates, context, plot)
     _print_plans(found, shape, _assumed(shape, rates), as_json)
+
+
+def source_shape(
+    source: str, dtype: str | None = None, quantize: str | None = None, *, trust_remote_code: bool = False
+) -> ModelShape:
+    """Return the shape of a source: of a GGUF file exactly, from its header, else by its config."""
+    from flashlm.conversion.plan import plan_conversion
+    from flashlm.conversion.source import find_gguf, open_source
+    from flashlm.planner.shape import planned_shape, read_shape
+    from flashlm.rows.layout import canonical_dtype
+
+    path = find_gguf(source)
+    if path is None:
+        return read_shape(source, dtype=dtype or "bf16", quantize=quantize, trust_remote_code=trust_remote_code)
+    with open_source(source, path) as opened:
+        wanted = None if dtype is None else canonical_dtype(dtype)
+        planned = plan_conversion(opened, Path(), wanted, None, trust_remote_code=False, quantize=quantize)
+    return planned_shape(
+        source,
+        planned.source.config,
+        planned.model,
+        [file.found for file in planned.streamed],
+        tuple(file.unit for file in planned.streamed),
+        dtype=planned.dtype,
+        resident_bytes=planned.resident.num_bytes,
+    )
 
 
 def _print_plans(

@@ -76,6 +76,7 @@ class ConversionPlan:
     Attributes:
         pack: The folder to write.
         source: What is converted.
+        model: Its model, on the meta device.
         model_type: The transformers model type.
         num_hidden_layers: Its decoder layers.
         dtype: Element type of the pack.
@@ -89,6 +90,7 @@ class ConversionPlan:
 
     pack: Path
     source: Source
+    model: PreTrainedModel
     model_type: str
     num_hidden_layers: int
     dtype: str
@@ -210,6 +212,7 @@ def plan_conversion(
     return ConversionPlan(
         pack=target,
         source=source,
+        model=model,
         model_type=config.model_type,
         num_hidden_layers=num_hidden_layers(config),
         dtype=dtype,

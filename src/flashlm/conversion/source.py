@@ -18,7 +18,7 @@ from flashlm.conversion.names import NameMap, map_names
 from flashlm.conversion.small_files import SmallFiles, choose_from_folder
 from flashlm.conversion.sources.gguf import gguf_checkpoint, map_gguf_names, write_model_folder
 from flashlm.conversion.sources.gguf_header import SUFFIX, GgufHeader, models_among, read_gguf_header
-from flashlm.conversion.sources.quantised import QUANTISED, check_scaled, join_scales
+from flashlm.conversion.sources.quantised import check_scaled, join_scales
 from flashlm.errors import ConfigError
 from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
 from flashlm.pack.manifest import CONFIG_NAME, FORMAT_VERSION
@@ -99,6 +99,18 @@ def resolve_source(
     return download(repository, file or None, with_code=trust_remote_code, announce=announce or (lambda line: None))
 
 
+def find_gguf(source: str | Path) -> Path | None:
+    """Return the GGUF file on this machine that a source is; None where it is something else.
+
+    Raises:
+        ConfigError: A folder with several models.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _of_folder(path.resolve())
+    return path if path.suffix == SUFFIX and path.is_file() else None
+
+
 def _of_folder(folder: Path) -> Path:
     """Return a folder with safetensors as it is, else the one GGUF model in it."""
     if any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
@@ -136,7 +148,7 @@ def open_source(name: str, path: Path, *, trust_remote_code: bool = False) -> It
 
 
 def _open_folder(name: str, folder: Path, trust_remote_code: bool) -> Source:
-    config = load_config(folder, trust_remote_code=trust_remote_code, quantised=QUANTISED)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder)
     quantised = read_config(folder).get("quantization_config")
     if quantised is not None:

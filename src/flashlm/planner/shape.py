@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +29,7 @@ from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer, build_meta_model
 from flashlm.structure.find_units import FoundUnit, find_units
 from flashlm.structure.model_config import load_config, load_pack_config
-from flashlm.structure.unit_layouts import RowWriting, choose_layouts, streamed_names
+from flashlm.structure.unit_layouts import RowWriting, choose_layouts, stated_encodings, streamed_names
 from flashlm.transformers_seam import Conv1D
 
 CONFIG_NAME = "config.json"
@@ -185,6 +185,9 @@ def read_shape(
 ) -> ModelShape:
     """Return the shape of a pack, a model folder, a config.json, or a model on the hub (its config only).
 
+    Of a model that is quantised already a conversion keeps what the config says is; of a GGUF file only the header tells
+    that (`planned_shape`).
+
     Args:
         source: Which.
         dtype: Element type that a conversion would get; a pack has its own.
@@ -205,18 +208,44 @@ def read_shape(
     found = find_units(model, dtype_bytes=bytes_per_element(dtype))
     if quantize is not None and quantize not in QUANTIZERS:
         raise ConfigError(f"quantize is {quantize!r}: one of {', '.join(QUANTIZERS)} expected")
-    units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize))
+    kept = {} if quantize else stated_encodings(found, getattr(config, "quantization_config", None))
+    units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize, kept=kept))
     streamed = {name for each in found for name in streamed_names(each)}
-    matrices = _matrices(model, _replaced(found))
     resident = sum(p.numel() for name, p in model.named_parameters() if name not in streamed)
+    resident_bytes = resident * bytes_per_element(dtype)
+    return planned_shape(str(source), config, model, found, units, dtype=dtype, resident_bytes=resident_bytes)
+
+
+def planned_shape(
+    name: str,
+    config: Any,
+    model: PreTrainedModel,
+    found: Sequence[FoundUnit],
+    units: tuple[Unit, ...],
+    *,
+    dtype: str,
+    resident_bytes: int,
+) -> ModelShape:
+    """Return the shape of a pack that is still to be made.
+
+    Args:
+        name: Of the source, as it was given.
+        config: Its config.
+        model: Its model, on the meta device.
+        found: What of it is streamed.
+        units: The same, as units.
+        dtype: Element type of what is resident.
+        resident_bytes: Bytes of that.
+    """
+    matrices = _matrices(model, _replaced(found))
     return ModelShape(
-        name=str(source),
+        name=name,
         model_type=config.model_type,
         activation=_activation(found),
         config=config,
         dtype=dtype,
         units=units,
-        resident_bytes=resident * bytes_per_element(dtype),
+        resident_bytes=resident_bytes,
         matrix_bytes=_matrix_bytes(matrices, units, dtype),
         matrix_weights=sum(weight.numel() for weight in matrices),
         num_matrices=len(matrices),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
 
 from flashlm.pack.units import Unit
 from flashlm.rows.encodings import ENCODINGS, encoding_of
@@ -77,6 +77,23 @@ class RowWriting:
             if matrix_row_step(row_bytes) * row_bytes > MAX_BLOCK_BYTES:
                 return plain
         return self.quantize
+
+
+def stated_encodings(found: Sequence[FoundUnit], quantised: Mapping[str, Any] | None) -> dict[str, tuple[str, ...]]:
+    """Return the encodings that units have already by a config's `quantization_config`, by module, as `kept` takes them."""
+    if not isinstance(quantised, Mapping):
+        return {}
+    if quantised.get("quant_method") == "mxfp4":
+        return {each.module: same_encoding("mxfp4", _parts(each)) for each in found if isinstance(each, ExpertLayer)}
+    left = quantised.get("modules_to_not_convert") or ["lm_head"]
+    fitting = ENCODINGS["fp8_block"].fits
+    return {
+        each.module: same_encoding("fp8_block", _parts(each))
+        for each in found
+        if not isinstance(each, EmbeddingLayer)
+        and fitting(part_width(each))
+        and not any(n in each.module for n in left)
+    }
 
 
 def part_width(found: FoundUnit) -> int:

@@ -19,7 +19,6 @@ from flashlm.pack.checkpoint import Checkpoint, TensorEntry
 from flashlm.rows.encodings import ENCODINGS
 from flashlm.storage.ranges import FileRange, RangeReader
 
-QUANTISED = ("mxfp4", "fp8")
 _TILE = 128
 _MX_GROUP = 32
 _MX_NAN = 255  # of a scale
@@ -34,7 +33,7 @@ def join_scales(checkpoint: Checkpoint, quantised: Mapping[str, Any]) -> Checkpo
 
     Args:
         checkpoint: As its headers say.
-        quantised: The config's `quantization_config`, of a method that is in `QUANTISED`.
+        quantised: The config's `quantization_config`, of a method that is known.
 
     Raises:
         PackError: Scales are missing, of another shape, or not finite; or weights are quantised in another way.
