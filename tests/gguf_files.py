@@ -21,6 +21,8 @@ from tests.encoded_packs import random_matrix
 
 Types = Callable[[str], str]
 """The encoding of a matrix by the model's name for it; "fp32" and the others that are plain, or one of GGUF's."""
+Extra = dict[str, Any]
+"""Further tensors (arrays) and metadata (anything else) of a file, by name."""
 
 _DENSE: dict[str, Any] = {
     "vocab_size": 96,
@@ -188,7 +190,9 @@ def random_rows(
     return raw, torch.from_numpy(gguf.quants.dequantize(raw, known))
 
 
-def save_gguf(path: Path, architecture: str, types: Types = q4_0, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def save_gguf(
+    path: Path, architecture: str, types: Types = q4_0, *, seed: int = 0, extra: Extra | None = None, **settings: Any
+) -> PreTrainedModel:
     """Write a tiny model of an architecture to `path`.
 
     Args:
@@ -196,6 +200,7 @@ def save_gguf(path: Path, architecture: str, types: Types = q4_0, *, seed: int =
         architecture: As GGUF files call it.
         types: Encodings of matrices whose rows they fit; the others, and all vectors, are in fp32.
         seed: Of the weights.
+        extra: What the file holds beside.
         settings: Of the config.
 
     Returns:
@@ -213,6 +218,11 @@ def save_gguf(path: Path, architecture: str, types: Types = q4_0, *, seed: int =
             if name not in tied:
                 _Weight(writer, architecture, config, types, random).write(name, weight)
     model.tie_weights()
+    for name, value in (extra or {}).items():
+        if isinstance(value, np.ndarray):
+            writer.add_tensor(name, value)
+        else:
+            _add(writer, name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

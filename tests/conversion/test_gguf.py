@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import flashlm
 from flashlm.cli.plan import source_shape
 from flashlm.conversion.convert import convert
+from flashlm.conversion.sources.gguf_header import read_gguf_header
 from flashlm.conversion.verify import verify
-from flashlm.errors import ConfigError, UnsupportedModelError
+from flashlm.errors import ConfigError, PackError, UnsupportedModelError
 from flashlm.pack.manifest import UnitEntry, read_manifest, unit_path
 from flashlm.planner.shape import read_shape
 from flashlm.rows.encodings import ENCODINGS
-from tests.gguf_files import ARCHITECTURES, q4_0, save_gguf
+from tests.gguf_files import ARCHITECTURES, Extra, q4_0, save_gguf
 
 # transformers 5.23 makes neither config nor experts of files of gpt-oss.
 _NOT_OF_TRANSFORMERS = ("gpt-oss",)
@@ -147,3 +150,98 @@ def test_a_plan_before_conversion_knows_the_packs_bytes(tmp_path: Path) -> None:
     assert (planned.resident_bytes, planned.matrix_bytes) == (pack.resident_bytes, pack.matrix_bytes)
     assert planned.outline == pack.outline
     assert "q6_k" in planned.outline
+
+
+def stretched(factor: float, width: int, theta: float) -> np.ndarray:
+    """What llama.cpp's converter writes for Llama 3's scaling, frequency by frequency."""
+    found = []
+    for index in range(width // 2):
+        wavelength = 2 * math.pi * theta ** (2 * index / width)
+        if wavelength < 8192 / 4:
+            found.append(1.0)
+        elif wavelength > 8192:
+            found.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, dtype=np.float32)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1] * 4, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 32, "attention_factor": 1.19, "partial_rotary_factor": 1.0}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+ROTARY: dict[str, tuple[str, dict[str, Any], Extra]] = {
+    "llama3": ("llama", LLAMA3, {"rope_freqs.weight": stretched(32.0, 64, 500000.0)}),
+    "longrope": (
+        "phi3",
+        LONG,
+        {
+            "rope_factors_short.weight": np.array(LONG["short_factor"], dtype=np.float32),
+            "rope_factors_long.weight": np.array(LONG["long_factor"], dtype=np.float32),
+            "phi3.rope.scaling.original_context_length": 32,
+            "phi3.rope.scaling.attn_factor": 1.19,
+        },
+    ),
+    "yarn": (
+        "qwen2",
+        YARN,
+        {
+            "qwen2.rope.scaling.type": "yarn",
+            "qwen2.rope.scaling.factor": 4.0,
+            "qwen2.rope.scaling.original_context_length": 32,
+        },
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotary_scaling_that_transformers_leaves_out_is_taken(kind: str, tmp_path: Path) -> None:
+    architecture, rope, extra = ROTARY[kind]
+    settings: dict[str, Any] = {"rope_parameters": rope}
+    if kind == "llama3":
+        settings |= {"head_dim": 64}
+    if kind == "longrope":
+        settings |= {"original_max_position_embeddings": 32}
+    model = save_gguf(tmp_path / "tiny.gguf", architecture, q4_0, extra=extra, **settings)
+    convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    found = flashlm.load(tmp_path / "pack")
+    assert all(found.config.rope_parameters[key] == pytest.approx(value) for key, value in rope.items())
+    check_same(model, found)
+
+
+def test_rotary_factors_of_no_known_kind_are_refused(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama", extra={"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)})
+    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight\) that are not those of Llama 3\.1 or 3\.2"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.ffn_up.weight", "token_embd.weight"])
+def test_scales_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama")
+    place = read_gguf_header(tmp_path / "tiny.gguf").tensors[name].offset + 3 * 18
+    raw = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    raw[place : place + 2] = np.array(np.nan, dtype=np.float16).tobytes()
+    (tmp_path / "tiny.gguf").write_bytes(raw)
+    with pytest.raises(PackError, match=f"{name} holds a scale that is no finite number"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    assert not (tmp_path / "pack" / "flash" / "manifest.json").exists()
+
+
+def test_a_conversion_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "qwen3moe", num_hidden_layers=4)
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "experts-00002.rows":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack", min_linear_bytes=0, progress=stop)
+    said: list[str] = []
+    manifest = convert(tmp_path / "tiny.gguf", tmp_path / "pack", min_linear_bytes=0, announce=said.append)
+    assert ", going on after" in said[0]
+    whole = convert(tmp_path / "tiny.gguf", tmp_path / "whole", min_linear_bytes=0)
+    assert manifest.weights_fingerprint == whole.weights_fingerprint
+    assert verify(tmp_path / "pack").problems == ()

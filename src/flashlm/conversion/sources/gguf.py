@@ -28,6 +28,7 @@ from flashlm.pack.checkpoint import Checkpoint, TensorEntry
 from flashlm.pack.manifest import CONFIG_NAME, MAX_LAYERS
 from flashlm.pack.pack_config import MAX_EXPERTS
 from flashlm.rows.encodings import ENCODINGS
+from flashlm.storage.outside import open_regular
 from flashlm.structure.experts import ExpertLayer
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -61,6 +62,11 @@ _YARN = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
+_LLAMA3: tuple[dict[str, Any], ...] = tuple(
+    {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    for factor in (8.0, 32.0)
+)
+_MAX_FACTORS = 1024
 _PARTIAL_ROTARY = ("stablelm", "nemotron", "phi3")
 
 
@@ -175,6 +181,8 @@ def _completed(header: GgufHeader, config: Any) -> dict[str, Any]:
     rope = _rope(header, config)
     if rope is not None:
         found["rope_parameters"] = rope
+    if rope is not None and rope.get("rope_type") == "longrope":
+        found["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     if header.architecture == "gemma2" and header.of_model("block_count") == 46:  # as llama.cpp tells the 27B model
         found["query_pre_attn_scalar"] = config.hidden_size // config.num_attention_heads
     if header.architecture == "gemma3" and header.of_model("block_count") == 62:
@@ -195,23 +203,69 @@ def _rope(header: GgufHeader, config: Any) -> dict[str, Any] | None:
     if header.architecture in _PARTIAL_ROTARY and width:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rope["partial_rotary_factor"] = width / head_dim
-    rope |= _rope_scaling(header)
+    rope |= _rope_scaling(header, rope)
     if not by_kind:
         return rope if rope != known else None
     return known | {"full_attention": rope} if rope != known["full_attention"] else None
 
 
-def _rope_scaling(header: GgufHeader) -> dict[str, Any]:
+def _rope_scaling(header: GgufHeader, rope: dict[str, Any]) -> dict[str, Any]:
+    """Return how the file stretches rotary angles: by its metadata, or by factors that are tensors."""
     kind, factor = header.of_model("rope.scaling.type"), header.of_model("rope.scaling.factor")
+    original = header.of_model("rope.scaling.original_context_length")
+    factors = _floats(header, "rope_freqs.weight")
+    if factors is not None:
+        return _llama3_scaling(header, rope, factors)
+    short, long = (_floats(header, f"rope_factors_{length}.weight") for length in ("short", "long"))
+    if short is not None and long is not None and original:
+        scaling = {"rope_type": "longrope", "short_factor": short.tolist(), "long_factor": long.tolist()}
+        attention = header.of_model("rope.scaling.attn_factor")
+        return (
+            scaling
+            | {"original_max_position_embeddings": original}
+            | ({"attention_factor": attention} if attention else {})
+        )
     if kind not in ("linear", "yarn") or not factor:
         return {}
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        for key, name in _YARN.items():
-            value = header.of_model(f"rope.scaling.{key}")
-            if value is not None:
-                scaling[name] = value
+        values = {name: header.of_model(f"rope.scaling.{key}") for key, name in _YARN.items()}
+        scaling |= {name: value for name, value in values.items() if value is not None}
     return scaling
+
+
+def _floats(header: GgufHeader, name: str) -> torch.Tensor | None:
+    """Return a small tensor of the file in fp32, None where there is none."""
+    tensor = header.tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > _MAX_FACTORS:
+        raise PackError(
+            f"{tensor.path} holds {name} as {tensor.type.name} {list(tensor.shape)}: a short list of F32 expected"
+        )
+    with open_regular(tensor.path) as file:
+        file.seek(tensor.offset)
+        return torch.frombuffer(bytearray(file.read(tensor.num_bytes)), dtype=torch.float32)
+
+
+def _llama3_scaling(header: GgufHeader, rope: dict[str, Any], factors: torch.Tensor) -> dict[str, Any]:
+    """Return the settings of Llama 3.1's and 3.2's rotary scaling that give the file's factors; it has nothing but these."""
+    if bool((factors == 1).all()):
+        return {}
+    wavelengths = 2 * torch.pi * rope["rope_theta"] ** (torch.arange(len(factors)) / len(factors))
+    for scaling in _LLAMA3:
+        factor, low, high, original = scaling.values()
+        smooth = (original / wavelengths - low) / (high - low)
+        wanted = 1 / ((1 - smooth) / factor + smooth)
+        wanted = torch.where(
+            wavelengths < original / high, 1.0, torch.where(wavelengths > original / low, factor, wanted)
+        )
+        if torch.allclose(factors, wanted, rtol=1e-3):
+            return {"rope_type": "llama3"} | scaling
+    raise UnsupportedModelError(
+        f"{header.files[0]} stretches rotary angles by factors (rope_freqs.weight) that are not those of Llama 3.1 or 3.2:"
+        " convert the model's safetensors instead"
+    )
 
 
 def _write_tokenizer(header: GgufHeader, folder: Path) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class GgufFamily:
     orders: Mapping[str, Order] = field(default_factory=dict)
     changes: Mapping[str, Change] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
-    ignored: re.Pattern[str] = re.compile(r"^rope_freqs\.weight$|\.attn_rot_embd\.weight$")
+    ignored: re.Pattern[str] = re.compile(r"^rope_(freqs|factors_(long|short))\.weight$|\.attn_rot_embd\.weight$")
 
     def name_of(self, stored: str) -> str | None:
         """Return the model's name of a tensor, None where there is none. Experts have no names of their own."""

@@ -193,8 +193,6 @@ class Mxfp4Tensor(EncodedTensor):
         num_groups = self.width // _MX_GROUP
         blocks = raw[0].view(-1, num_groups, 2, 8)[:: rows.step]
         scales = raw[1].view(-1, num_groups)[:: rows.step]
-        if bool((scales == _MX_NAN).any()):
-            raise PackError(f"{self.scales.path} is damaged: {self.scales.name} holds a scale that is no number")
         words = blocks.contiguous()
         words = (words if words.storage_offset() % 8 == 0 else words.clone()).view(torch.int64).squeeze(-1)
         first, second = words[..., 0], words[..., 1]  # elements 0 to 15, and 16 to 31

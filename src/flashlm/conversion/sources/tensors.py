@@ -14,13 +14,28 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from flashlm.errors import UnsupportedModelError
+from flashlm.errors import PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.rows import kernels
 from flashlm.rows.encodings import ENCODINGS
 from flashlm.storage.ranges import FileRange, RangeRead, RangeReader, room_bytes
 from flashlm.storage.reader import AlignedBuffer
 
+# Where groups of GGUF's encodings have scales, by byte; in mxfp4 one is a power of two, of which 255 is no number.
+_FP16_SCALES = {
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q8_0": (0,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+}
+_FP16_SPECIAL = 0x7C  # in the upper byte: infinity, or no number
+_MX_NAN = 255
 _MAX_SPAN = 4  # times the rows that are wanted: of rows in another order, what lies between is read too
 
 Value = Callable[[torch.Tensor], torch.Tensor]
@@ -76,6 +91,23 @@ class EncodedTensor(TensorEntry):
             PackError: They can't be what they should be.
         """
         raise NotImplementedError
+
+    def check(self, encoded: torch.Tensor) -> None:
+        """Refuse what `join` gave where a scale is no finite number.
+
+        Raises:
+            PackError: It is so.
+        """
+        if not encoded.numel() or not (self.encoding in _FP16_SCALES or self.encoding == "mxfp4"):
+            return
+        groups = encoded.reshape(-1, ENCODINGS[self.encoding].group_bytes)
+        if self.encoding == "mxfp4":
+            is_finite = int(groups[:, 0].max()) < _MX_NAN
+        else:
+            highest = (int((groups[:, place + 1] & _FP16_SPECIAL).max()) for place in _FP16_SCALES[self.encoding])
+            is_finite = max(highest) < _FP16_SPECIAL
+        if not is_finite:
+            raise PackError(f"{self.path} is damaged: {self.name} holds a scale that is no finite number")
 
     def values(self, encoded: torch.Tensor) -> torch.Tensor:
         """Return what `join` gave as the model's values (rows, width): plain ones in their dtype, others in fp32."""
@@ -247,4 +279,8 @@ class RowsRead:
             begun[each] = reader.begin(each.path, each.offset, each.num_bytes, buffer, at)
             at += room_bytes(each.num_bytes)
         raw = {each: read.wait() for each, read in begun.items()}
-        return [entry.join(rows, [raw[each] for each in ranges]) for entry, rows, ranges in self._wanted]
+        found = []
+        for entry, rows, ranges in self._wanted:
+            found.append(entry.join(rows, [raw[each] for each in ranges]))
+            entry.check(found[-1])
+        return found
