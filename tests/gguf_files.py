@@ -91,6 +91,22 @@ def _gemma(config: Any) -> dict[str, Any]:
     }
 
 
+def _qwen35(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    keys = {
+        "attention.key_length": config.head_dim,
+        "full_attention_interval": 2,
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
+        "rope.dimension_sections": [*rope["mrope_section"], 0],
+        "rope.dimension_count": int(config.head_dim * rope["partial_rotary_factor"]),
+    }
+    return keys | (_moe(config) if config.model_type.endswith("moe_text") else _rms(config))
+
+
 def _partial(name: str) -> Callable[[Any], dict[str, Any]]:
     return lambda config: {
         "attention.layer_norm_epsilon": getattr(config, name),
@@ -100,6 +116,16 @@ def _partial(name: str) -> Callable[[Any], dict[str, Any]]:
     }
 
 
+_LINEAR = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+                        "partial_rotary_factor": 0.25},
+}  # fmt: skip
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", {}, lambda config: _rms(config) | {"rope.dimension_count": config.head_dim}),
     "qwen2": Architecture("qwen2", {}, _rms),
@@ -151,6 +177,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"], "tie_word_embeddings": True},
         lambda config: {"attention.layer_norm_rms_epsilon": config.norm_eps, "shortconv.l_cache": config.conv_L_cache},
     ),
+    "qwen35": Architecture("qwen3_5_text", _LINEAR, _qwen35),
+    "qwen35moe": Architecture("qwen3_5_moe_text", _LINEAR | _MOE | {"shared_expert_intermediate_size": 64}, _qwen35),
     "minimax-m2": Architecture(
         "minimax_m2",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "rotary_dim": 8},
@@ -168,7 +196,15 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 _MODEL_NAMES = {"transformer.": ""}  # of Bloom and Falcon the library's tables have the names without
-_LEAVES = {"mlp.e_score_correction_bias": "exp_probs_b.bias", "self_attn.sinks": "attn_sinks.weight"}
+_LEAVES = {
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "mlp.e_score_correction_bias": "exp_probs_b.bias",
+    "self_attn.sinks": "attn_sinks.weight",
+}
+
+
+_OF_VALUES = ("attn_qkv.", "attn_gate.", "ssm_alpha.", "ssm_beta.", "ssm_conv1d.", "ssm_a.", "ssm_dt.")
 
 
 def q4_0(name: str) -> str:
@@ -288,7 +324,7 @@ class _Weight:
         elif weight.ndim == 3 and "experts" in name:
             rows = weight.transpose(1, 2) if self.config.model_type == "gpt_oss" else weight
             rows.copy_(self._write_rows(name, self.name(name, "ffn_down_exps.weight"), rows.shape))
-        elif weight.ndim == 1 or "conv.weight" in name or "shared_expert_gate" in name:
+        elif weight.ndim == 1 or name.endswith(("conv.weight", "conv1d.weight")) or "shared_expert_gate" in name:
             self._write_vector(self.gguf_name(name), weight)
         else:
             is_turned = self.architecture == "gpt2" and ".h." in name
@@ -311,9 +347,12 @@ class _Weight:
     def _write_vector(self, stored: str, weight: torch.Tensor) -> None:
         weight.copy_(torch.from_numpy(0.2 * self.random.standard_normal(weight.shape)))
         if stored.endswith("norm.weight"):
-            weight.add_(0.0 if self._shifts_norms else 1.0)
+            weight.add_(0.0 if self._shifts_norms and "ssm_norm" not in stored else 1.0)
         content = weight.squeeze() if weight.ndim > 1 else weight
-        if stored.endswith("norm.weight") and self._shifts_norms:
+        if stored.endswith("ssm_a"):
+            content = -torch.exp(content)
+            weight.copy_(torch.log(-content))
+        if stored.endswith("norm.weight") and self._shifts_norms and "ssm_norm" not in stored:
             content = content + 1
             weight.copy_(content - 1)  # as it comes back
         values = self._moved(stored, content.numpy().copy())
@@ -321,7 +360,7 @@ class _Weight:
 
     @property
     def _shifts_norms(self) -> bool:
-        return self.architecture in ("gemma2", "gemma3", "nemotron")
+        return self.architecture in ("gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe")
 
     def _write_rows(self, name: str, stored: str, shape: torch.Size) -> torch.Tensor:
         """Write random rows; return what they mean, in the model's order."""
@@ -334,9 +373,11 @@ class _Weight:
             encoding, known = "fp32", gguf.GGMLQuantizationType.F32
         raw, values = random_rows(encoding, int(np.prod(shape[:-1])), shape[-1], self.random)
         moved = np.ascontiguousarray(self._moved(stored, raw).reshape(*shape[:-1], -1))
+        if ".ssm_out." in stored:
+            values = self._untiled(values.t()).t()
         plain = {"fp32": np.float32, "fp16": np.float16}.get(encoding)
         self.writer.add_tensor(stored, moved.view(plain) if plain else moved, raw_dtype=known)
-        return values.view(shape)
+        return values.reshape(shape)
 
     def _moved(self, stored: str, rows: np.ndarray) -> np.ndarray:
         """Rows as llama.cpp's converter puts them."""
@@ -347,7 +388,20 @@ class _Weight:
         if self.architecture == "bloom" and ".attn_qkv." in stored:
             split = rows.reshape(heads, 3, -1, *rows.shape[1:])
             return np.concatenate([split[:, index].reshape(-1, *rows.shape[1:]) for index in range(3)])
+        if self.architecture.startswith("qwen35") and any(f".{leaf}" in f"{stored}." for leaf in _OF_VALUES):
+            return self._tiled(rows)
         return rows
+
+    def _tiled(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by value head: the first of every key head, then the second; queries and keys before them stay."""
+        keys, values = self.config.linear_num_key_heads, self.config.linear_num_value_heads
+        first = len(rows) - (values * self.config.linear_value_head_dim if len(rows) != values else values)
+        heads = rows[first:].reshape(keys, values // keys, -1, *rows.shape[1:])
+        return np.concatenate([rows[:first], heads.swapaxes(0, 1).reshape(-1, *rows.shape[1:])])
+
+    def _untiled(self, rows: torch.Tensor) -> torch.Tensor:
+        keys, values = self.config.linear_num_key_heads, self.config.linear_num_value_heads
+        return rows.reshape(values // keys, keys, -1, rows.shape[1]).transpose(0, 1).reshape(rows.shape)
 
     def name(self, name: str, leaf: str) -> str:
         return f"blk.{name.split('.')[2]}.{leaf}"
