@@ -124,14 +124,12 @@ def source_shape(
     from flashlm.conversion.plan import plan_conversion
     from flashlm.conversion.source import find_gguf, open_source
     from flashlm.planner.shape import planned_shape, read_shape
-    from flashlm.rows.layout import canonical_dtype
 
     path = find_gguf(source)
     if path is None:
         return read_shape(source, dtype=dtype or "bf16", quantize=quantize, trust_remote_code=trust_remote_code)
     with open_source(source, path) as opened:
-        wanted = None if dtype is None else canonical_dtype(dtype)
-        planned = plan_conversion(opened, Path(), wanted, None, trust_remote_code=False, quantize=quantize)
+        planned = plan_conversion(opened, Path(), dtype, None, trust_remote_code=False, quantize=quantize)
     return planned_shape(
         source,
         planned.source.config,

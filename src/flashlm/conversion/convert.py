@@ -46,7 +46,7 @@ from flashlm.pack.manifest import (
 from flashlm.pack.pack_config import NOTE, NOTE_NAME
 from flashlm.pack.units import Kind
 from flashlm.rows.kernels import one_torch_thread
-from flashlm.rows.layout import MATRIX, Part, canonical_dtype
+from flashlm.rows.layout import MATRIX, Part
 from flashlm.sizes import format_size
 from flashlm.storage.outside import read_bounded
 from flashlm.storage.ranges import RangeReader
@@ -113,7 +113,6 @@ def convert(
     path = resolve_source(source, trust_remote_code=trust_remote_code, announce=announce)
     target = Path(pack).expanduser()
     _check_target(path, target)
-    dtype = None if dtype is None else canonical_dtype(dtype)
     with open_source(str(source), path, trust_remote_code=trust_remote_code) as opened:
         plan = plan_conversion(opened, target, dtype, block_rows, trust_remote_code, min_linear_bytes, quantize)
         return _convert(plan, progress or (lambda done, total, what: None), announce)

@@ -25,7 +25,7 @@ from flashlm.pack.manifest import FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
 from flashlm.pack.pack_config import num_hidden_layers
 from flashlm.pack.units import Kind, Unit
 from flashlm.rows.encodings import ENCODINGS, bytes_per_element
-from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
+from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout, canonical_dtype
 from flashlm.rows.quantize import QUANTIZERS
 from flashlm.sizes import format_size
 from flashlm.storage.ranges import RangeReader
@@ -184,7 +184,7 @@ def plan_conversion(
     if quantize is not None and quantize not in QUANTIZERS:
         raise ConfigError(f"quantize is {quantize!r}: one of {', '.join(QUANTIZERS)} expected")
     keeps_plain = dtype is None and source.header is not None
-    dtype = dtype or source.dtype
+    dtype = canonical_dtype(dtype or source.dtype)
     config = source.config
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
     found = find_units(model, dtype_bytes=bytes_per_element(dtype), min_linear_bytes=min_linear_bytes)
