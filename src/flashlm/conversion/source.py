@@ -95,7 +95,7 @@ def resolve_source(
     repository, _, file = str(source).partition(":")
     is_local = path.exists() or path.is_absolute() or str(source).startswith((".", "~"))
     if is_local or repository.count("/") > 1 or (not file and path.suffix == SUFFIX):
-        raise ConfigError(f"source {str(source)!r} is neither a folder nor a {SUFFIX} file")
+        raise ConfigError(f"source {str(source)!r} is not a folder, nor a {SUFFIX} file")
     return download(repository, file or None, with_code=trust_remote_code, announce=announce or (lambda line: None))
 
 
