@@ -22,7 +22,7 @@ from flashlm.calibration.experts import calibrate_experts
 from flashlm.conversion.verify import verify
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.description import describe
-from flashlm.pack.manifest import read_manifest, unit_path
+from flashlm.pack.manifest import Manifest, read_manifest, unit_path
 from flashlm.pack.reorder import reorder
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import check_mode, make_plan
@@ -115,6 +115,31 @@ def test_it_is_the_model_of_what_the_bytes_mean(name: str, encoded: Make) -> Non
         assert (mine - truth).abs().max() <= 64 * torch.finfo(torch.float32).eps * truth.abs().max(), shape
 
 
+@torch.no_grad()
+def units_of_a_batch(model: Any, manifest: Manifest) -> list[torch.Tensor]:
+    """Return what streamed units make of a batch, the same as of its sequences alone; transformers' own parts may differ."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    for unit in manifest.units:
+        module = model.get_submodule(unit.module)
+        x = torch.randn(3, 5, unit.hidden_size, generator=generator)
+        if unit.kind == "embedding":
+            continue
+        if unit.kind == "experts":
+            index = torch.rand(15, unit.num_experts, generator=generator).argsort(dim=1)[:, : unit.num_active]
+            weights = torch.rand(index.shape, generator=generator)
+            together = module(x.flatten(0, 1), index, weights)
+            alone = torch.cat(
+                [module(x.flatten(0, 1)[i : i + 1], index[i : i + 1], weights[i : i + 1]) for i in range(15)]
+            )
+        else:
+            together = module(x)
+            alone = torch.cat([module(some[None]) for some in x])
+        assert torch.equal(together, alone), unit.module
+        outputs.append(together)
+    return outputs
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_placement_and_company_change_no_bit(name: str, encoded: Make) -> None:
     pack = encoded(name).pack
@@ -127,10 +152,8 @@ def test_placement_and_company_change_no_bit(name: str, encoded: Make) -> None:
         model = flashlm.load(pack, check="all", **settings)
         outputs.append([torch.stack(greedy(model, prompt(*shape), 6).logits) for shape in ((1, 1), (3, 40))])
         with torch.no_grad(), model.flash.phase("verify"):
-            together = model(prompt(3, 5)).logits
-            alone = torch.cat([model(ids[None]).logits for ids in prompt(3, 5)])
-        assert torch.equal(together, alone)
-        outputs[-1].append(together)
+            outputs[-1].append(model(prompt(3, 5)).logits)
+        outputs[-1] += units_of_a_batch(model, manifest)
     for other in outputs[1:]:
         for mine, first in zip(other, outputs[0], strict=True):
             assert torch.equal(mine, first)
@@ -210,7 +233,7 @@ def test_it_is_told_and_counted(encoded: Make, tmp_path: Path) -> None:
     pack = Path(shutil.copytree(encoded("q4_k with q6_k").pack, tmp_path / "pack"))
     manifest = read_manifest(pack)
     info = describe(pack)
-    assert set(info.encodings) == {"q4_k", "q5_k", "q6_k", "iq4_xs", "q5_0"}
+    assert set(info.encodings) == {"q4_k", "q5_k", "q6_k", "iq4_xs", "q5_0", "fp32"}  # the table is plain
     assert sum(info.encodings.values()) <= manifest.streamed_bytes
     assert verify(pack).problems == ()
     model = flashlm.load(pack)
