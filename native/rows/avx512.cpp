@@ -11,6 +11,7 @@ namespace {
 #include "../simd/bytes_avx2.inc"
 #include "../simd/elements.inc"
 #include "codecs.inc"
+#include "codecs_avx512.inc"
 #include "row_kernels.inc"
 
 }  // namespace

@@ -29,6 +29,9 @@ std::size_t cost_bytes(const Rows& rows, EncodingCode code, std::size_t num_toke
     return rows.num_rows * part_bytes(code, rows.hidden_size) * ceil_div(num_tokens, TOKENS_PER_PASS);
 }
 
+// What columns are cut at: whole groups, too.
+std::size_t column_unit(EncodingCode code) { return std::max(COLUMN_UNIT, ENCODINGS[code].group_elements); }
+
 template <class Args>
 struct Job {
     const Args& args;
@@ -112,12 +115,12 @@ void run_accumulate(EncodingCode code, const AccumulateArgs& args) {
     if (args.rows.num_rows == 0) return;
     const std::size_t cost = cost_bytes(args.rows, code, args.num_tokens);
     run(Job<AccumulateArgs>{args, level().rows.of[code].accumulate, hidden,
-                            task_length(hidden, COLUMN_UNIT, cost, COLUMN_TASKS_PER_THREAD)});
+                            task_length(hidden, column_unit(code), cost, COLUMN_TASKS_PER_THREAD)});
 }
 
 void run_accumulates(EncodingCode code, const AccumulateArgs* products, std::size_t num_products) {
     run_many(code, products, num_products, level().rows.of[code].accumulate, COLUMN_TASKS_PER_THREAD,
-             [](const AccumulateArgs& each) { return Range{each.rows.hidden_size, COLUMN_UNIT}; });
+             [code](const AccumulateArgs& each) { return Range{each.rows.hidden_size, column_unit(code)}; });
 }
 
 void run_widen(EncodingCode code, const WidenArgs& args) {
