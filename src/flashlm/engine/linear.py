@@ -1,10 +1,11 @@
 """Linear layers (attention, output): how their products are made, whether the matrix is in memory or streamed.
 
-Where torch's 16-bit products are slow (processors without bf16 products), and in encodings that torch does not know, a
-matrix goes the same two ways as streamed rows:
-our row kernels, in tiles, for tokens that are decoded or verified and for a few; and for prompts the weights widened to fp32
-piece by piece and multiplied there. Measured on AVX2, bf16, 4096 x 4096: torch multiplies 128 tokens at 21 GFLOP/s, and at
-80 in fp32; four tokens reach 5 GB/s in torch. Sums are fp32, rounded once. Elsewhere the products are torch's own.
+A matrix goes the same two ways as streamed rows. Tokens that are decoded or verified take our row kernels, in tiles: passes
+of so few tokens keep torch to one thread, which reads 12 GB/s where ours read 21 to 24 (AVX-512, bf16, 4096 x 4096), and
+elsewhere torch is slower still (AVX2: four tokens reach 5 GB/s). Prompts take torch's product, but where that is slow (16
+bits on processors without bf16 products: 21 GFLOP/s against 80 in fp32) or not to be had (encodings that torch does not
+know): then weights are widened to fp32 piece by piece and multiplied there, and short prompts take row kernels, too. Sums
+of ours are fp32, rounded once.
 
 The rows of a matrix are multiplied apart without changing a bit of the result, as long as they are cut at multiples of
 `ROWS_PER_STEP`: `tests/engine/test_linear.py` holds torch's products and ours to that. So a matrix that is streamed in
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flashlm.engine.forward_pass import running_pass, tiles
+from flashlm.engine.guards import COMPUTE_DTYPES
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
@@ -53,13 +55,13 @@ def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool) 
     Args:
         input: The tokens.
         dtype: Of the matrix; None where torch does not know its elements.
-        widens: Whether torch is slow at it, or can't.
+        widens: Whether torch is slow at prompts, or can't.
     """
-    if not widens:
-        return "torch"
-    num_tokens = input.numel() // input.shape[-1]
-    if num_tokens > kernels.MAX_TOKENS and not _is_by_rows(input.shape):
-        return "widened"
+    if not _is_by_rows(input.shape):
+        if not widens:
+            return "torch"
+        if input.numel() > kernels.MAX_TOKENS * input.shape[-1]:
+            return "widened"
     return "rows" if input.dtype == dtype else "fp32 rows"
 
 
@@ -122,8 +124,10 @@ def _multiply_widened(
         output[:, start:stop] = piece
 
 
-class WideningLinear(nn.Linear):
-    """An `nn.Linear` with 16-bit weights (out_features, in_features) that computes in fp32. Inference only."""
+class RowLinear(nn.Linear):
+    """An `nn.Linear` in memory that goes the ways of this module. Inference only."""
+
+    flash_widens: bool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input·weightᵀ + bias; (..., in_features) to (..., out_features), in the dtype of `input`.
@@ -135,9 +139,9 @@ class WideningLinear(nn.Linear):
             raise ConfigError(
                 f"a pack computes on the CPU, but an input is on {input.device}, a weight on {self.weight.device}"
             )
-        if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
+        way = choose_way(input, self.weight.dtype, widens=self.flash_widens)
+        if way == "rows" and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
-        way = choose_way(input, self.weight.dtype, widens=True)
         tokens = prepare(way, input.detach().reshape(-1, self.in_features))
         output = torch.empty(len(tokens), self.out_features, dtype=input.dtype)
         multiply(way, tokens, self.weight, self.bias, output)
@@ -153,34 +157,12 @@ def _is_by_rows(shape: torch.Size) -> bool:
     return shape[-2] == 1 or (running is not None and running.phase != "prompt")
 
 
-class FoldedLinear(nn.Linear):
-    """An `nn.Linear` that multiplies all tokens as one matrix, wherever they lie.
-
-    torch multiplies tokens of several sequences one sequence at a time where they are not next to each other, as the last
-    positions of a batch are, and copies the weights for each: eight times the output layer for a batch of eight.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return input·weightᵀ + bias; (..., in_features) to (..., out_features)."""
-        output = F.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
-        return output.view(*input.shape[:-1], self.out_features)
-
-
-def fold_linears(model: nn.Module) -> None:
-    """Make every plain `nn.Linear` of `model` a `FoldedLinear`, in place."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FoldedLinear
-
-
-def widen_linears(model: nn.Module) -> int:
-    """Make every plain 16-bit `nn.Linear` of `model` a `WideningLinear`, in place; return how many there were.
+def adapt_linears(model: nn.Module) -> None:
+    """Make every plain `nn.Linear` of `model` a `RowLinear`, in place.
 
     The modules and their weights stay the same objects, so tied weights stay tied.
     """
-    num_changed = 0
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype.itemsize == 2 and module.weight.is_contiguous():
-            module.__class__ = WideningLinear
-            num_changed += 1
-    return num_changed
+        if type(module) is nn.Linear and module.weight.dtype in COMPUTE_DTYPES and module.weight.is_contiguous():
+            module.__class__ = RowLinear
+            vars(module)["flash_widens"] = kernels.choose_plain_strategy(module.weight.dtype) == "widen"

@@ -30,7 +30,7 @@ from flashlm.engine.flash_embedding import TableRows, bind_embedding
 from flashlm.engine.flash_linear import bind_linear, take_out_weight
 from flashlm.engine.forward_pass import Phase
 from flashlm.engine.guards import guard
-from flashlm.engine.linear import fold_linears, widen_linears
+from flashlm.engine.linear import adapt_linears
 from flashlm.engine.pass_guard import guard_passes
 from flashlm.engine.phases import CallSize, Passes, num_cached_tokens
 from flashlm.engine.resident import ResidentLoad, load_resident
@@ -48,7 +48,7 @@ from flashlm.pack.manifest import Manifest, UnitEntry, resident_path, unit_path
 from flashlm.pack.reorder import read_order
 from flashlm.planner.choices import CheckChoice, ResolvedMode
 from flashlm.planner.decide import Decision
-from flashlm.rows.kernels import MAX_TOKENS, choose_plain_strategy
+from flashlm.rows.kernels import MAX_TOKENS
 from flashlm.rows.products import Gemms
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
@@ -239,9 +239,7 @@ class UnboundRuntime:
         self._bind_tables(model, passes.totals, slabs)
         load_progress.finish()
         model.requires_grad_(False)
-        if choose_plain_strategy(torch_dtype(manifest.dtype)) == "widen":
-            widen_linears(model)
-        fold_linears(model)
+        adapt_linears(model)
         runtime = FlashRuntime(
             pack=self.pack,
             manifest=manifest,
