@@ -12,6 +12,7 @@ namespace {
 #include "../simd/elements.inc"
 #include "codecs.inc"
 #include "codecs_avx512.inc"
+#include "streams.inc"
 #include "row_kernels.inc"
 
 }  // namespace

@@ -110,6 +110,15 @@ void run_projects(EncodingCode code, const ProjectArgs* products, std::size_t nu
     });
 }
 
+bool has_int8(EncodingCode code) { return level().int8.of[code] != nullptr; }
+
+void run_project_int8(EncodingCode code, const Int8ProjectArgs& args) {
+    const std::size_t num_rows = args.rows.num_rows;
+    if (num_rows == 0) return;
+    const std::size_t cost = cost_bytes(args.rows, code, args.x.num_tokens);
+    run(Job<Int8ProjectArgs>{args, level().int8.of[code], num_rows, task_length(num_rows, 4, cost, ROW_TASKS_PER_THREAD)});
+}
+
 void run_accumulate(EncodingCode code, const AccumulateArgs& args) {
     const std::size_t hidden = args.rows.hidden_size;
     if (args.rows.num_rows == 0) return;
