@@ -26,9 +26,10 @@ from flashlm.pack.manifest import Manifest, read_manifest, unit_path
 from flashlm.pack.reorder import reorder
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import check_mode, make_plan
+from flashlm.planner.plan_document import load_plan
 from flashlm.planner.published import assume_sparsity
 from flashlm.planner.shape import read_shape
-from flashlm.probe.device_profile import EncodedRates
+from flashlm.probe.device_profile import EncodedRates, profile_path, save_profile
 from tests.cli.test_cli import flashlm as command
 from tests.encoded_packs import save_encoded_pack
 from tests.engine.calibrations import write_calibration
@@ -270,3 +271,59 @@ def test_transformers_opens_it_too(encoded: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(pack)
     ids = prompt(2, 7)
     assert torch.equal(greedy(model, ids, 8).sequences, greedy(flashlm.load(pack), ids, 8).sequences)
+
+
+@pytest.mark.parametrize("name", ["opt q5_1", "q4_k with q6_k", "experts q4_1", "experts and dense"])
+def test_activations_of_8_bits_are_near_and_as_independent(name: str, encoded: Make) -> None:
+    case = encoded(name)
+    manifest = read_manifest(case.pack)
+    outputs = []
+    for settings in ({}, {"pin": manifest.streamed_bytes // 2}, {"pin": 0}):
+        model = flashlm.load(case.pack, activations="int8", **settings)
+        assert model.flash.exactness.startswith("approximate: generated tokens are rounded to 8 bits")
+        assert "(approximate)" in model.flash.describe()
+        with torch.no_grad(), model.flash.phase("verify"):
+            outputs.append([model(prompt(3, 5)).logits])
+        outputs[-1] += units_of_a_batch(model, manifest)
+    for other in outputs[1:]:
+        for mine, first in zip(other, outputs[0], strict=True):
+            assert torch.equal(mine, first)
+    exact = flashlm.load(case.pack)
+    for unit, rounded in zip(units_of_a_batch(exact, manifest), outputs[0][1:], strict=True):
+        error = (rounded - unit).norm() / unit.norm()
+        assert 0 < error < 0.02
+    hidden = torch.randn(1, 40, manifest.main.hidden_size)
+    if not manifest.experts:  # prompts are exact
+        first = manifest.ffns[0].module
+        with torch.no_grad():
+            assert torch.equal(model.get_submodule(first)(hidden), exact.get_submodule(first)(hidden))
+
+
+def test_activations_of_8_bits_are_refused_where_nothing_takes_them(tiny_pack: Callable[..., Any]) -> None:
+    pack = tiny_pack("llama").pack
+    with pytest.raises(ConfigError, match=r"activations='int8': all weights of .* are plain"):
+        flashlm.load(pack, activations="int8")
+    with pytest.raises(ConfigError, match=r"activations='int4' is unknown: choose one of exact, int8"):
+        flashlm.load(pack, activations="int4")
+    told = command("plan", pack, "--dram", "3GiB", "--activations", "int8")
+    assert (told.returncode, "all weights" in told.stderr) == (2, True)
+
+
+def test_activations_go_through_plans_and_commands(encoded: Make, text: Path, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(encoded("q4_0").pack, tmp_path / "pack"))
+    save_tokenizer(pack)
+    save_profile(make_profile(), profile_path(pack))
+    saved = tmp_path / "plan.json"
+    command("plan", pack, "--dram", "3GiB", "--activations", "int8", "--save", saved)
+    plan = load_plan(saved)
+    assert (plan.activations, plan.is_exact) == ("int8", False)
+    assert flashlm.load(pack, plan=saved).flash.decision.activations == "int8"
+    assert flashlm.load(pack, plan=saved, activations="exact").flash.decision.activations == "exact"
+    text_of = ("generate", pack, "--prompt", "w5 w6", "--max-new-tokens", 4)
+    assert "approximate" in command(*text_of, "--activations", "int8", "--json").stdout
+    perplexities = [
+        evaluate(pack, text, modes=["hybrid"], max_tokens=64, activations=each) for each in ("exact", "int8")
+    ]
+    (exact,), (rounded,) = perplexities
+    assert exact.perplexity != rounded.perplexity
+    assert abs(rounded.perplexity / exact.perplexity - 1) < 0.01
