@@ -6,7 +6,8 @@
 Every point is a process of its own whose memory, page cache included, the kernel caps; `dram` is the cap. Before and after
 each point the device's sequential rate is measured over the pack's files, which is what a point's reading is held against:
 the floor is streamed bytes over that rate. flashlm's logits must be the same at every cap. Weights are random and so are
-the token ids. Every step leaves its record in DIR, so an interrupted run continues where it stopped (the steps and the work folder are those of `hybrid.py`).
+the token ids. Every step leaves its record in DIR, so an interrupted run continues where it stopped (the steps and the work
+folder are those of `hybrid.py`).
 """
 
 from __future__ import annotations

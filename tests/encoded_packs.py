@@ -132,7 +132,7 @@ def _with_layout(entry: UnitEntry, layout: LayerLayout, content: bytes, num_acti
 
 def _set_weights(model: PreTrainedModel, entry: UnitEntry, values: list[torch.Tensor]) -> None:
     module: Any = model.get_submodule(entry.module)
-    if entry.kind == "linear":
+    if entry.kind in ("linear", "embedding"):
         module.weight.copy_(values[0])
     elif entry.kind == "experts":
         num_experts, hidden = entry.num_experts, entry.hidden_size

@@ -11,6 +11,8 @@ namespace {
 #include "../simd/bytes_avx2.inc"
 #include "../simd/elements.inc"
 #include "codecs.inc"
+#include "codecs_avx512.inc"
+#include "streams.inc"
 #include "row_kernels.inc"
 
 }  // namespace

@@ -22,13 +22,14 @@ from flashlm.calibration.experts import calibrate_experts
 from flashlm.conversion.verify import verify
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.description import describe
-from flashlm.pack.manifest import read_manifest, unit_path
+from flashlm.pack.manifest import Manifest, read_manifest, unit_path
 from flashlm.pack.reorder import reorder
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import check_mode, make_plan
+from flashlm.planner.plan_document import load_plan
 from flashlm.planner.published import assume_sparsity
 from flashlm.planner.shape import read_shape
-from flashlm.probe.device_profile import EncodedRates
+from flashlm.probe.device_profile import EncodedRates, profile_path, save_profile
 from tests.cli.test_cli import flashlm as command
 from tests.encoded_packs import save_encoded_pack
 from tests.engine.calibrations import write_calibration
@@ -115,6 +116,31 @@ def test_it_is_the_model_of_what_the_bytes_mean(name: str, encoded: Make) -> Non
         assert (mine - truth).abs().max() <= 64 * torch.finfo(torch.float32).eps * truth.abs().max(), shape
 
 
+@torch.no_grad()
+def units_of_a_batch(model: Any, manifest: Manifest) -> list[torch.Tensor]:
+    """Return what streamed units make of a batch, the same as of its sequences alone; transformers' own parts may differ."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    for unit in manifest.units:
+        module = model.get_submodule(unit.module)
+        x = torch.randn(3, 5, unit.hidden_size, generator=generator)
+        if unit.kind == "embedding":
+            continue
+        if unit.kind == "experts":
+            index = torch.rand(15, unit.num_experts, generator=generator).argsort(dim=1)[:, : unit.num_active]
+            weights = torch.rand(index.shape, generator=generator)
+            together = module(x.flatten(0, 1), index, weights)
+            alone = torch.cat(
+                [module(x.flatten(0, 1)[i : i + 1], index[i : i + 1], weights[i : i + 1]) for i in range(15)]
+            )
+        else:
+            together = module(x)
+            alone = torch.cat([module(some[None]) for some in x])
+        assert torch.equal(together, alone), unit.module
+        outputs.append(together)
+    return outputs
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_placement_and_company_change_no_bit(name: str, encoded: Make) -> None:
     pack = encoded(name).pack
@@ -127,10 +153,8 @@ def test_placement_and_company_change_no_bit(name: str, encoded: Make) -> None:
         model = flashlm.load(pack, check="all", **settings)
         outputs.append([torch.stack(greedy(model, prompt(*shape), 6).logits) for shape in ((1, 1), (3, 40))])
         with torch.no_grad(), model.flash.phase("verify"):
-            together = model(prompt(3, 5)).logits
-            alone = torch.cat([model(ids[None]).logits for ids in prompt(3, 5)])
-        assert torch.equal(together, alone)
-        outputs[-1].append(together)
+            outputs[-1].append(model(prompt(3, 5)).logits)
+        outputs[-1] += units_of_a_batch(model, manifest)
     for other in outputs[1:]:
         for mine, first in zip(other, outputs[0], strict=True):
             assert torch.equal(mine, first)
@@ -210,7 +234,7 @@ def test_it_is_told_and_counted(encoded: Make, tmp_path: Path) -> None:
     pack = Path(shutil.copytree(encoded("q4_k with q6_k").pack, tmp_path / "pack"))
     manifest = read_manifest(pack)
     info = describe(pack)
-    assert set(info.encodings) == {"q4_k", "q5_k", "q6_k", "iq4_xs", "q5_0"}
+    assert set(info.encodings) == {"q4_k", "q5_k", "q6_k", "iq4_xs", "q5_0", "fp32"}  # the table is plain
     assert sum(info.encodings.values()) <= manifest.streamed_bytes
     assert verify(pack).problems == ()
     model = flashlm.load(pack)
@@ -247,3 +271,59 @@ def test_transformers_opens_it_too(encoded: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(pack)
     ids = prompt(2, 7)
     assert torch.equal(greedy(model, ids, 8).sequences, greedy(flashlm.load(pack), ids, 8).sequences)
+
+
+@pytest.mark.parametrize("name", ["opt q5_1", "q4_k with q6_k", "experts q4_1", "experts and dense"])
+def test_activations_of_8_bits_are_near_and_as_independent(name: str, encoded: Make) -> None:
+    case = encoded(name)
+    manifest = read_manifest(case.pack)
+    outputs = []
+    for settings in ({}, {"pin": manifest.streamed_bytes // 2}, {"pin": 0}):
+        model = flashlm.load(case.pack, activations="int8", **settings)
+        assert model.flash.exactness.startswith("approximate: generated tokens are rounded to 8 bits")
+        assert "(approximate)" in model.flash.describe()
+        with torch.no_grad(), model.flash.phase("verify"):
+            outputs.append([model(prompt(3, 5)).logits])
+        outputs[-1] += units_of_a_batch(model, manifest)
+    for other in outputs[1:]:
+        for mine, first in zip(other, outputs[0], strict=True):
+            assert torch.equal(mine, first)
+    exact = flashlm.load(case.pack)
+    for unit, rounded in zip(units_of_a_batch(exact, manifest), outputs[0][1:], strict=True):
+        error = (rounded - unit).norm() / unit.norm()
+        assert 0 < error < 0.02
+    hidden = torch.randn(1, 40, manifest.main.hidden_size)
+    if not manifest.experts:  # prompts are exact
+        first = manifest.ffns[0].module
+        with torch.no_grad():
+            assert torch.equal(model.get_submodule(first)(hidden), exact.get_submodule(first)(hidden))
+
+
+def test_activations_of_8_bits_are_refused_where_nothing_takes_them(tiny_pack: Callable[..., Any]) -> None:
+    pack = tiny_pack("llama").pack
+    with pytest.raises(ConfigError, match=r"activations='int8': all weights of .* are plain"):
+        flashlm.load(pack, activations="int8")
+    with pytest.raises(ConfigError, match=r"activations='int4' is unknown: choose one of exact, int8"):
+        flashlm.load(pack, activations="int4")
+    told = command("plan", pack, "--dram", "3GiB", "--activations", "int8")
+    assert (told.returncode, "all weights" in told.stderr) == (2, True)
+
+
+def test_activations_go_through_plans_and_commands(encoded: Make, text: Path, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(encoded("q4_0").pack, tmp_path / "pack"))
+    save_tokenizer(pack)
+    save_profile(make_profile(), profile_path(pack))
+    saved = tmp_path / "plan.json"
+    command("plan", pack, "--dram", "3GiB", "--activations", "int8", "--save", saved)
+    plan = load_plan(saved)
+    assert (plan.activations, plan.is_exact) == ("int8", False)
+    assert flashlm.load(pack, plan=saved).flash.decision.activations == "int8"
+    assert flashlm.load(pack, plan=saved, activations="exact").flash.decision.activations == "exact"
+    text_of = ("generate", pack, "--prompt", "w5 w6", "--max-new-tokens", 4)
+    assert "approximate" in command(*text_of, "--activations", "int8", "--json").stdout
+    perplexities = [
+        evaluate(pack, text, modes=["hybrid"], max_tokens=64, activations=each) for each in ("exact", "int8")
+    ]
+    (exact,), (rounded,) = perplexities
+    assert exact.perplexity != rounded.perplexity
+    assert abs(rounded.perplexity / exact.perplexity - 1) < 0.01

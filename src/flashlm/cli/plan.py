@@ -9,7 +9,7 @@ import typer
 
 from flashlm.cli import console
 from flashlm.cli.calibrate import print_columns
-from flashlm.cli.options import JsonOption
+from flashlm.cli.options import ActivationsOption, JsonOption
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.planner.choices import Mode
 
@@ -64,6 +64,7 @@ def plan(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the source.")
     ] = False,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict speed and memory under one or several budgets, from the model's shape and this machine's measured rates.
@@ -73,7 +74,7 @@ def plan(
     """
     from flashlm.memory.limits import read_memory_limits
     from flashlm.planner.machine import rates_for
-    from flashlm.planner.plan import check_fits, check_mode, make_plan
+    from flashlm.planner.plan import check_activations, check_fits, check_mode, make_plan
     from flashlm.planner.plan_document import save_plan
     from flashlm.planner.published import assume_sparsity
     from flashlm.planner.settings import as_tokens
@@ -91,17 +92,21 @@ def plan(
     if assume_sparse:
         shape = assume_sparsity(shape)
     check_mode(shape, mode)
+    activations = activations or "exact"
+    check_activations(activations, shape.quantised, shape.name)
     try:
         check_fits(shape, max(budgets), context)  # before the probe, which takes a minute
     except BudgetError as error:
         _print_plans([(dram_bytes, error) for dram_bytes in budgets], shape, None, as_json)
         raise
     folder = probe_dir or (Path(source) if shape.is_pack else Path.cwd())
-    rates = rates_for(folder, shape.dtype, console.note)
+    rates = rates_for(folder, shape.dtype, console.note, activations)
     found: list[tuple[int, Plan | BudgetError]] = []
     for dram_bytes in budgets:
         try:
-            found.append((dram_bytes, make_plan(shape, rates, dram_bytes, context=context, mode=mode)))
+            found.append(
+                (dram_bytes, make_plan(shape, rates, dram_bytes, context=context, mode=mode, activations=activations))
+            )
         except BudgetError as error:
             found.append((dram_bytes, error))
     plans = [plan for _, plan in found if not isinstance(plan, BudgetError)]

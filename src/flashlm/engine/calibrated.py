@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.manifest import Manifest
 from flashlm.pack.units import check_rows, has_rows
+from flashlm.planner.choices import Activations
 from flashlm.planner.settings import Settings
 from flashlm.sparsity.calibration_document import PredictorEntry, Sparsity, read_sparsity, read_tensors, tensors_path
 from flashlm.sparsity.predictor import Predictor, load_predictor
@@ -19,11 +20,14 @@ from flashlm.sparsity.routing import Routing, read_routing
 logger = logging.getLogger(__name__)
 
 _EXACT = "exact: every weight takes part in every token; the placement changes no bit"
+_ROUNDED = "approximate: generated tokens are rounded to 8 bits for their products with encoded weights"
 
 
-def exactness(manifest: Manifest, calibration: Calibration | None) -> str:
+def exactness(manifest: Manifest, calibration: Calibration | None, activations: Activations) -> str:
     """Return one line: exact, or how far from it, and whether the weights are the source's or quantised."""
     line = _EXACT if calibration is None else calibration.exactness()
+    if activations == "int8":
+        line = _ROUNDED if calibration is None else f"{line}; {_ROUNDED.partition(': ')[2]}"
     quantised = ", ".join(manifest.quantised)
     if not quantised:
         return line

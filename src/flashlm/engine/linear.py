@@ -1,10 +1,11 @@
 """Linear layers (attention, output): how their products are made, whether the matrix is in memory or streamed.
 
-Where torch's 16-bit products are slow (processors without bf16 products), and in encodings that torch does not know, a
-matrix goes the same two ways as streamed rows:
-our row kernels, in tiles, for tokens that are decoded or verified and for a few; and for prompts the weights widened to fp32
-piece by piece and multiplied there. Measured on AVX2, bf16, 4096 x 4096: torch multiplies 128 tokens at 21 GFLOP/s, and at
-80 in fp32; four tokens reach 5 GB/s in torch. Sums are fp32, rounded once. Elsewhere the products are torch's own.
+A matrix goes the same two ways as streamed rows. Tokens that are decoded or verified take our row kernels, in tiles: passes
+of so few tokens keep torch to one thread, which reads 12 GB/s where ours read 21 to 24 (AVX-512, bf16, 4096 x 4096), and
+elsewhere torch is slower still (AVX2: four tokens reach 5 GB/s). Prompts take torch's product, but where that is slow (16
+bits on processors without bf16 products: 21 GFLOP/s against 80 in fp32) or not to be had (encodings that torch does not
+know): then weights are widened to fp32 piece by piece and multiplied there, and short prompts take row kernels, too. Sums
+of ours are fp32, rounded once.
 
 The rows of a matrix are multiplied apart without changing a bit of the result, as long as they are cut at multiples of
 `ROWS_PER_STEP`: `tests/engine/test_linear.py` holds torch's products and ours to that. So a matrix that is streamed in
@@ -20,12 +21,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from flashlm.engine.forward_pass import running_pass, tiles
+from flashlm.engine.guards import COMPUTE_DTYPES
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
+from flashlm.rows.neurons import Operand
 
-# torch's own product; our row kernels, in the weights' dtype or in fp32; widened pieces.
-Way = Literal["torch", "rows", "fp32 rows", "widened"]
+# torch's own product; our row kernels, in the weights' dtype, in fp32 or with tokens in 8 bits; widened pieces.
+Way = Literal["torch", "rows", "fp32 rows", "int8 rows", "widened"]
 
 
 class EncodedMatrix:
@@ -47,30 +50,39 @@ class EncodedMatrix:
         return kernels.rows_at(self._layout, self._place.at(start * self._layout.row_stride_bytes), stop - start)
 
 
-def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool) -> Way:
+def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool, int8: bool = False) -> Way:
     """Return how a matrix multiplies `input` (..., in_features).
 
     Args:
         input: The tokens.
         dtype: Of the matrix; None where torch does not know its elements.
-        widens: Whether torch is slow at it, or can't.
+        widens: Whether torch is slow at prompts, or can't.
+        int8: Whether few tokens are to be rounded to 8 bits; of encoded matrices.
     """
-    if not widens:
-        return "torch"
-    num_tokens = input.numel() // input.shape[-1]
-    if num_tokens > kernels.MAX_TOKENS and not _is_by_rows(input.shape):
-        return "widened"
+    if not _is_by_rows(input.shape):
+        if not widens:
+            return "torch"
+        if input.numel() > kernels.MAX_TOKENS * input.shape[-1]:
+            return "widened"
+    if int8:
+        return "int8 rows"
     return "rows" if input.dtype == dtype else "fp32 rows"
 
 
-def prepare(way: Way, tokens: torch.Tensor) -> torch.Tensor:
+def prepare(way: Way, tokens: torch.Tensor) -> torch.Tensor | list[Operand]:
     """Return `tokens` (num_tokens, in_features) as `multiply` wants them."""
-    return tokens if way in ("torch", "rows") else tokens.detach().to(torch.float32).contiguous()
+    if way in ("torch", "rows"):
+        return tokens
+    wide = tokens.detach().to(torch.float32).contiguous()
+    if way == "widened":
+        return wide
+    some = [wide[tile] for tile in tiles(len(wide))]
+    return [kernels.quantize_tokens(each) for each in some] if way == "int8 rows" else list(some)
 
 
 def multiply(
     way: Way,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | list[Operand],
     weight: torch.Tensor | EncodedMatrix,
     bias: torch.Tensor | None,
     output: torch.Tensor,
@@ -80,23 +92,23 @@ def multiply(
     Args:
         way: As `choose_way` said.
         tokens: (num_tokens, in_features), prepared.
-        weight: Some rows of a matrix, (rows, in_features), contiguous. Encoded ones take "fp32 rows" or "widened".
+        weight: Some rows of a matrix, (rows, in_features), contiguous. Encoded ones take no way of the weights' dtype.
         bias: Of these rows, or None.
         output: (num_tokens, rows) in the dtype of the input, rows side by side.
     """
-    if way in ("torch", "rows") and not isinstance(weight, EncodedMatrix):
+    if isinstance(tokens, list):
+        num_rows = weight.shape[0]
+        rows = _some_rows(weight, 0, num_rows)
+        product = torch.empty(len(output), num_rows, dtype=torch.float32)
+        for x, tile in zip(tokens, tiles(len(output)), strict=True):
+            kernels.project(x, rows, 0, product[tile])
+        output.copy_(product if bias is None else product.add_(bias))
+    elif way in ("torch", "rows") and not isinstance(weight, EncodedMatrix):
         if way == "torch":
             output.copy_(F.linear(tokens, weight, bias))
             return
         for tile in tiles(len(tokens)):
             output[tile] = kernels.linear(tokens[tile], weight, bias)
-    elif way == "fp32 rows":
-        num_rows = weight.shape[0]
-        rows = _some_rows(weight, 0, num_rows)
-        product = torch.empty(len(tokens), num_rows, dtype=torch.float32)
-        for tile in tiles(len(tokens)):
-            kernels.project(tokens[tile], rows, 0, product[tile])
-        output.copy_(product if bias is None else product.add_(bias))
     else:
         _multiply_widened(tokens, weight, bias, output)
 
@@ -122,8 +134,10 @@ def _multiply_widened(
         output[:, start:stop] = piece
 
 
-class WideningLinear(nn.Linear):
-    """An `nn.Linear` with 16-bit weights (out_features, in_features) that computes in fp32. Inference only."""
+class RowLinear(nn.Linear):
+    """An `nn.Linear` in memory that goes the ways of this module. Inference only."""
+
+    flash_widens: bool
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input·weightᵀ + bias; (..., in_features) to (..., out_features), in the dtype of `input`.
@@ -135,11 +149,11 @@ class WideningLinear(nn.Linear):
             raise ConfigError(
                 f"a pack computes on the CPU, but an input is on {input.device}, a weight on {self.weight.device}"
             )
-        if input.dtype == self.weight.dtype and input.numel() <= kernels.MAX_TOKENS * self.in_features:
+        way = choose_way(input, self.weight.dtype, widens=self.flash_widens)
+        if way == "rows" and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
-        way = choose_way(input, self.weight.dtype, widens=True)
         tokens = prepare(way, input.detach().reshape(-1, self.in_features))
-        output = torch.empty(len(tokens), self.out_features, dtype=input.dtype)
+        output = torch.empty(input.shape[:-1].numel(), self.out_features, dtype=input.dtype)
         multiply(way, tokens, self.weight, self.bias, output)
         return output.view(*input.shape[:-1], self.out_features)
 
@@ -153,34 +167,12 @@ def _is_by_rows(shape: torch.Size) -> bool:
     return shape[-2] == 1 or (running is not None and running.phase != "prompt")
 
 
-class FoldedLinear(nn.Linear):
-    """An `nn.Linear` that multiplies all tokens as one matrix, wherever they lie.
-
-    torch multiplies tokens of several sequences one sequence at a time where they are not next to each other, as the last
-    positions of a batch are, and copies the weights for each: eight times the output layer for a batch of eight.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return input·weightᵀ + bias; (..., in_features) to (..., out_features)."""
-        output = F.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
-        return output.view(*input.shape[:-1], self.out_features)
-
-
-def fold_linears(model: nn.Module) -> None:
-    """Make every plain `nn.Linear` of `model` a `FoldedLinear`, in place."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FoldedLinear
-
-
-def widen_linears(model: nn.Module) -> int:
-    """Make every plain 16-bit `nn.Linear` of `model` a `WideningLinear`, in place; return how many there were.
+def adapt_linears(model: nn.Module) -> None:
+    """Make every plain `nn.Linear` of `model` a `RowLinear`, in place.
 
     The modules and their weights stay the same objects, so tied weights stay tied.
     """
-    num_changed = 0
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype.itemsize == 2 and module.weight.is_contiguous():
-            module.__class__ = WideningLinear
-            num_changed += 1
-    return num_changed
+        if type(module) is nn.Linear and module.weight.dtype in COMPUTE_DTYPES and module.weight.is_contiguous():
+            module.__class__ = RowLinear
+            vars(module)["flash_widens"] = kernels.choose_plain_strategy(module.weight.dtype) == "widen"

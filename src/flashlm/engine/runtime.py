@@ -30,7 +30,7 @@ from flashlm.engine.flash_embedding import TableRows, bind_embedding
 from flashlm.engine.flash_linear import bind_linear, take_out_weight
 from flashlm.engine.forward_pass import Phase
 from flashlm.engine.guards import guard
-from flashlm.engine.linear import fold_linears, widen_linears
+from flashlm.engine.linear import adapt_linears
 from flashlm.engine.pass_guard import guard_passes
 from flashlm.engine.phases import CallSize, Passes, num_cached_tokens
 from flashlm.engine.resident import ResidentLoad, load_resident
@@ -48,7 +48,7 @@ from flashlm.pack.manifest import Manifest, UnitEntry, resident_path, unit_path
 from flashlm.pack.reorder import read_order
 from flashlm.planner.choices import CheckChoice, ResolvedMode
 from flashlm.planner.decide import Decision
-from flashlm.rows.kernels import MAX_TOKENS, choose_plain_strategy
+from flashlm.rows.kernels import MAX_TOKENS
 from flashlm.rows.products import Gemms
 from flashlm.sizes import format_size
 from flashlm.sparsity.predictor import Predictor
@@ -134,7 +134,7 @@ class FlashRuntime:
     @property
     def exactness(self) -> str:
         """One line: exact, or how far from it."""
-        return exactness(self.manifest, self.calibration)
+        return exactness(self.manifest, self.calibration, self.decision.activations)
 
     def describe(self) -> str:
         """Return one line: mode, exactness and where the bytes are."""
@@ -186,7 +186,7 @@ def apply(
     for entry in manifest.tables:
         take_out_weight(model, entry.module)
     reader = Reader(queue_depth=decision.queue_depth, piece_bytes=decision.piece_bytes)
-    logger.info("%s", describe(decision, manifest, exactness(manifest, calibration), reader))
+    logger.info("%s", describe(decision, manifest, exactness(manifest, calibration, decision.activations), reader))
     return UnboundRuntime(
         pack=pack, manifest=manifest, decision=decision, reader=reader, calibration=calibration, check=check
     )
@@ -234,14 +234,13 @@ class UnboundRuntime:
                 passes.totals,
                 self._block_check(manifest.experts, "expert"),
                 slabs,
+                int8=self.decision.activations == "int8",
             )
         stream, sparse = self._bind_dense(model, gemms, passes.totals, slabs)
         self._bind_tables(model, passes.totals, slabs)
         load_progress.finish()
         model.requires_grad_(False)
-        if choose_plain_strategy(torch_dtype(manifest.dtype)) == "widen":
-            widen_linears(model)
-        fold_linears(model)
+        adapt_linears(model)
         runtime = FlashRuntime(
             pack=self.pack,
             manifest=manifest,
@@ -266,7 +265,7 @@ class UnboundRuntime:
         self, model: PreTrainedModel, gemms: Gemms, counters: Counters, slabs: SlabAllocator
     ) -> tuple[BlockStream, SparseRows | None]:
         """Connect feed-forward and linear layers to the stream, in mode `sparse` the former to the neuron cache too."""
-        dense = self.manifest.dense
+        dense, int8 = self.manifest.dense, self.decision.activations == "int8"
         files = [self._open_unit(entry) for entry in dense]
         stream = BlockStream(
             self.reader,
@@ -283,7 +282,7 @@ class UnboundRuntime:
         index = 0
         for unit, entry in enumerate(dense):
             if entry.kind == "linear":
-                weight = bind_linear(model, entry, stream, unit, torch_dtype(self.manifest.dtype))
+                weight = bind_linear(model, entry, stream, unit, torch_dtype(self.manifest.dtype), int8=int8)
                 if entry.table:
                     rows = self._table_rows(entry, files[unit], stream.pinned_place(unit), counters)
                     bind_embedding(model, entry.table, weight, rows)
@@ -293,7 +292,7 @@ class UnboundRuntime:
             predict = predictors[index].predict if predictors else None
             stored = read_order(self.pack, entry)
             order = None if stored is None else torch.from_numpy(stored)
-            layer.bind(stream, unit, gemms.of(entry.layout), sparse=sparse, predict=predict, order=order)
+            layer.bind(stream, unit, gemms.of(entry.layout), int8=int8, sparse=sparse, predict=predict, order=order)
             if layer.linears is not None:
                 owner = model.get_submodule(entry.module.rpartition(".")[0])
                 attach(layer, entry, owner, layer.linears, order)

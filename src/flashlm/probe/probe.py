@@ -90,7 +90,9 @@ def probe(
         memory_read_gb_per_s=memory,
         first_touch_gb_per_s=touch,
         products=tuple(product_rates(dtype) for dtype in DTYPES),
-        encoded=tuple(encoded_rates(each) for each in ENCODINGS.values() if not each.is_plain),
+        encoded=tuple(
+            encoded_rates(each, int8=int8) for each in ENCODINGS.values() if not each.is_plain for int8 in (False, True)
+        ),
         read_share=read_share,
         compute_share=compute_share,
         block_overhead_s=block_overhead_s(),
@@ -139,7 +141,7 @@ def profile_rows(profile: DeviceProfile) -> list[tuple[str, str]]:
     for coded in profile.encoded:
         rows.append(
             (
-                f"products, {coded.encoding}",
+                f"products, {coded.encoding}{', int8' if coded.is_int8 else ''}",
                 f"one token {coded.matrix_gb_per_s:.1f} GB/s (down in blocks {coded.down_gb_per_s:.1f}, experts"
                 f" {coded.expert_gb_per_s:.1f}); 128 tokens {coded.gemm_gflop_per_s:.0f} GFLOP/s",
             )

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 import torch
 
 from flashlm import _native
-from flashlm._native import RowBlock, RowFormat, SlotRef
+from flashlm._native import QuantizedTokens, RowBlock, RowFormat, SlotRef
 from flashlm.rows.layout import BlockPart, LayerLayout
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "WIDEN_PIECE_BYTES",
     "GroupTable",
     "ProductTable",
+    "QuantizedTokens",
     "RowBlock",
     "RowFormat",
     "SlotRef",
@@ -39,6 +40,7 @@ __all__ = [
     "part_at",
     "project",
     "project_blocks",
+    "quantize_tokens",
     "rows_at",
     "widen",
 ]
@@ -143,13 +145,30 @@ def matrix_rows(matrix: torch.Tensor, *, num_parts: int = 1, slots: torch.Tensor
     return _native.matrix_rows(matrix, num_parts, slots)
 
 
-def project(x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+def quantize_tokens(x: torch.Tensor) -> QuantizedTokens:
+    """Return tokens in 8 bits for `project`: each 32 elements are multiples, -127 to 127, of a scale of their own.
+
+    Products with rows of small integers are then made in integers, several times faster; with others of `x` as it is, which
+    is kept.
+
+    Args:
+        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens, whole groups of 32 elements.
+
+    Raises:
+        ConfigError: A shape, dtype, layout or device is not as stated.
+    """
+    return QuantizedTokens(x)
+
+
+def project(
+    x: torch.Tensor | QuantizedTokens, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
     """Write out[t, r] = x[t] · row[r].part (+ bias[r]).
 
     Reads the part of every row once, whatever the number of tokens.
 
     Args:
-        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens.
+        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens. Or the same in 8 bits.
         rows: The rows.
         part: Index of the part within a row.
         out: fp32 (num_tokens, num_rows), any token stride.
@@ -158,7 +177,10 @@ def project(x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias:
     Raises:
         ConfigError: A shape, dtype, layout or device is not as stated.
     """
-    _native.project(x, rows, part, out, bias)
+    if isinstance(x, QuantizedTokens):
+        x.project(rows, part, out, bias)
+    else:
+        _native.project(x, rows, part, out, bias)
 
 
 def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
