@@ -18,10 +18,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import flashlm
 from flashlm.conversion.convert import convert
 from flashlm.conversion.sources.quantised import join_scales
+from flashlm.conversion.sources.safetensors import open_checkpoint
 from flashlm.conversion.sources.tensors import EncodedTensor, RowsRead
 from flashlm.conversion.verify import verify
 from flashlm.errors import PackError
-from flashlm.pack.checkpoint import open_checkpoint
 from flashlm.planner.shape import read_shape
 from flashlm.storage.ranges import RangeReader
 from flashlm.storage.reader import AlignedBuffer

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from flashlm.conversion.small_files import CONFIG_NAME, SmallFiles, choose
 from flashlm.conversion.sources.gguf_header import SUFFIX, files_of, models_among
+from flashlm.conversion.sources.safetensors import INDEX_NAME, SINGLE_NAME, shards_of
 from flashlm.errors import ConfigError, FlashError, PackError
-from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME, shards_of
 from flashlm.sizes import format_size
 
 

@@ -44,7 +44,7 @@ def kept_encodings(
             is_laid = isinstance(each, LinearLayer | EmbeddingLayer) or axes == [0] * (len(axes) - 1) + [1]
         encoded = [entry for entry in entries if isinstance(entry, EncodedTensor) and not entry.is_plain]
         if not encoded:
-            if keeps_plain and not isinstance(each, LinearLayer | EmbeddingLayer):
+            if keeps_plain and all(by_rows(entry).change is None for entry in entries):
                 kept[each.module] = tuple(_plain_name(entry) for entry in entries)
             continue
         _check_known(encoded)

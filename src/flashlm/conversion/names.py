@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from flashlm.conversion.experts_source import EncodedExperts, ExpertSource, ExpertWeight
 from flashlm.conversion.made import MadeTensor, MakingGroup
+from flashlm.conversion.sources.safetensors import Checkpoint
 from flashlm.errors import PackError
-from flashlm.pack.checkpoint import Checkpoint, TensorEntry
+from flashlm.pack.checkpoint import TensorEntry
 from flashlm.structure.experts import ExpertLayer
 from flashlm.transformers_seam import (
     WeightConverter,

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from flashlm.conversion.sources.safetensors import INDEX_NAME, SINGLE_NAME
 from flashlm.errors import PackError
-from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME
 from flashlm.pack.files import is_tokenizer
 from flashlm.pack.manifest import FLASH_DIR
 

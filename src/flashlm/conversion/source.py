@@ -19,8 +19,8 @@ from flashlm.conversion.small_files import SmallFiles, choose_from_folder
 from flashlm.conversion.sources.gguf import gguf_checkpoint, map_gguf_names, write_model_folder
 from flashlm.conversion.sources.gguf_header import SUFFIX, GgufHeader, models_among, read_gguf_header
 from flashlm.conversion.sources.quantised import check_scaled, join_scales
+from flashlm.conversion.sources.safetensors import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
 from flashlm.errors import ConfigError
-from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
 from flashlm.pack.manifest import CONFIG_NAME, FORMAT_VERSION
 from flashlm.pack.pack_config import QUANT_METHOD, without_code
 from flashlm.structure.experts import ExpertLayer

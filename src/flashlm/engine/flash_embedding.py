@@ -93,13 +93,18 @@ class TableRows:
             PackError: A block is damaged (where that is checked).
         """
         layout = self._layout
-        if self._pinned is not None:
+        if self._pinned is not None and layout.joins:
             rows = kernels.rows_at(layout, self._pinned, len(ids), ids.to(torch.int32).contiguous())
             return _decoded(rows, layout, self._dtype)
         wanted, where = torch.unique(ids, return_inverse=True)  # ascending
         content = np.empty((len(wanted), layout.row_bytes), dtype=np.uint8)
-        for first, spans in self._batches(wanted.to(torch.int64).numpy()):
-            self._read(first, spans, content)
+        if self._pinned is not None:
+            held = self._pinned.numpy(layout.file_bytes)
+            for index, start in enumerate(self._offsets(wanted.to(torch.int64).numpy())):
+                content[index] = held[start : start + layout.row_bytes]
+        else:
+            for first, spans in self._batches(wanted.to(torch.int64).numpy()):
+                self._read(first, spans, content)
         plain = None if layout.plain is None else layout.plain.dtype
         if plain is not None:
             return torch.from_numpy(content).view(plain).to(self._dtype)[where]

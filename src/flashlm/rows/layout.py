@@ -336,9 +336,14 @@ class LayerLayout:
         return self._block_bytes(len(self.rows_of(block)))
 
     @property
+    def joins(self) -> bool:
+        """Whether rows follow each other from block to block, without padding between."""
+        return not self.is_by_block and self.block_stride_bytes == self.block_rows * self.row_stride_bytes
+
+    @property
     def run_blocks(self) -> int:
         """How many blocks one behind the other are worth one call: their rows must join, without padding between blocks."""
-        if self.is_by_block or self.block_stride_bytes != self.block_rows * self.row_stride_bytes:
+        if not self.joins:
             return 1
         return max(RUN_BYTES // self.block_stride_bytes, 1)
 

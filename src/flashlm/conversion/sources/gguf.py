@@ -22,9 +22,10 @@ from flashlm.conversion.experts_source import EncodedExperts, ExpertRows
 from flashlm.conversion.names import NameMap, check_names
 from flashlm.conversion.sources.gguf_header import GgufHeader, GgufTensor
 from flashlm.conversion.sources.gguf_names import FAMILIES, GgufFamily
+from flashlm.conversion.sources.safetensors import Checkpoint
 from flashlm.conversion.sources.tensors import EncodedTensor, ForeignTensor, InterleavedTensor, StoredTensor
 from flashlm.errors import PackError, UnsupportedModelError
-from flashlm.pack.checkpoint import Checkpoint, TensorEntry
+from flashlm.pack.checkpoint import TensorEntry
 from flashlm.pack.manifest import CONFIG_NAME, MAX_LAYERS
 from flashlm.pack.pack_config import MAX_EXPERTS
 from flashlm.rows.encodings import ENCODINGS

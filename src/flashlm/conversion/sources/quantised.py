@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from flashlm.conversion.sources.safetensors import Checkpoint
 from flashlm.conversion.sources.tensors import EncodedTensor
 from flashlm.errors import PackError
-from flashlm.pack.checkpoint import Checkpoint, TensorEntry
+from flashlm.pack.checkpoint import TensorEntry
 from flashlm.rows.encodings import ENCODINGS
 from flashlm.storage.ranges import FileRange, RangeReader
 
