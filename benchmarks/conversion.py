@@ -80,7 +80,7 @@ def convert_rate(checkpoint: Path, pack: Path) -> float:
 
 def against_device(checkpoint: Path, num_bytes: int, folder: Path, rounds: int) -> dict[str, Any]:
     """Write with dd, copy and convert in turns; return rates and their ratios."""
-    files = sorted(checkpoint.glob("*.safetensors"))
+    files = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
     rates: dict[str, list[float]] = {"dd_write": [], "copy": [], "convert": []}
     for _ in range(rounds):
         drop_page_cache([])
@@ -159,10 +159,17 @@ def compare(pythons: list[str], folder: Path, rounds: int) -> dict[str, Any]:
     return result
 
 
+def _shape(args: argparse.Namespace) -> str:
+    if args.source:
+        return str(args.source.name)
+    return args.shape if args.layers is None else f"{args.shape}, {args.layers} layers"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for what it writes, three times the model")
     parser.add_argument("--shape", default="opt-1.3b", help="model shape, random weights")
+    parser.add_argument("--source", type=Path, help="a GGUF file or model folder, in the place of random weights")
     parser.add_argument("--layers", type=int, help="another number of layers than the shape has")
     parser.add_argument("--pythons", nargs=2, help="OLD_PYTHON NEW_PYTHON: compare two checkouts")
     parser.add_argument("--rounds", type=int, default=3)
@@ -180,7 +187,13 @@ def main() -> None:
     folder.mkdir(parents=True)
     checkpoint = folder / "model"
     try:
-        num_bytes = write_checkpoint(checkpoint, config_of(args.shape, num_layers=args.layers))
+        if args.source:
+            checkpoint = args.source
+            num_bytes = sum(
+                path.stat().st_size for path in ([checkpoint] if checkpoint.is_file() else checkpoint.iterdir())
+            )
+        else:
+            num_bytes = write_checkpoint(checkpoint, config_of(args.shape, num_layers=args.layers))
         if args.pythons:
             write_checkpoint(folder / "tiny", config_of("olmoe-tiny" if "olmoe" in args.shape else "opt-tiny"))
             result = compare(args.pythons, folder, args.rounds)
@@ -189,7 +202,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     result |= {
-        "shape": args.shape if args.layers is None else f"{args.shape}, {args.layers} layers",
+        "shape": _shape(args),
         "weights": "random",
         "bytes": num_bytes,
         "page_cache": "dropped before every measurement",

@@ -221,6 +221,58 @@ void project(nb::handle x, const RowBlock& block, size_t part, nb::handle out, n
     run_project(block.encoding(part), args);
 }
 
+// Tokens in 8 bits, and as they were: parts of encodings that 8 bits do not suit meet these.
+class QuantizedTokens {
+  public:
+    explicit QuantizedTokens(nb::handle x) : tokens_(nb::borrow(x)) {
+        const Array array(x, "x");
+        if (!array.is_plain<float>() || array.num_dims() != 2 || array.size(1) == 0 || array.size(1) % PART) {
+            throw Refused("tokens must be contiguous float32 (num_tokens, width) of whole groups of " + to_string(PART) +
+                          ", got " + array.described());
+        }
+        check_tokens(array.size(0));
+        num_tokens_ = array.size(0), width_ = array.size(1);
+        const size_t num_parts = array.num_elements() / PART;
+        quants_.resize(array.num_elements()), scales_.resize(num_parts), sums_.resize(num_parts);
+        quantize_tokens({array.data<const float>(), num_parts, quants_.data(), scales_.data(), sums_.data()});
+    }
+
+    void project(const RowBlock& block, size_t part, nb::handle out, nb::handle bias) const {
+        const EncodingCode encoding = block.encoding(part);
+        if (!has_int8(encoding)) return flashlm::project(tokens_, block, part, out, bias);
+        const Array outputs(out, "out");
+        const size_t num_rows = block.num_rows();
+        if (width_ != block.width()) {
+            throw Refused("tokens are " + to_string(width_) + " wide, the rows " + to_string(block.width()));
+        }
+        const size_t stride = checked_stride("out", outputs, num_tokens_, num_rows);
+        const Int8ProjectArgs args{block.part(part),
+                                   {quants_.data(), scales_.data(), sums_.data(), num_tokens_},
+                                   outputs.data<float>(),
+                                   stride,
+                                   checked_bias(bias, num_rows)};
+        if (!num_tokens_ || !num_rows) return;
+        nb::gil_scoped_release release;
+        run_project_int8(encoding, args);
+    }
+
+    void widen(nb::handle out) const {
+        const Array target(out, "out");
+        if (!target.is_plain<float>() || !target.has_shape({num_tokens_, width_})) {
+            throw Refused("out must be contiguous float32 " + shape_text({num_tokens_, width_}) + ", got " +
+                          target.described());
+        }
+        for (size_t i = 0; i < quants_.size(); ++i) target.data<float>()[i] = scales_[i / PART] * quants_[i];
+    }
+
+  private:
+    static constexpr size_t PART = 32;
+    nb::object tokens_;
+    size_t num_tokens_, width_;
+    std::vector<std::int8_t> quants_;
+    std::vector<float> scales_, sums_;
+};
+
 void accumulate(nb::handle h, const RowBlock& block, nb::handle y) {
     const Array hidden(h, "h"), sums(y, "y");
     const size_t num_rows = block.num_rows(), num_tokens = checked_tokens(sums, block);
@@ -328,17 +380,18 @@ void check_blocks(const std::vector<const RowBlock*>& blocks, const Array& vecto
 
 void project_blocks(nb::handle x, const std::vector<const RowBlock*>& blocks, size_t part, nb::handle out,
                     const std::vector<nb::handle>& biases) {
-    const Array token(x, "x"), outputs(out, "out");
-    check_blocks(blocks, token, 1, outputs);
-    const size_t num_rows = blocks.front()->num_rows();
+    const Array tokens(x, "x"), outputs(out, "out");
+    const bool is_shared = tokens.num_dims() != 2 || tokens.size(0) == 1;  // else each block has a token of its own
+    check_blocks(blocks, tokens, is_shared ? 1 : blocks.size(), outputs);
+    const size_t num_rows = blocks.front()->num_rows(), step = is_shared ? 0 : blocks.front()->width();
     if (!biases.empty() && biases.size() != blocks.size()) {
         throw Refused(to_string(biases.size()) + " biases for " + to_string(blocks.size()) + " blocks");
     }
     std::vector<ProjectArgs> products;
     products.reserve(blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i) {
-        products.push_back({blocks[i]->part(part), token.data<const float>(), 1, outputs.data<float>() + i * num_rows,
-                            num_rows, biases.empty() ? nullptr : checked_bias(biases[i], num_rows)});
+        products.push_back({blocks[i]->part(part), tokens.data<const float>() + i * step, 1,
+                            outputs.data<float>() + i * num_rows, num_rows, biases.empty() ? nullptr : checked_bias(biases[i], num_rows)});
     }
     nb::gil_scoped_release release;
     run_projects(blocks.front()->encoding(part), products.data(), products.size());
@@ -512,12 +565,17 @@ void bind_rows(nb::module_& m) {
     m.def("matrix_rows", &RowBlock::of_matrix, "matrix"_a, "num_parts"_a, "slots"_a.none(), "The rows of a matrix.");
     m.def("project", &project, "x"_a, "rows"_a, "part"_a, "out"_a, "bias"_a.none() = nb::none(),
           "out[t, r] = x[t] . row[r].part (+ bias[r])");
+    nb::class_<QuantizedTokens>(m, "QuantizedTokens", "Tokens in 8 bits, each 32 elements with an fp32 scale.")
+        .def(nb::init<nb::handle>(), "x"_a)
+        .def("project", &QuantizedTokens::project, "rows"_a, "part"_a, "out"_a, "bias"_a.none() = nb::none(),
+             "out[t, r] = token t . row[r].part (+ bias[r])")
+        .def("widen", &QuantizedTokens::widen, "out"_a, "out[t] = token t as float32");
     m.def("accumulate", &accumulate, "h"_a, "rows"_a, "y"_a, "y[t] += sum over r of h[t, r] * row[r].down");
     m.def("widen", &widen, "rows"_a, "part"_a, "dst"_a, "dst[r] = row[r].part as float32");
     m.def("quantize_q8_0", &quantize_rows, "source"_a, "target"_a, "target[r] = source[r] as q8_0");
     m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a.none(), "out"_a, "out[t, r] = x[t] . weight[r] (+ bias[r])");
     m.def("project_blocks", &project_blocks, "x"_a, "blocks"_a, "part"_a, "out"_a, "biases"_a,
-          "out[b, r] = x . row[r].part (+ bias[r]) of several blocks, in one job");
+          "out[b, r] = x or x[b] . row[r].part (+ bias[r]) of several blocks, in one job");
     m.def("accumulate_blocks", &accumulate_blocks, "h"_a, "blocks"_a, "y"_a,
           "y[b] += sum over r of h[b, r] * row[r].down of several blocks, in one job");
     nb::class_<ProductTable>(m, "ProductTable")

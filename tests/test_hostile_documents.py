@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashlm.conversion.convert import convert
+from flashlm.conversion.sources.safetensors import INDEX_NAME, open_checkpoint
 from flashlm.errors import FlashError
-from flashlm.pack.checkpoint import INDEX_NAME, open_checkpoint, read_header
+from flashlm.pack.checkpoint import read_header
 from flashlm.pack.manifest import manifest_path, read_manifest
 from flashlm.pack.pack_config import read_pack_config
 from flashlm.planner.plan_document import load_plan

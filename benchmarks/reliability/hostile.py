@@ -12,9 +12,10 @@ from typing import Any
 import xxhash
 
 import flashlm
+from flashlm.conversion.sources.safetensors import open_checkpoint
 from flashlm.documents import seal
 from flashlm.errors import FlashError
-from flashlm.pack.checkpoint import open_checkpoint, read_header
+from flashlm.pack.checkpoint import read_header
 from flashlm.pack.manifest import manifest_path, read_manifest
 from flashlm.planner.plan_document import load_plan
 from flashlm.probe.device_profile import load_profile

@@ -223,10 +223,11 @@ transformers. **{equal} are equal, {different} differ, {refused} are refused by 
 by transformers itself**{error}. Equal means: at most {max_error:g} of the largest logit apart, and the same tokens. On
 random weights, that is; no large trained model has been run yet.
 
-A model that is not here but has one of these types converts too, fine-tuned ones among them. Not converted:
-checkpoints that are quantized already (GPTQ, AWQ, FP8, MXFP4, GGUF: take the 16-bit one), and checkpoints without
-safetensors. Of releases that hold more than the model, such as layers that predict several tokens ahead (DeepSeek-V3,
-GLM-4.5, Qwen3-Next), what transformers ignores is left out, and the conversion says so.
+A model that is not here but has one of these types converts too, fine-tuned ones among them. GGUF files, and
+safetensors in MXFP4 or FP8, are kept as they are ([sources.md](sources.md)). Not converted: checkpoints that are
+quantised in other ways (GPTQ, AWQ: take the 16-bit one), and pickles. Of releases that hold more than the model, such
+as layers that predict several tokens ahead (DeepSeek-V3, GLM-4.5, Qwen3-Next), what transformers
+ignores is left out, and the conversion says so.
 
 | runs as | streamed | modes |
 |---|---|---|

@@ -8,8 +8,11 @@ namespace flashlm {
 namespace {
 
 #include "../simd/avx512.inc"
+#include "../simd/bytes_avx2.inc"
 #include "../simd/elements.inc"
 #include "codecs.inc"
+#include "codecs_avx512.inc"
+#include "streams.inc"
 #include "row_kernels.inc"
 
 }  // namespace

@@ -8,13 +8,18 @@ namespace flashlm {
 namespace {
 
 #include "../simd/neon.inc"
+#include "../simd/bytes_pair.inc"
 #include "../simd/elements.inc"
 #include "codecs.inc"
+#include "streams.inc"
 #include "row_kernels.inc"
+#include "../simd/int8_pair.inc"
+#include "int8_kernels.inc"
 
 }  // namespace
 
 const RowKernels neon_row_kernels = row_kernels();
+const Int8Kernels neon_int8_kernels = int8_kernels();
 
 }  // namespace flashlm
 #endif

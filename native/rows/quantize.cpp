@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "encodings.h"
 
@@ -69,6 +70,35 @@ bool quantize_q8_0(const QuantizeArgs& args) {
         }
     }
     return true;
+}
+
+void quantize_tokens(const QuantizeTokensArgs& args) {
+    constexpr std::size_t PART = 32;
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    for (std::size_t part = 0; part < args.num_parts; ++part) {
+        const float* from = args.source + part * PART;
+        std::int8_t* to = args.quants + part * PART;
+        std::int32_t largest_bits = 0;  // magnitudes compare as their bits do, NaN as the largest of all
+        for (std::size_t i = 0; i < PART; ++i) {
+            largest_bits = std::max(largest_bits, static_cast<std::int32_t>(bits_of(from[i]) & 0x7fffffff));
+        }
+        float scale = from_bits(static_cast<std::uint32_t>(largest_bits)) / 127.0f;
+        float inverse = 1.0f / scale;
+        const bool is_finite = static_cast<std::uint32_t>(largest_bits) < INFINITE;
+        if (!is_finite || !std::isfinite(inverse)) {  // zeros, and what is next to nothing
+            scale = is_finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+            inverse = 0.0f;
+        }
+        std::int32_t sum = 0;
+        for (std::size_t i = 0; i < PART; ++i) {
+            const float finite = is_finite ? from[i] : 0.0f;
+            const auto quant = static_cast<std::int32_t>(bits_of(finite * inverse + ROUND) - bits_of(ROUND));
+            to[i] = static_cast<std::int8_t>(quant);
+            sum += quant;
+        }
+        args.scales[part] = scale;
+        args.sums[part] = scale * static_cast<float>(sum);
+    }
 }
 
 }  // namespace flashlm

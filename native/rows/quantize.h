@@ -1,7 +1,8 @@
-// Writing encodings that are not plain: the bytes that GGUF's reference quantiser writes.
+// Writing what is not plain: rows as GGUF's reference quantiser writes them, and tokens in 8 bits.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace flashlm {
 
@@ -13,5 +14,16 @@ struct QuantizeArgs {
     std::size_t target_stride_bytes;
 };
 bool quantize_q8_0(const QuantizeArgs& args);
+
+// fp32 elements to 8 bits, each 32 with a scale of their own: their largest magnitude over 127; to nearest, ties to even.
+// Where one is infinite or NaN the scale is NaN.
+struct QuantizeTokensArgs {
+    const float* source;          // [num_parts * 32]
+    std::size_t num_parts;
+    std::int8_t* quants;          // [num_parts * 32]
+    float* scales;                // [num_parts]
+    float* sums;                  // [num_parts]: scale * sum of the quants
+};
+void quantize_tokens(const QuantizeTokensArgs& args);
 
 }  // namespace flashlm

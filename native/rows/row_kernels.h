@@ -68,12 +68,36 @@ struct RowKernels {
     EncodingKernels of[NUM_ENCODINGS];
 };
 
+// Tokens in 8 bits: an element is scale * quant, 32 have one scale.
+struct Int8Tokens {
+    const std::int8_t* quants;    // [num_tokens, width], -127 to 127
+    const float* scales;          // [num_tokens, width / 32]
+    const float* sums;            // [num_tokens, width / 32]: of the elements, which offsets of rows are multiplied by
+    std::size_t num_tokens;
+};
+
+// As ProjectArgs, for at most MAX_TOKENS of these.
+struct Int8ProjectArgs {
+    Rows rows;
+    Int8Tokens x;
+    float* out;
+    std::size_t out_stride;
+    const float* bias;
+};
+
+// By `EncodingCode`; null where elements are no small integers.
+struct Int8Kernels {
+    void (*of[NUM_ENCODINGS])(const Int8ProjectArgs&, std::size_t row_begin, std::size_t row_end);
+};
+
 extern const RowKernels generic_row_kernels;
+extern const Int8Kernels generic_int8_kernels;
 #if defined(__x86_64__)
-extern const RowKernels avx2_row_kernels;
-extern const RowKernels avx512_row_kernels;
+extern const RowKernels avx2_row_kernels, avx512_row_kernels;
+extern const Int8Kernels avx2_int8_kernels, vnni_int8_kernels;
 #elif defined(__aarch64__)
 extern const RowKernels neon_row_kernels;
+extern const Int8Kernels neon_int8_kernels;
 #endif
 
 }  // namespace flashlm

@@ -29,6 +29,9 @@ std::size_t cost_bytes(const Rows& rows, EncodingCode code, std::size_t num_toke
     return rows.num_rows * part_bytes(code, rows.hidden_size) * ceil_div(num_tokens, TOKENS_PER_PASS);
 }
 
+// What columns are cut at: whole groups, too.
+std::size_t column_unit(EncodingCode code) { return std::max(COLUMN_UNIT, ENCODINGS[code].group_elements); }
+
 template <class Args>
 struct Job {
     const Args& args;
@@ -107,17 +110,26 @@ void run_projects(EncodingCode code, const ProjectArgs* products, std::size_t nu
     });
 }
 
+bool has_int8(EncodingCode code) { return level().int8.of[code] != nullptr; }
+
+void run_project_int8(EncodingCode code, const Int8ProjectArgs& args) {
+    const std::size_t num_rows = args.rows.num_rows;
+    if (num_rows == 0) return;
+    const std::size_t cost = cost_bytes(args.rows, code, args.x.num_tokens);
+    run(Job<Int8ProjectArgs>{args, level().int8.of[code], num_rows, task_length(num_rows, 4, cost, ROW_TASKS_PER_THREAD)});
+}
+
 void run_accumulate(EncodingCode code, const AccumulateArgs& args) {
     const std::size_t hidden = args.rows.hidden_size;
     if (args.rows.num_rows == 0) return;
     const std::size_t cost = cost_bytes(args.rows, code, args.num_tokens);
     run(Job<AccumulateArgs>{args, level().rows.of[code].accumulate, hidden,
-                            task_length(hidden, COLUMN_UNIT, cost, COLUMN_TASKS_PER_THREAD)});
+                            task_length(hidden, column_unit(code), cost, COLUMN_TASKS_PER_THREAD)});
 }
 
 void run_accumulates(EncodingCode code, const AccumulateArgs* products, std::size_t num_products) {
     run_many(code, products, num_products, level().rows.of[code].accumulate, COLUMN_TASKS_PER_THREAD,
-             [](const AccumulateArgs& each) { return Range{each.rows.hidden_size, COLUMN_UNIT}; });
+             [code](const AccumulateArgs& each) { return Range{each.rows.hidden_size, column_unit(code)}; });
 }
 
 void run_widen(EncodingCode code, const WidenArgs& args) {

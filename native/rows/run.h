@@ -8,6 +8,9 @@ namespace flashlm {
 void run_project(EncodingCode code, const ProjectArgs& args);
 // Several products with as many tokens as one job, so that small ones need not wait for each other.
 void run_projects(EncodingCode code, const ProjectArgs* products, std::size_t num_products);
+// Whether tokens in int8 can be multiplied with rows of an encoding.
+bool has_int8(EncodingCode code);
+void run_project_int8(EncodingCode code, const Int8ProjectArgs& args);
 void run_accumulate(EncodingCode code, const AccumulateArgs& args);
 // Several, as `run_projects`.
 void run_accumulates(EncodingCode code, const AccumulateArgs* products, std::size_t num_products);

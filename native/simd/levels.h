@@ -13,6 +13,7 @@ namespace flashlm {
 struct Level {
     const char* name;
     const RowKernels& rows;
+    const Int8Kernels& int8;
     const GateKernels& gates;
 };
 

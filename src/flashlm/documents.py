@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -46,8 +47,8 @@ class DocumentKind(Generic[Document]):
 
     Attributes:
         model: Its fields.
-        version_key: Which of them is the version; the one that is read and written is the field's default. None: there is
-            none.
+        version_key: Which of them is the version; the one that is written is the field's default. None: there is none.
+        versions: Which are read; none: the one that is written.
         max_bytes: A larger file is refused unread.
         advice: What to do about one that can't be used, as "convert the model again"; ends every message.
         error: What is raised.
@@ -60,6 +61,7 @@ class DocumentKind(Generic[Document]):
     advice: str
     error: type[FlashError] = PackError
     is_sealed: bool = False
+    versions: tuple[int, ...] = ()
 
     def read(self, path: Path) -> Document | None:
         """Return the document in `path`, None where there is nothing.
@@ -107,16 +109,22 @@ class DocumentKind(Generic[Document]):
             return
         wanted = self.model.model_fields[self.version_key].default
         found = content.get(self.version_key) if isinstance(content, dict) else None
-        if type(found) is int and found == wanted:  # True == 1
+        versions = self.versions or (wanted,)
+        if type(found) is int and found in versions:  # True == 1
             return
         name = self.version_key.replace("_", " ")
         shown = repr(found)[:_MAX_SHOWN] if isinstance(found, int | float | str | None) else "of no number"
         newer = "update flashlm, or " if type(found) is int and found > wanted else ""
         advice = newer + self.advice
-        raise self._refused(path, f"has {name} {shown}, this flashlm reads version {wanted}", advice)
+        raise self._refused(path, f"has {name} {shown}, this flashlm reads {describe_versions(versions)}", advice)
 
     def _refused(self, path: Path, why: str, advice: str | None = None) -> FlashError:
         return self.error(f"{path} {why}: {advice or self.advice}")
+
+
+def describe_versions(versions: Sequence[int]) -> str:
+    """Return "version 5", or "versions 4 and 5"."""
+    return f"version{'s' * (len(versions) > 1)} {' and '.join(map(str, versions))}"
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -135,11 +135,11 @@ def test_a_newer_pack_is_refused_in_one_line(command, pack, tmp_path):
     newer = tmp_path / "pack"
     manifest_path(newer).parent.mkdir(parents=True)
     shutil.copy(pack / "config.json", newer)
-    content = manifest_path(pack).read_text().replace('"format_version": 4', '"format_version": 5')
+    content = manifest_path(pack).read_text().replace('"format_version": 5', '"format_version": 6')
     manifest_path(newer).write_text(content)
     done = flashlm(command, newer, *(("--prompt", "w5") if command == "generate" else ()))
     assert done.returncode == 4
-    assert "has format version 5, this flashlm reads version 4: update flashlm" in done.stderr
+    assert "has format version 6, this flashlm reads versions 4 and 5: update flashlm" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

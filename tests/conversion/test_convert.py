@@ -131,7 +131,7 @@ def test_pack_is_a_model_folder(tmp_path: Path) -> None:
     convert(source, tmp_path / "pack")
     config = json.loads((tmp_path / "pack" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
-    assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 4}
+    assert config["quantization_config"] == {"quant_method": "flashlm", "format_version": 5}
     assert {path.name for path in (tmp_path / "pack").iterdir()} == {
         "config.json", "generation_config.json", "OPEN-WITH-FLASHLM.txt", "flash",
         "tokenizer.json", "chat_template.jinja", "tokenizer.model", "README.md", "LICENSE",
@@ -217,6 +217,6 @@ def test_a_finished_pack_of_another_format_is_no_dead_end(tmp_path: Path) -> Non
     save_checkpoint(tmp_path / "source", "llama")
     convert(tmp_path / "source", tmp_path / "pack")
     path = manifest_path(tmp_path / "pack")
-    path.write_bytes(path.read_bytes().replace(b'"format_version": 4', b'"format_version": 3'))
+    path.write_bytes(path.read_bytes().replace(b'"format_version": 5', b'"format_version": 3'))
     with pytest.raises(ConfigError, match=r"choose another folder, or delete .*format version 3"):
         convert(tmp_path / "source", tmp_path / "pack")

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from flashlm.conversion.hub import wanted_files, weight_files
+from flashlm.conversion.hub import named_files, wanted_files, weight_files
 from flashlm.conversion.verify import verify
-from flashlm.errors import PackError
+from flashlm.errors import ConfigError, PackError
 from flashlm.pack.manifest import read_manifest
+from tests.gguf_files import save_gguf
 from tests.models import save_checkpoint
 
 REPO, COMMIT = "someone/tiny", "0" * 40
@@ -149,7 +150,41 @@ def test_a_repository_of_pickles_is_refused_before_anything_is_fetched() -> None
     with pytest.raises(PackError, match=r"pickles \(pytorch_model.bin\)"):
         weight_files({"config.json": 1, "pytorch_model.bin": 1}, Path.resolve)
     with pytest.raises(PackError, match="the repository has no weights"):
-        weight_files({"config.json": 1, "model.gguf": 1}, Path.resolve)
+        weight_files({"config.json": 1, "model.onnx": 1}, Path.resolve)
+
+
+GGUFS = {"x-Q4_0.gguf", "q8/x-00001-of-00002.gguf", "q8/x-00002-of-00002.gguf", "mmproj-x.gguf"}
+
+
+def test_of_several_gguf_files_one_is_named() -> None:
+    names = dict.fromkeys(GGUFS, 10)
+    with pytest.raises(
+        ConfigError, match=r"2 GGUF models, name one as REPOSITORY:FILE: q8/x-00001-of-00002\.gguf, x-Q4"
+    ):
+        weight_files(names, Path.resolve)
+    assert named_files(names, "q8/x-00002-of-00002.gguf") == ["q8/x-00001-of-00002.gguf", "q8/x-00002-of-00002.gguf"]
+    with pytest.raises(
+        ConfigError, match=r"holds no y\.gguf; its GGUF models are: q8/x-00001-of-00002\.gguf, x-Q4_0\.gguf"
+    ):
+        named_files(names, "y.gguf")
+    del names["q8/x-00001-of-00002.gguf"]
+    assert weight_files(names, Path.resolve) == ["x-Q4_0.gguf"]
+
+
+def test_a_gguf_file_is_fetched_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    save_gguf(folder / "x-Q4_0.gguf", "llama")
+    for name in GGUFS - {"x-Q4_0.gguf"} | {"README.md"}:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("nothing")
+    hub = Hub(folder)
+    with serving(hub) as endpoint:
+        command = ("-m", "flashlm", "convert", f"{REPO}:x-Q4_0.gguf", str(tmp_path / "pack"), "--json")
+        done = run(endpoint, tmp_path / "cache", *command)
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched == ["x-Q4_0.gguf"]
+    assert json.loads(done.stdout)["source"] == f"{REPO}:x-Q4_0.gguf"
 
 
 def test_files_are_chosen_from_the_list_alone(tmp_path: Path) -> None:

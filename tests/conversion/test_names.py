@@ -15,8 +15,9 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from flashlm.conversion.convert import convert
 from flashlm.conversion.names import map_names
+from flashlm.conversion.sources.safetensors import Checkpoint
 from flashlm.errors import PackError
-from flashlm.pack.checkpoint import Checkpoint, TensorEntry
+from flashlm.pack.checkpoint import TensorEntry
 from flashlm.structure.experts import find_expert_layers
 from flashlm.structure.families import build_meta_model
 from tests import tiny_models

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from flashlm.conversion.convert import convert
+from flashlm.conversion.sources.safetensors import open_checkpoint
 from flashlm.errors import ConfigError, PackError
-from flashlm.pack.checkpoint import open_checkpoint, read_header
+from flashlm.pack.checkpoint import read_header
 from tests.models import save_checkpoint
 
 

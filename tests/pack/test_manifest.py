@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flashlm.conversion.convert import convert
 from flashlm.errors import PackError
-from flashlm.pack.manifest import manifest_path, read_manifest
+from flashlm.pack.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from tests.models import save_checkpoint
 from tests.pack.packs import sealed
 
@@ -22,7 +22,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> str:
     return manifest_path(folder / "pack").read_text()
 
 
-def _read(folder: Path, text: str | bytes) -> object:
+def _read(folder: Path, text: str | bytes) -> Manifest:
     manifest_path(folder).parent.mkdir(exist_ok=True, parents=True)
     manifest_path(folder).write_bytes(text.encode() if isinstance(text, str) else text)
     return read_manifest(folder)
@@ -42,10 +42,44 @@ def test_folder_without_manifest_is_no_pack(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 5, 0, "3", None, [3], True])
+@pytest.mark.parametrize("version", [1, 2, 3, 6, 0, "3", None, [3], True])
 def test_unknown_version_is_refused_by_name(version: object, good: str, tmp_path: Path) -> None:
-    with pytest.raises(PackError, match=r"format version .* this flashlm reads version 4: .*convert the model again"):
+    with pytest.raises(
+        PackError, match=r"format version .* this flashlm reads versions 4 and 5: .*convert the model again"
+    ):
         _read(tmp_path, _change(good, "format_version", value=version))
+
+
+def test_version_4_is_read_and_written_as_it_was(good: str, tmp_path: Path) -> None:
+    old = _change(good, "format_version", value=4)
+    manifest = _read(tmp_path, old)
+    assert manifest.units[0].arrangement == "row"
+    write_manifest(tmp_path, manifest)
+    assert manifest_path(tmp_path).read_text() == old
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"encodings": ["fp16"] * 3},
+        {"arrangement": "block", "row_stride_bytes": None, "block_stride_bytes": 28672},
+    ],
+)
+def test_what_came_with_version_5_is_refused_in_4(
+    version: int, change: dict[str, object], good: str, tmp_path: Path
+) -> None:
+    new = json.loads(good)
+    new["format_version"] = version
+    for unit in new["units"]:
+        unit.update(change)
+    if version == 5:
+        manifest = _read(tmp_path, sealed(new))
+        write_manifest(tmp_path, manifest)
+        assert read_manifest(tmp_path) == manifest
+        return
+    with pytest.raises(PackError, match=r"of version 4 has not|in a pack of"):
+        _read(tmp_path, sealed(new))
 
 
 @pytest.mark.parametrize(
@@ -64,10 +98,13 @@ def test_path_that_leaves_the_pack_is_refused(name: str, good: str, tmp_path: Pa
         (("units", 0, "hidden_size"), "48"),
         (("units", 0, "block_rows"), 0),
         (("units", 0, "row_stride_bytes"), 1024),
+        (("units", 0, "row_stride_bytes"), None),
         (("units", 0, "kind"), "linear"),
         (("units", 0, "kind"), "attention"),
         (("units", 0, "parts"), ["up", "gate", "down"]),
         (("units", 0, "parts"), ["weight"]),
+        (("units", 0, "arrangement"), "block"),
+        (("units", 0, "arrangement"), "column"),
         (("units", 0, "biases"), ["weight"]),
         (("units", 0, "num_active"), 2),
         (("units", 0, "encodings"), ["int4"] * 3),

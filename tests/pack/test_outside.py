@@ -25,7 +25,7 @@ from flashlm.probe.device_profile import load_profile
 from flashlm.storage.outside import check_regular, read_bounded
 from tests.engine.conftest import save_tokenizer
 from tests.models import save_checkpoint
-from tests.pack.packs import change_config
+from tests.pack.packs import change_config, change_manifest
 
 KINDS = ("folder", "pipe", "device", "socket", "nowhere", "loop")
 LIMIT_S = 20
@@ -195,11 +195,23 @@ def test_changed_settings_are_refused_until_they_are_accepted(
     assert "generation_config.json is not as it was converted" in caplog.text
 
 
+def test_packs_of_version_4_are_read(good: Path, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(good / "pack", tmp_path / "pack"))
+    change_config(pack, quantization_config={"quant_method": "flashlm", "format_version": 4})
+    with pytest.raises(PackError, match="says quantization_config is"):
+        flashlm.load(pack)
+    change_manifest(pack, lambda content: content.update(format_version=4))
+    assert verify(pack).problems == ()
+    flashlm.load(pack)
+
+
 @pytest.mark.parametrize("run", [describe, verify, smallest_dram_bytes, read_shape, flashlm.load])
 def test_older_packs_are_refused(run: Callable[[Path], object], good: Path, tmp_path: Path) -> None:
     pack = Path(shutil.copytree(good / "pack", tmp_path / "pack"))
     path = pack / "flash" / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 4', '"format_version": 1'))
+    path.write_text(path.read_text().replace('"format_version": 5', '"format_version": 1'))
     (pack / "flash" / "resident.safetensors").rename(pack / "model.safetensors")
-    with pytest.raises(PackError, match="format version 1, this flashlm reads version 4: convert the model again"):
+    with pytest.raises(
+        PackError, match="format version 1, this flashlm reads versions 4 and 5: convert the model again"
+    ):
         run(pack)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from flashlm.rows.layout import GATED, LayerLayout
 from flashlm.rows.products import Gemms
 from flashlm.rows.quantize import QUANTIZERS
 from flashlm.storage.slab import SlabAllocator
+from tests.rows.encoded import FP16_PLACES, GROUPED, reference, tame_groups
 
 EPS = 2.0**-24  # unit roundoff of fp32
 Q8_0 = ENCODINGS["q8_0"]
@@ -31,9 +33,12 @@ def simd_level(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_simd_level(None)
 
 
+grouped = st.sampled_from(GROUPED)
+
+
 @dataclass
 class Case:
-    """Rows of q8_0 with garbage (bytes of 255: a NaN scale) beyond their parts, and what they mean in float64."""
+    """Rows with garbage (bytes of 255: a NaN scale) beyond their parts, and what they mean in float64."""
 
     rows: kernels.RowBlock
     weights: torch.Tensor  # float64 (num_rows, num_parts, width)
@@ -41,33 +46,33 @@ class Case:
     h: torch.Tensor
 
 
-def make_case(num_groups: int, num_rows: int, num_tokens: int, num_parts: int, seed: int, *, by_slot: bool) -> Case:
-    random = np.random.default_rng(seed)
-    num_stored = num_rows + 3
-    shape = (num_stored, num_parts, num_groups)
-    scales = (random.standard_normal(shape) * 10.0 ** random.integers(-6, 3, shape)).astype(np.float16)
-    quants = random.integers(-128, 128, (*shape, 32), dtype=np.int8)
-    parts = np.concatenate([scales[..., None].view(np.uint8), quants.view(np.uint8)], axis=-1)
-    row_bytes = num_parts * num_groups * 34
+def make_case(
+    name: str, num_groups: int, num_rows: int, num_tokens: int, num_parts: int, seed: int, *, by_slot: bool
+) -> Case:
+    random, encoding = np.random.default_rng(seed), ENCODINGS[name]
+    num_stored, width = num_rows + 3, num_groups * encoding.group_elements
+    groups = tame_groups(name, num_stored * num_parts * num_groups, random)
+    row_bytes = num_parts * num_groups * encoding.group_bytes
     storage = np.full((num_stored, row_bytes + 7), 255, dtype=np.uint8)  # an odd stride: nothing is aligned
-    storage[:, :row_bytes] = parts.reshape(num_stored, row_bytes)
+    storage[:, :row_bytes] = groups.reshape(num_stored, row_bytes)
     slots = torch.from_numpy(random.permutation(num_stored)[:num_rows].astype(np.int32)) if by_slot else None
-    memory = torch.from_numpy(storage)
     rows = kernels.RowBlock(
-        memory, num_rows, kernels.RowFormat.alike(row_bytes + 7, num_groups * 32, Q8_0.code, num_parts), slots
+        torch.from_numpy(storage),
+        num_rows,
+        kernels.RowFormat.alike(row_bytes + 7, width, encoding.code, num_parts),
+        slots,
     )
-    # the reference rounds scale * byte to fp32, as is stated
-    wide = scales.astype(np.float32)[..., None] * quants.astype(np.float32)
-    weights = torch.from_numpy(wide.reshape(num_stored, num_parts, -1)).double()
+    weights = torch.from_numpy(reference(name, groups).reshape(num_stored, num_parts, width)).double()
     weights = weights[:num_rows] if slots is None else weights[slots.long()]
-    x = torch.from_numpy(random.standard_normal((num_tokens, num_groups * 32)).astype(np.float32))
+    x = torch.from_numpy(random.standard_normal((num_tokens, width)).astype(np.float32))
     h = torch.from_numpy(random.standard_normal((num_tokens, num_rows)).astype(np.float32))
     return Case(rows, weights, x, h)
 
 
 cases = st.builds(
     make_case,
-    st.integers(1, 12),
+    grouped,
+    st.integers(1, 3),
     st.integers(0, 40),
     st.integers(1, 16),
     st.integers(1, 3),
@@ -79,18 +84,27 @@ quick = settings(
 )
 
 
-@quick
-@given(case=cases)
-def test_q8_0_is_widened_exactly(case: Case) -> None:
-    for part in range(case.rows.num_parts):
-        dst = torch.empty(case.rows.num_rows, case.rows.width)
-        kernels.widen(case.rows, part, dst)
-        assert torch.equal(dst.double(), case.weights[:, part])
+@pytest.mark.parametrize("name", GROUPED)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(num_groups=st.integers(1, 9), num_rows=st.integers(1, 40), seed=st.integers(0, 2**16))
+def test_random_bytes_widen_to_the_bits_of_the_reference(name: str, num_groups: int, num_rows: int, seed: int) -> None:
+    """Also where scales are infinite, NaN or subnormal; which NaN is not compared."""
+    encoding = ENCODINGS[name]
+    random = np.random.default_rng(seed)
+    stored = random.integers(0, 256, (num_rows, num_groups * encoding.group_bytes), dtype=np.uint8)
+    width = num_groups * encoding.group_elements
+    row_format = kernels.RowFormat.alike(stored.shape[1], width, encoding.code, 1)
+    dst = torch.empty(num_rows, width)
+    kernels.widen(kernels.RowBlock(torch.from_numpy(stored), num_rows, row_format), 0, dst)
+    expected, found = reference(name, stored), dst.numpy().ravel()
+    is_nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(found), is_nan)
+    np.testing.assert_array_equal(found[~is_nan].view(np.uint32), expected[~is_nan].view(np.uint32))
 
 
 @quick
 @given(case=cases)
-def test_q8_0_products_are_within_the_rounding_of_their_sums(case: Case) -> None:
+def test_products_are_within_the_rounding_of_their_sums(case: Case) -> None:
     x, h = case.x.double(), case.h.double()
     for part in range(case.rows.num_parts):
         out = torch.full((len(x), case.rows.num_rows), float("nan"))
@@ -104,10 +118,11 @@ def test_q8_0_products_are_within_the_rounding_of_their_sums(case: Case) -> None
     assert ((y.double() - (x + h @ down)).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 16])
-def test_q8_0_has_the_bits_of_its_values_in_fp32(num_tokens: int) -> None:
+def test_products_have_the_bits_of_the_decoded_values(name: str, num_tokens: int) -> None:
     """Decoding is exact and the order of sums is the width's alone, so the same values in fp32 give the same bits."""
-    case = make_case(24, 45, num_tokens, 3, 7, by_slot=False)
+    case = make_case(name, 3, 45, num_tokens, 3, 7, by_slot=False)
     wide = case.weights.float().reshape(45, -1)
     plain = kernels.matrix_rows(wide, num_parts=3)
     for part in range(3):
@@ -121,8 +136,9 @@ def test_q8_0_has_the_bits_of_its_values_in_fp32(num_tokens: int) -> None:
     assert torch.equal(*sums)
 
 
-def test_threads_and_batching_change_no_bit() -> None:
-    case, before = make_case(40, 203, 9, 2, 3, by_slot=False), _native.num_threads()
+@pytest.mark.parametrize("name", GROUPED)
+def test_threads_and_batching_change_no_bit(name: str) -> None:
+    case, before = make_case(name, 5, 203, 9, 2, 3, by_slot=False), _native.num_threads()
     results = []
     for num_threads in (1, 2, 3):
         _native.set_num_threads(num_threads)
@@ -142,14 +158,13 @@ def test_threads_and_batching_change_no_bit() -> None:
 
 
 def test_sizes() -> None:
-    assert [(each.name, each.bytes_of(64)) for each in ENCODINGS.values()] == [
-        ("bf16", 128),
-        ("fp16", 128),
-        ("fp32", 256),
-        ("q8_0", 68),
-    ]
+    plain = {"bf16": (1, 2), "fp16": (1, 2), "fp32": (1, 4)}
+    sizes = plain | {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] for name in FP16_PLACES}
+    sizes |= {"mxfp4": (32, 17), "fp8_block": (128, 132)}
+    assert {each.name: (each.group_elements, each.group_bytes) for each in ENCODINGS.values()} == sizes
     assert encoding_of("bfloat16") == encoding_of(torch.bfloat16) == ENCODINGS["bf16"]
-    assert [each.dtype for each in ENCODINGS.values()] == [torch.bfloat16, torch.float16, torch.float32, None]
+    assert [ENCODINGS[name].dtype for name in plain] == [torch.bfloat16, torch.float16, torch.float32]
+    assert not any(ENCODINGS[name].is_plain for name in GROUPED)
     with pytest.raises(ConfigError, match="33 elements are not whole groups of 32"):
         Q8_0.bytes_of(33)
     for other in (torch.int8, "int8", "nothing"):

@@ -51,8 +51,8 @@ def wanted_parts(module):
 def test_experts_are_what_transformers_loads(family, dtype, tmp_path):
     save_checkpoint(tmp_path / "source", family, max_shard_size="60KB")
     manifest = convert(tmp_path / "source", tmp_path / "pack", dtype=dtype)
-    assert manifest.format_version == 4
-    assert json.loads((tmp_path / "pack" / "config.json").read_text())["quantization_config"]["format_version"] == 4
+    assert manifest.format_version == 5
+    assert json.loads((tmp_path / "pack" / "config.json").read_text())["quantization_config"]["format_version"] == 5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=dtype)
     for index, entry in enumerate(manifest.experts):
         wanted = wanted_parts(model.get_submodule(entry.module))

@@ -33,6 +33,7 @@ from flashlm.engine.opened import open_pack
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.files import check_files
 from flashlm.pack.manifest import read_manifest
+from flashlm.pack.units import check_rows
 from flashlm.planner.settings import make_settings
 from flashlm.sizes import format_size
 from flashlm.sparsity.calibration_document import MAX_WINDOW, fingerprint
@@ -103,6 +104,7 @@ def calibrate(
         raise ConfigError(
             f"{folder} streams experts, which the model's own routers choose: `calibrate_experts` is for such packs"
         )
+    check_rows([entry.unit for entry in manifest.ffns], str(folder), "a calibration")
     if preset is not None:
         paper = paper_preset(manifest.model_type)
         rank = "paper" if rank == "auto" else rank

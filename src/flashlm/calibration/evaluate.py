@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PIECE_TOKENS = 128  # of a window at once, in exact modes
+VERIFIED_TOKENS = 16  # where activations are rounded: what row kernels take at once
 MIN_TOKENS = 2
 Progress = Callable[[int, int, str], None]
 
@@ -96,6 +97,7 @@ def evaluate(
     dram: str | int | None = None,
     window: int = 512,
     max_tokens: int | None = None,
+    activations: str | None = None,
     progress: Progress = lambda done, total, what: None,
     on_loaded: Callable[[FlashRuntime], None] | None = None,
 ) -> list[ModeEvaluation]:
@@ -108,6 +110,7 @@ def evaluate(
         dram: Bound on the process.
         window: Tokens of a window, and of the KV cache.
         max_tokens: Only so many tokens from the start of the text.
+        activations: As `load` takes them.
         progress: Called with tokens done, tokens in all, and the mode.
         on_loaded: Called after each loading.
 
@@ -117,7 +120,7 @@ def evaluate(
     """
     if window < MIN_TOKENS:
         raise ConfigError(f"window={window} must be at least {MIN_TOKENS} tokens")
-    settings = make_settings(dram=dram)
+    settings = make_settings(dram=dram, activations=activations)
     opened = open_pack(pack, is_checked=settings.is_checked)
     window = min(window, _num_positions(opened.config) or window)
     ids = read_token_ids(opened, Path(text_path), max_tokens=max_tokens)
@@ -136,8 +139,12 @@ def evaluate(
 def _evaluate(model: PreTrainedModel, ids: torch.Tensor, window: int, progress: Progress) -> ModeEvaluation:
     session = Session(model)
     flash = session.flash
-    phase: Phase = "decode" if flash.mode == "sparse" else "prompt"
-    piece = 1 if flash.mode == "sparse" else PIECE_TOKENS
+    phase: Phase = "prompt"
+    piece = PIECE_TOKENS
+    if flash.mode == "sparse":
+        phase, piece = "decode", 1
+    elif flash.decision.activations != "exact":  # prompts are exact; a verified token has the bits of a decoded one
+        phase, piece = "verify", VERIFIED_TOKENS
     total_nll, num_tokens = 0.0, 0
     started_s = time.perf_counter()
     for start in range(0, len(ids), window):

@@ -44,11 +44,11 @@ class RowReads:
 
 
 def judge_row_reads(pack: Path, manifest: Manifest, routing: Routing) -> RowReads | None:
-    """Return what reading rows apart could gain on the pack's device; None where no zeros were counted."""
+    """Return what reading rows apart could gain on the pack's device; None without zeros, or rows that lie by themselves."""
     zeros = [layer.zero_share for layer in routing.layers if layer.zero_share is not None]
-    if not zeros:
-        return None
     layout = manifest.experts[0].layout
+    if not zeros or layout.is_by_block:
+        return None
     sizes = {"expert_bytes": layout.read_bytes(0), "row_bytes": layout.row_stride_bytes}
     try:
         rates = stored_rates(pack, manifest.dtype)
@@ -81,7 +81,8 @@ class RoutingReport:
         window_tokens: Tokens of a window; each starts without a past.
         num_active: Experts of a token in each layer.
         routing: What was written.
-        row_reads: Whether reading rows of experts apart could pay; None where activations have no exact zeros.
+        row_reads: Whether reading rows of experts apart could pay; None where activations have no exact zeros, or rows
+            don't lie by themselves.
         wall_s: Time that it took.
     """
 

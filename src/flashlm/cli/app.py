@@ -80,22 +80,31 @@ def _root(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Hugging Face model folder with safetensors, or a hub id.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="Model folder with safetensors, a .gguf file, or a hub id (of several .gguf: ID:FILE)."),
+    ],
     pack: Annotated[Path, typer.Argument(help="Folder to write; an unfinished one is continued.")],
-    dtype: Annotated[DtypeChoice, typer.Option(help="Element type of the pack.")] = DtypeChoice.bf16,
+    dtype: Annotated[
+        DtypeChoice | None,
+        typer.Option(help="Element type of what is not quantised. Default: bf16; of a .gguf fp32.", show_default=False),
+    ] = None,
     quantize: Annotated[
         QuantizeChoice | None,
-        typer.Option(help="Write what is streamed in 8.5 bits a weight. Default: in --dtype.", show_default=False),
+        typer.Option(
+            help="Write what is streamed anew, in 8.5 bits a weight. Default: as it is if quantised, else in --dtype.",
+            show_default=False,
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the source.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a Hugging Face model into a pack that can be streamed.
+    """Turn a Hugging Face model or a GGUF file into a pack that can be streamed.
 
-    transformers opens the pack like any other model folder, where flashlm is installed. Killed half-way and started
-    again, the conversion goes on where it was.
+    Weights that are quantised already (GGUF, MXFP4, FP8) are kept as they are. transformers opens the pack like any other
+    model folder, where flashlm is installed. Killed half-way and started again, the conversion goes on where it was.
     """
     from flashlm.conversion.convert import convert as run
     from flashlm.pack.description import describe
@@ -104,7 +113,7 @@ def convert(
         run(
             source,
             pack,
-            dtype=dtype.value,
+            dtype=None if dtype is None else dtype.value,
             quantize=None if quantize is None else quantize.value,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flashlm.cli import console
-from flashlm.cli.options import DramOption, JsonOption, PackArgument
+from flashlm.cli.options import ActivationsOption, DramOption, JsonOption, PackArgument
 
 
 def evaluate(
@@ -22,6 +22,7 @@ def evaluate(
         ),
     ] = None,
     dram: DramOption = None,
+    activations: ActivationsOption = None,
     window: Annotated[int, typer.Option(help="Tokens of a window; each starts without a past.")] = 512,
     max_tokens: Annotated[
         int | None, typer.Option(help="Only so many tokens from the text's start.", show_default=False)
@@ -30,7 +31,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity on a text, and the traffic that it took.
 
-    Mode sparse runs token by token, as generation does; exact modes run in pieces of a prompt.
+    Mode sparse runs token by token, as generation does, and activations of 8 bits as verified tokens do; else the text runs
+    in pieces of a prompt.
     """
     from flashlm.calibration.evaluate import evaluate as run
     from flashlm.calibration.evaluate import rows
@@ -48,6 +50,7 @@ def evaluate(
             text,
             modes=mode,
             dram=dram,
+            activations=activations,
             window=window,
             max_tokens=max_tokens,
             progress=progress,

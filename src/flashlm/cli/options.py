@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from flashlm.planner.choices import CheckChoice, ExpertPolicyChoice, Mode
+from flashlm.planner.choices import Activations, CheckChoice, ExpertPolicyChoice, Mode
 
 if TYPE_CHECKING:
     from flashlm.planner.settings import Asked
@@ -33,6 +33,16 @@ DramOption = Annotated[
 ContextOption = Annotated[
     int | None,
     typer.Option(help="Tokens that the KV cache may hold, of all sequences and beams together.", show_default=False),
+]
+
+
+ActivationsOption = Annotated[
+    Activations | None,
+    typer.Option(
+        help="int8: tokens are rounded to 8 bits for their products with encoded weights while text is generated; faster,"
+        " and not exact. Default: exact.",
+        show_default=False,
+    ),
 ]
 
 
@@ -62,6 +72,8 @@ class LoadOptions:
         ),
     ] = None
 
+    activations: ActivationsOption = None
+
     def asked(self) -> Asked:
         """Return what `make_settings` takes; `auto` leaves the mode to a plan and the environment."""
         return {
@@ -71,6 +83,7 @@ class LoadOptions:
             "plan": self.plan,
             "expert_policy": self.expert_policy,
             "check": self.check,
+            "activations": self.activations,
         }
 
 

@@ -9,12 +9,13 @@ import typer
 
 from flashlm.cli import console
 from flashlm.cli.calibrate import print_columns
-from flashlm.cli.options import JsonOption
+from flashlm.cli.options import ActivationsOption, JsonOption
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.planner.choices import Mode
 
 if TYPE_CHECKING:
     from flashlm.planner.plan_document import Plan
+    from flashlm.planner.rates import Rates
     from flashlm.planner.shape import ModelShape
 
 COLUMNS = ("dram", "mode", "exact", "held", "read a token", "tokens/s", "prompt tokens/s", "at the roofline")
@@ -22,7 +23,7 @@ COLUMNS = ("dram", "mode", "exact", "held", "read a token", "tokens/s", "prompt 
 
 def plan(
     source: Annotated[
-        str, typer.Argument(help="Pack, model folder, config.json, or hub id (only its config is fetched).")
+        str, typer.Argument(help="Pack, model folder, .gguf file, config.json, or hub id (only its config is fetched).")
     ],
     dram: Annotated[
         str | None,
@@ -35,7 +36,13 @@ def plan(
         int | None, typer.Option(help="Tokens that the KV cache may hold. Default: 2048.", show_default=False)
     ] = None,
     mode: Annotated[Mode, typer.Option(help="Plan for this mode alone; auto: the cheapest that is allowed.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the pack, where it is still to be made: bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the pack, where it is still to be made: bf16, fp16 or fp32. Default: as `convert`.",
+            show_default=False,
+        ),
+    ] = None,
     quantize: Annotated[
         str | None, typer.Option(help="Of what is streamed, where it is still to be made: q8_0.", show_default=False)
     ] = None,
@@ -57,6 +64,7 @@ def plan(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run model code that comes with the source.")
     ] = False,
+    activations: ActivationsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Predict speed and memory under one or several budgets, from the model's shape and this machine's measured rates.
@@ -66,11 +74,10 @@ def plan(
     """
     from flashlm.memory.limits import read_memory_limits
     from flashlm.planner.machine import rates_for
-    from flashlm.planner.plan import check_fits, check_mode, make_plan
+    from flashlm.planner.plan import check_activations, check_fits, check_mode, make_plan
     from flashlm.planner.plan_document import save_plan
     from flashlm.planner.published import assume_sparsity
     from flashlm.planner.settings import as_tokens
-    from flashlm.planner.shape import read_shape
     from flashlm.sizes import parse_budget_bytes
 
     budgets = (
@@ -81,26 +88,30 @@ def plan(
     context = as_tokens(context)
     if save is not None and len(budgets) != 1:
         raise ConfigError("--save takes a plan of one budget: give one --dram SIZE")
-    shape = read_shape(source, dtype=dtype, quantize=quantize, trust_remote_code=trust_remote_code)
+    shape = source_shape(source, dtype, quantize, trust_remote_code=trust_remote_code)
     if assume_sparse:
         shape = assume_sparsity(shape)
     check_mode(shape, mode)
+    activations = activations or "exact"
+    check_activations(activations, shape.quantised, shape.name)
     try:
         check_fits(shape, max(budgets), context)  # before the probe, which takes a minute
     except BudgetError as error:
-        _print_plans([(dram_bytes, error) for dram_bytes in budgets], shape, as_json)
+        _print_plans([(dram_bytes, error) for dram_bytes in budgets], shape, None, as_json)
         raise
     folder = probe_dir or (Path(source) if shape.is_pack else Path.cwd())
-    rates = rates_for(folder, shape.dtype, console.note)
+    rates = rates_for(folder, shape.dtype, console.note, activations)
     found: list[tuple[int, Plan | BudgetError]] = []
     for dram_bytes in budgets:
         try:
-            found.append((dram_bytes, make_plan(shape, rates, dram_bytes, context=context, mode=mode)))
+            found.append(
+                (dram_bytes, make_plan(shape, rates, dram_bytes, context=context, mode=mode, activations=activations))
+            )
         except BudgetError as error:
             found.append((dram_bytes, error))
     plans = [plan for _, plan in found if not isinstance(plan, BudgetError)]
     if not plans:
-        _print_plans(found, shape, as_json)
+        _print_plans(found, shape, _assumed(shape, rates), as_json)
         raise next(error for _, error in found if isinstance(error, BudgetError))
     if save is not None:
         save_plan(plans[0], save)
@@ -108,15 +119,41 @@ def plan(
         from flashlm.planner.plots import plot_latency
 
         plot_latency(shape, rates, context, plot)
-    _print_plans(found, shape, as_json)
+    _print_plans(found, shape, _assumed(shape, rates), as_json)
 
 
-def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape, as_json: bool) -> None:
+def source_shape(
+    source: str, dtype: str | None = None, quantize: str | None = None, *, trust_remote_code: bool = False
+) -> ModelShape:
+    """Return the shape of a source: of a GGUF file exactly, from its header, else by its config."""
+    from flashlm.conversion.plan import plan_conversion
+    from flashlm.conversion.source import find_gguf, open_source
+    from flashlm.planner.shape import planned_shape, read_shape
+
+    path = find_gguf(source)
+    if path is None:
+        return read_shape(source, dtype=dtype or "bf16", quantize=quantize, trust_remote_code=trust_remote_code)
+    with open_source(source, path) as opened:
+        planned = plan_conversion(opened, Path(), dtype, None, trust_remote_code=False, quantize=quantize)
+    return planned_shape(
+        source,
+        planned.source.config,
+        planned.model,
+        [file.found for file in planned.streamed],
+        tuple(file.unit for file in planned.streamed),
+        dtype=planned.dtype,
+        resident_bytes=planned.resident.num_bytes,
+    )
+
+
+def _print_plans(
+    found: list[tuple[int, Plan | BudgetError]], shape: ModelShape, assumed: str | None, as_json: bool
+) -> None:
     from flashlm.sizes import format_size
 
     known = _known(shape)
     if as_json:
-        console.print_json(_as_json(found, known, _assumed(shape)))
+        console.print_json(_as_json(found, known, assumed))
         return
     print_columns([COLUMNS, *(_row(dram_bytes, plan) for dram_bytes, plan in found)])
     plans = [plan for _, plan in found if not isinstance(plan, BudgetError)]
@@ -124,7 +161,7 @@ def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape,
         [
             ("disk", f"{format_size(shape.total_bytes)} for the pack" + (" (there already)" if shape.is_pack else "")),
             ("resident", f"{format_size(shape.resident_bytes)} whatever the budget"),
-            *([("rates", assumed)] if (assumed := _assumed(shape)) else []),
+            *([("rates", assumed)] if assumed else []),
             (known[0], known[1] or "unknown: exact modes only, until `flashlm calibrate`"),
             *[
                 (f"at {format_size(plan.dram_bytes)}", f"{_settings(plan)}; more {plan.would_help}")
@@ -135,11 +172,10 @@ def _print_plans(found: list[tuple[int, Plan | BudgetError]], shape: ModelShape,
     )  # fmt: skip
 
 
-def _assumed(shape: ModelShape) -> str | None:
-    """Return what rates are assumed: a device's profile holds none of encodings that are not plain."""
-    if not shape.quantised:
-        return None
-    return f"ASSUMED for {', '.join(shape.quantised)}: as many bytes a second as measured for {shape.dtype}"
+def _assumed(shape: ModelShape, rates: Rates) -> str | None:
+    """Return what rates are assumed: of encodings that the device's profile holds none of."""
+    names = shape.assumed(rates)
+    return f"ASSUMED for {', '.join(names)}: as many bytes a second as measured for {shape.dtype}" if names else None
 
 
 def _known(shape: ModelShape) -> tuple[str, str | None]:

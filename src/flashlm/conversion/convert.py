@@ -28,7 +28,7 @@ from flashlm.conversion.record import (
     save_record,
 )
 from flashlm.conversion.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
-from flashlm.conversion.source import pack_config, resolve_source
+from flashlm.conversion.source import open_source, resolve_source
 from flashlm.errors import ConfigError
 from flashlm.pack.files import MAX_SMALL_FILE_BYTES
 from flashlm.pack.manifest import (
@@ -46,7 +46,7 @@ from flashlm.pack.manifest import (
 from flashlm.pack.pack_config import NOTE, NOTE_NAME
 from flashlm.pack.units import Kind
 from flashlm.rows.kernels import one_torch_thread
-from flashlm.rows.layout import MATRIX, Part, canonical_dtype
+from flashlm.rows.layout import MATRIX, Part
 from flashlm.sizes import format_size
 from flashlm.storage.outside import read_bounded
 from flashlm.storage.ranges import RangeReader
@@ -73,7 +73,7 @@ def convert(
     source: str | Path,
     pack: str | Path,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     quantize: str | None = None,
     block_rows: int | None = None,
     min_linear_bytes: int = MIN_LINEAR_BYTES,
@@ -84,12 +84,15 @@ def convert(
     """Convert `source` into the folder `pack`, going on where an earlier attempt stopped.
 
     Args:
-        source: A Hugging Face model folder with safetensors, or a hub id.
+        source: A Hugging Face model folder with safetensors, plain or in MXFP4 or FP8; a GGUF file, or a folder with one;
+            or a hub id, of several GGUF files there REPOSITORY:FILE.
         pack: The folder to write; new, empty, or an unfinished conversion of the same source and settings. A finished
             one is left as it is.
-        dtype: Element type of the pack: bf16, fp16 or fp32 (or the full names).
+        dtype: Element type of the pack: bf16, fp16 or fp32 (or the full names). None: bf16; of a GGUF file fp32, its
+            16-bit weights as they are.
         quantize: "q8_0": streamed weights are written so, in 8.5 bits each, where their rows are whole groups of 32;
-            the others, and what is resident, in `dtype`. None: all in `dtype`.
+            the others, and what is resident, in `dtype`. None: those that are quantised are kept as they are, all others
+            are in `dtype`.
         block_rows: Rows per block, a multiple of 16; by default blocks of about 4 MiB.
         min_linear_bytes: Smaller matrices (attention, output layer, embeddings) stay in DRAM; larger ones can be streamed.
         trust_remote_code: Run model code that comes with the source, and keep it in the pack.
@@ -107,12 +110,16 @@ def convert(
         StorageError: The target can't be written, is full or too small; or the source can't be read.
     """
     announce = announce or (lambda line: None)
-    folder = resolve_source(source, trust_remote_code=trust_remote_code, announce=announce)
+    path = resolve_source(source, trust_remote_code=trust_remote_code, announce=announce)
     target = Path(pack).expanduser()
-    _check_target(folder, target)
-    plan = plan_conversion(
-        str(source), folder, target, canonical_dtype(dtype), block_rows, trust_remote_code, min_linear_bytes, quantize
-    )
+    _check_target(path, target)
+    with open_source(str(source), path, trust_remote_code=trust_remote_code) as opened:
+        plan = plan_conversion(opened, target, dtype, block_rows, trust_remote_code, min_linear_bytes, quantize)
+        return _convert(plan, progress or (lambda done, total, what: None), announce)
+
+
+def _convert(plan: ConversionPlan, progress: ProgressCallback, announce: AnnounceCallback) -> Manifest:
+    target = plan.pack
     prepare_folder(target)
     with only_one(target), one_torch_thread():  # the other cores read and write
         record = open_record(target, plan.fingerprint)
@@ -123,7 +130,7 @@ def convert(
         announce(_describe(plan, record))
         for note in plan.notes:
             announce(note)
-        _write_files(plan, record, progress or (lambda done, total, what: None))
+        _write_files(plan, record, progress)
         for note in _cast_notes(plan, record):
             announce(f"warning: {note}")
         return _finish(plan, record)
@@ -139,7 +146,7 @@ def _check_target(folder: Path, target: Path) -> None:
 
 def _check_space(plan: ConversionPlan, record: ProgressRecord) -> None:
     needed = sum(size for name, size in plan.file_bytes.items() if name not in record.finished) + _SPARE_BYTES
-    needed += sum((plan.checkpoint.folder / name).stat().st_size for name in plan.small.kept)
+    needed += sum((plan.source.folder / name).stat().st_size for name in plan.source.small.kept)
     check_room(plan.pack, needed, what="the pack")
 
 
@@ -215,12 +222,12 @@ def _files(
 def _finish(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
     """Write the small files, and last of all the manifest."""
     contents = {
-        CONFIG_NAME: pack_config(plan.checkpoint.folder, plan.dtype).encode(),
+        CONFIG_NAME: plan.source.pack_config(plan.dtype).encode(),
         NOTE_NAME: NOTE.encode(),
     }
     checksums = {}
-    for name in sorted({*plan.small.kept, *contents}):
-        content = contents.get(name) or read_bounded(plan.checkpoint.folder / name, MAX_SMALL_FILE_BYTES)
+    for name in sorted({*plan.source.small.kept, *contents}):
+        content = contents.get(name) or read_bounded(plan.source.folder / name, MAX_SMALL_FILE_BYTES)
         _make_folders(plan.pack, name)
         write_small_file(plan.pack / name, content)
         checksums[name] = xxhash.xxh3_64_hexdigest(content)
@@ -269,9 +276,10 @@ def _unit_entry(file: StreamedFile, checksums: tuple[str, ...]) -> UnitEntry:
         hidden_size=layout.hidden_size,
         num_rows=layout.num_rows,
         parts=layout.parts,
-        encodings=layout.encodings,  # type: ignore[arg-type]  # the layout has checked them
+        encodings=layout.encodings,
         block_rows=layout.block_rows,
-        row_stride_bytes=layout.row_stride_bytes,
+        arrangement=layout.arrangement,
+        row_stride_bytes=None if layout.is_by_block else layout.row_stride_bytes,
         block_stride_bytes=layout.block_stride_bytes,
         num_active=file.unit.num_active,
         activation=activation,
@@ -294,8 +302,8 @@ def _manifest(plan: ConversionPlan, record: ProgressRecord) -> Manifest:
             checksums=record.finished[RESIDENT_NAME],
         ),
         source=SourceEntry(
-            name=plan.source_name,
-            files={path.name: path.stat().st_size for path in plan.checkpoint.files},
+            name=plan.source.name,
+            files={path.name: path.stat().st_size for path in plan.source.checkpoint.files},
             fingerprint=plan.fingerprint,
             notes=(*plan.notes, *_cast_notes(plan, record)),
         ),

@@ -4,6 +4,9 @@ A checkpoint may hold a layer's experts as one tensor, as two (gate and up apart
 under other names. transformers knows all this (`conversion_mapping`) and joins the tensors of a whole layer when it loads a
 model. Here its conversion operations run on one expert at a time: of the operations that only stack experts, or work within
 each of them, both give the same. Any other operation is refused by name.
+
+Experts in an encoding that is not plain are told by their rows: the same operations run on numbers of rows and not on
+values, and say which rows of which tensor an expert's parts are.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 
 from flashlm.conversion.layer_file import LayerPools, RowChunk, typed
+from flashlm.conversion.sources.tensors import EncodedTensor, RowsRead
 from flashlm.errors import PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.rows.layout import LayerLayout
@@ -160,6 +164,36 @@ def _check_operations(name: str, converter: WeightConverter) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertRows:
+    """One part of a layer's experts: of each expert the tensor and its rows there."""
+
+    slices: tuple[tuple[EncodedTensor, range], ...]
+
+    @property
+    def first(self) -> EncodedTensor:
+        """The tensor that the first expert is in; all are alike."""
+        return self.slices[0][0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedExperts:
+    """One layer's experts in a checkpoint that holds their parts by rows: gate and up by neurons, down by outputs."""
+
+    layer: ExpertLayer
+    parts: tuple[ExpertRows, ...]
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """A checkpoint name for each part of a row, for messages."""
+        return tuple(part.first.name for part in self.parts)
+
+    @property
+    def entries(self) -> list[EncodedTensor]:
+        """The tensors of the first expert."""
+        return [part.first for part in self.parts]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertSource:
     """One layer's experts in the checkpoint."""
 
@@ -172,6 +206,99 @@ class ExpertSource:
         """A checkpoint name for each part of a row, for messages."""
         first = self.in_weight.entries[0].name
         return (*((first,) * (2 if self.layer.has_gate else 1)), self.out_weight.entries[0].name)
+
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """All tensors."""
+        return [*self.in_weight.entries, *self.out_weight.entries]
+
+    def by_rows(self) -> EncodedExperts | ExpertSource:
+        """Return the same by rows where it is encoded.
+
+        Raises:
+            UnsupportedModelError: Some of it is, and some is not; or parts do not lie by rows.
+        """
+        encoded = [isinstance(entry, EncodedTensor) and not entry.is_plain for entry in self.entries]
+        if not any(encoded):
+            return self
+        if not all(encoded):
+            plain = self.entries[encoded.index(False)]
+            raise UnsupportedModelError(
+                f"{plain.path} holds {plain.name} as {plain.dtype}, other parts of the experts of {self.layer.module} are"
+                " quantised"
+            )
+        inner, outer = _rows_of(self.in_weight, self.layer), _rows_of(self.out_weight, self.layer)
+        count = self.layer.num_rows
+        if not self.layer.has_gate:
+            cuts = [slice(None)]
+        elif self.layer.is_concatenated:
+            cuts = [slice(count), slice(count, None)]
+        else:
+            cuts = [slice(0, None, 2), slice(1, None, 2)]
+        parts = [_slices(self.in_weight, inner[cut]) for cut in cuts] + [_slices(self.out_weight, outer)]
+        return EncodedExperts(layer=self.layer, parts=tuple(parts))
+
+
+_ROW_BITS = 40  # of a row's number; above them the number of the tensor it lies in
+
+
+def _rows_of(weight: ExpertWeight, layer: ExpertLayer) -> torch.Tensor:
+    """Return which row of which tensor each output of an expert is, int64, as transformers' conversion lays them."""
+    numbers: dict[str, torch.Tensor] = {}
+    for index, (pattern, entries) in enumerate(weight.sources.items()):
+        entry = entries[0]
+        assert isinstance(entry, EncodedTensor)
+        num_rows = entry.num_rows if "*" in pattern else entry.num_rows // weight.shape[0]
+        rows = (index << _ROW_BITS) + torch.arange(num_rows)
+        lies = (-1, 1) if not entry.is_transposed else (1, -1)
+        numbers[pattern] = rows.view(*lies) if "*" in pattern else rows.view(1, *lies)
+    built = weight.assemble(numbers)
+    if built.shape[2 if layer.is_transposed else 1] != built.numel():
+        first = weight.entries[0]
+        raise UnsupportedModelError(
+            f"{first.path} holds {first.name} quantised along its outputs, where {weight.name} is multiplied along its"
+            " inputs: convert a checkpoint that is not quantised"
+        )
+    return built.flatten()
+
+
+def _slices(weight: ExpertWeight, numbers: torch.Tensor) -> ExpertRows:
+    """Return the rows of every expert, whose numbers are those of the first."""
+    steps = numbers.diff()
+    step = int(steps[0]) if len(steps) else 1
+    if not bool((steps == step).all()) or not 0 < step < 1 << _ROW_BITS:
+        raise UnsupportedModelError(f"the rows of {weight.name} lie in {weight.entries[0].path} in no order known here")
+    index, first = divmod(int(numbers[0]), 1 << _ROW_BITS)
+    pattern, entries = list(weight.sources.items())[index]
+    rows = range(first, first + step * len(numbers), step)
+    slices: list[tuple[EncodedTensor, range]] = []
+    for expert in range(weight.shape[0]):
+        entry = entries[expert] if "*" in pattern else entries[0]
+        assert isinstance(entry, EncodedTensor)
+        start = 0 if "*" in pattern else expert * (entry.num_rows // weight.shape[0])
+        slices.append((entry, range(rows.start + start, rows.stop + start, step)))
+    return ExpertRows(slices=tuple(slices))
+
+
+def read_encoded_experts(
+    reader: RangeReader, layout: LayerLayout, source: EncodedExperts, pools: LayerPools
+) -> Iterator[RowChunk]:
+    """Yield the experts of a layer in order, each as one block: as they are encoded, or as values where rows are made."""
+    for expert in range(source.layer.num_experts):
+        wanted = [part.slices[expert] for part in source.parts]
+        read = RowsRead(wanted)
+        buffer = pools.rows.take(read.room_bytes)
+        found = read.read(reader, buffer)
+        if layout.is_by_block:
+            parts = [
+                encoded if layout.encodings[index] == entry.encoding else entry.values(encoded)
+                for index, ((entry, _), encoded) in enumerate(zip(wanted, found, strict=True))
+            ]
+        else:
+            values = [entry.values(encoded) for (entry, _), encoded in zip(wanted, found, strict=True)]
+            parts = [*values[:-1], values[-1].t()]
+        rows = range(expert * layout.block_rows, (expert + 1) * layout.block_rows)
+        yield RowChunk(rows, tuple(parts), ((pools.rows, buffer),))
 
 
 def read_experts(

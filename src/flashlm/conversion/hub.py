@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from flashlm.conversion.small_files import CONFIG_NAME, SmallFiles, choose
+from flashlm.conversion.sources.gguf_header import SUFFIX, files_of, models_among
+from flashlm.conversion.sources.safetensors import INDEX_NAME, SINGLE_NAME, shards_of
 from flashlm.errors import ConfigError, FlashError, PackError
-from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME, shards_of
 from flashlm.sizes import format_size
 
 
@@ -45,25 +46,53 @@ def weight_files(names: Mapping[str, object], read_file: Callable[[str], Path]) 
         read_file: Fetches one of them.
 
     Raises:
-        PackError: There is no safetensors, or the index is damaged.
+        PackError: There is neither safetensors nor GGUF, or the index is damaged.
+        ConfigError: There are several GGUF models.
     """
     if SINGLE_NAME in names:
         return [SINGLE_NAME]
     if INDEX_NAME in names:
         return shards_of(read_file(INDEX_NAME))
+    models = models_among(names)
+    if len(models) > 1:
+        raise ConfigError(
+            f"the repository holds {len(models)} GGUF models, name one as REPOSITORY:FILE: {', '.join(models)}"
+        )
+    if models:
+        return files_of(models[0])
     pickles = [name for name in names if "/" not in name and name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
         raise PackError(
             f"the repository holds its weights as pickles ({pickles[0]}), which can run code when opened and are not read:"
             " look for a copy in safetensors"
         )
-    raise PackError(f"the repository has no weights: {SINGLE_NAME} or {INDEX_NAME} expected")
+    raise PackError(f"the repository has no weights: {SINGLE_NAME}, {INDEX_NAME} or a {SUFFIX} file expected")
 
 
-def download(source: str, *, with_code: bool, announce: Callable[[str], None]) -> Path:
-    """Return the folder of a model of the hub, after fetching what is not there yet.
+def named_files(names: Mapping[str, object], file: str) -> list[str]:
+    """Return the files of a repository that make up the GGUF model `file`: itself, or all parts of a split one.
+
+    Raises:
+        ConfigError: It is none, or the repository lacks one of them.
+    """
+    wanted = files_of(file)
+    missing = [name for name in wanted if name not in names or not name.endswith(SUFFIX)]
+    if missing:
+        held = ", ".join(models_among(names)) or "none"
+        raise ConfigError(f"the repository holds no {missing[0]}; its GGUF models are: {held}")
+    return wanted
+
+
+def download(source: str, file: str | None = None, *, with_code: bool, announce: Callable[[str], None]) -> Path:
+    """Return the folder of a model of the hub, or its GGUF file, after fetching what is not there yet.
 
     Without a connection a copy that was fetched earlier is taken.
+
+    Args:
+        source: The repository.
+        file: The GGUF file that is meant; None: the only one, or safetensors.
+        with_code: Whether its `.py` files are wanted.
+        announce: Called with a line about what is fetched, and with one for each thing that is not.
 
     Raises:
         ConfigError: The hub does not give it.
@@ -76,15 +105,20 @@ def download(source: str, *, with_code: bool, announce: Callable[[str], None]) -
         info = HfApi().model_info(source, files_metadata=True)
     except Exception as error:
         try:
-            folder = Path(hf_hub_download(source, CONFIG_NAME, local_files_only=True)).parent
+            folder = Path(hf_hub_download(source, file or CONFIG_NAME, local_files_only=True))
         except Exception:
             raise _not_given(source, error) from error
+        folder = folder if file else folder.parent
         announce(f"the hub does not answer: what was fetched of {source} earlier is taken, in {folder}")
         return folder
     try:
         sizes = {each.rfilename: each.size for each in info.siblings or ()}
-        shards = weight_files(sizes, lambda name: Path(hf_hub_download(source, name)))
-        wanted, small = wanted_files(sizes, shards, with_code=with_code)
+        if file is None:
+            shards = weight_files(sizes, lambda name: Path(hf_hub_download(source, name)))
+        else:
+            shards = named_files(sizes, file)
+        is_gguf = shards[0].endswith(SUFFIX)
+        wanted, small = (shards, SmallFiles.none()) if is_gguf else wanted_files(sizes, shards, with_code=with_code)
         num_bytes = sum(sizes[name] or 0 for name in wanted)
         announce(
             f"fetching {len(wanted)} of {len(sizes)} files of {source}, {format_size(num_bytes)} (what is not here yet)"
@@ -98,7 +132,7 @@ def download(source: str, *, with_code: bool, announce: Callable[[str], None]) -
         raise _not_given(source, error) from error
     if info.sha is not None and folder.name != info.sha:
         raise ConfigError(f"{source} changed on the hub while it was fetched: try again")
-    return folder
+    return folder / shards[0] if is_gguf else folder
 
 
 def _not_given(source: str, error: BaseException) -> ConfigError:

@@ -1,5 +1,8 @@
 """One layer's weights from the checkpoint into its row file: gather, transpose, cast, checksum, write.
 
+Weights that stay in their encoding are moved, not computed with: rows of gate and up as they are, and of `down`, whose
+groups go across neurons, the groups that belong to a block's neurons.
+
 Parts that lie neuron by neuron in the checkpoint are read in chunks of a few blocks. A part that lies the other way
 (the down-projection of `nn.Linear`) is held in panels of whole columns, at most `PANEL_BYTES` each: the whole matrix
 for models of up to some 10 B parameters, several passes over the file for larger ones. Transposing goes by tiles of
@@ -17,11 +20,13 @@ import xxhash
 
 from flashlm.conversion.casts import CastCounts
 from flashlm.conversion.pipeline import BufferPool, WriteBehind
+from flashlm.conversion.sources.tensors import EncodedTensor, RowsRead, by_rows
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.checkpoint import TensorEntry
+from flashlm.rows.encodings import ENCODINGS
 from flashlm.rows.layout import LayerLayout
 from flashlm.rows.quantize import QUANTIZERS
-from flashlm.storage.ranges import RangeRead, RangeReader, bytes_of, room_bytes
+from flashlm.storage.ranges import RangeReader, bytes_of
 from flashlm.storage.reader import AlignedBuffer
 from flashlm.storage.writer import AtomicFile
 from flashlm.structure.families import PartSource
@@ -40,6 +45,12 @@ class LayerPart:
     source: PartSource
     entry: TensorEntry
 
+    @property
+    def neuron_axis(self) -> int:
+        """The axis of the tensor, as the checkpoint holds it, along which neurons run."""
+        is_turned = isinstance(self.entry, EncodedTensor) and self.entry.is_transposed
+        return 1 - self.source.neuron_axis if is_turned else self.source.neuron_axis
+
 
 @dataclass(frozen=True)
 class RowChunk:
@@ -47,7 +58,8 @@ class RowChunk:
 
     Attributes:
         rows: The rows.
-        parts: For each part its weights as (rows, hidden_size) views in the checkpoint's dtype.
+        parts: For each part its weights as (rows, hidden_size) views in the checkpoint's dtype. Of blocks whose parts lie
+            whole, as `by block`: `down` as (hidden_size, rows), and what is kept in its encoding as bytes of its rows.
         buffers: What the views lie in, with the pool to give it back to.
     """
 
@@ -91,23 +103,36 @@ def read_layer(
     for panel_start in range(0, layout.num_rows, panel_rows):
         panel = range(panel_start, min(panel_start + panel_rows, layout.num_rows))
         columns: dict[int, tuple[torch.Tensor, AlignedBuffer]] = {
-            index: _read_panel(reader, part, layout, panel, pools)
+            index: _read_panel(reader, part, layout, panel, pools, index)
             for index, part in enumerate(parts)
-            if part.source.neuron_axis == 1
+            if part.neuron_axis == 1
         }
         for start in range(panel.start, panel.stop, chunk_rows):
             rows = range(start, min(start + chunk_rows, panel.stop))
             tensors, buffer = _read_rows(reader, parts, layout, rows, pools.rows)
             for index, (matrix, _) in columns.items():
-                tensors[index] = matrix[:, rows.start - panel.start : rows.stop - panel.start].t()
+                tensors[index] = _columns(layout, index, matrix, rows, panel)
             buffers = [(pools.rows, buffer)]
             if rows.stop == panel.stop:
                 buffers += [(pools.panels, used) for _, used in columns.values()]
             yield RowChunk(rows, tuple(tensors[index] for index in range(len(parts))), tuple(buffers))
 
 
+def _columns(layout: LayerLayout, index: int, matrix: torch.Tensor, rows: range, panel: range) -> torch.Tensor:
+    """Return the columns of a panel that belong to `rows`: as columns where parts lie whole, else turned to rows."""
+    low, high = rows.start - panel.start, rows.stop - panel.start
+    if not layout.is_by_block:
+        return matrix[:, low:high].t()
+    if matrix.dtype != torch.uint8:
+        return matrix[:, low:high]
+    encoding = ENCODINGS[layout.encodings[index]]
+    return matrix[:, encoding.bytes_of(low) : encoding.bytes_of(high)]
+
+
 def _panel_rows(layout: LayerLayout, parts: tuple[LayerPart, ...], chunk_rows: int, panel_bytes: int) -> int:
-    neuron_bytes = sum(layout.hidden_size * part.entry.dtype.itemsize for part in parts if part.source.neuron_axis == 1)
+    neuron_bytes = sum(layout.hidden_size * part.entry.dtype.itemsize for part in parts if part.neuron_axis == 1)
+    if layout.is_by_block:
+        neuron_bytes = layout.part_bytes(layout.num_parts - 1) // layout.num_rows
     if neuron_bytes * layout.num_rows <= panel_bytes:
         return layout.num_rows
     return max(panel_bytes // neuron_bytes // chunk_rows, 1) * chunk_rows
@@ -117,44 +142,60 @@ def _read_rows(
     reader: RangeReader, parts: tuple[LayerPart, ...], layout: LayerLayout, rows: range, pool: BufferPool
 ) -> tuple[dict[int, torch.Tensor], AlignedBuffer]:
     """Read the row-wise parts of `rows` into one buffer."""
-    row_wise = {index: part for index, part in enumerate(parts) if part.source.neuron_axis == 0}
-    sizes = {index: len(rows) * layout.hidden_size * part.entry.dtype.itemsize for index, part in row_wise.items()}
-    buffer = pool.take(sum(room_bytes(size) for size in sizes.values()))
-    begun: dict[int, RangeRead] = {}
-    at = 0
-    for index, part in row_wise.items():
-        first = part.source.first_neuron + rows.start
-        offset = part.entry.offset + first * layout.hidden_size * part.entry.dtype.itemsize
-        begun[index] = reader.begin(part.entry.path, offset, sizes[index], buffer, at)
-        at += room_bytes(sizes[index])
-    tensors = {
-        index: typed(read.wait(), row_wise[index].entry.dtype).view(len(rows), layout.hidden_size)
-        for index, read in begun.items()
+    wanted = {
+        index: (by_rows(part.entry), range(part.source.first_neuron + rows.start, part.source.first_neuron + rows.stop))
+        for index, part in enumerate(parts)
+        if part.neuron_axis == 0
     }
-    return tensors, buffer
+    read = RowsRead(list(wanted.values()))
+    buffer = pool.take(read.room_bytes)
+    found = dict(zip(wanted, read.read(reader, buffer), strict=True))
+    return {index: _as_written(layout, index, wanted[index][0], encoded) for index, encoded in found.items()}, buffer
+
+
+def _as_written(layout: LayerLayout, index: int, entry: EncodedTensor, encoded: torch.Tensor) -> torch.Tensor:
+    """Return rows as their part of the layout takes them: as they are where it has their encoding, else as values."""
+    return encoded if is_kept(layout, index, entry) else entry.values(encoded)
+
+
+def is_kept(layout: LayerLayout, index: int, entry: EncodedTensor) -> bool:
+    """Return whether a part's rows go into the file in the encoding that they have."""
+    return entry.encoding == layout.encodings[index] and entry.change is None
 
 
 def _read_panel(
-    reader: RangeReader, part: LayerPart, layout: LayerLayout, rows: range, pools: LayerPools
+    reader: RangeReader, part: LayerPart, layout: LayerLayout, rows: range, pools: LayerPools, index: int
 ) -> tuple[torch.Tensor, AlignedBuffer]:
-    """Read columns of a (hidden_size, neurons) matrix; return (hidden_size, rows) and the buffer that holds it."""
-    entry, first = part.entry, part.source.first_neuron
-    width = entry.shape[1]
-    num_bytes = layout.hidden_size * len(rows) * entry.dtype.itemsize
-    buffer = pools.panels.take(room_bytes(num_bytes))
-    if len(rows) == width:
-        raw = reader.read(entry.path, entry.offset, num_bytes, buffer)
-        return typed(raw, entry.dtype).view(layout.hidden_size, width), buffer
-    panel = bytes_of(buffer)[:num_bytes].view(entry.dtype).view(layout.hidden_size, len(rows))
-    lines = max(PASS_BYTES // (width * entry.dtype.itemsize), 1)
-    scratch = pools.passes.take(room_bytes(lines * width * entry.dtype.itemsize))
+    """Read columns of a (hidden_size, neurons) matrix; return (hidden_size, rows) and the buffer that holds it.
+
+    What is kept in its encoding is returned as bytes, (hidden_size, bytes of so many elements).
+    """
+    entry = by_rows(part.entry)
+    first = part.source.first_neuron + rows.start
+    kept = layout.is_by_block and is_kept(layout, index, entry)
+    encoding = ENCODINGS[layout.encodings[index]]
+    dtype = torch.uint8 if kept else entry.dtype
+    cut = (
+        slice(encoding.bytes_of(first), encoding.bytes_of(first + len(rows)))
+        if kept
+        else slice(first, first + len(rows))
+    )
+    width = cut.stop - cut.start
+    whole = RowsRead([(entry, range(layout.hidden_size))])
+    if len(rows) == entry.width and (kept or entry.is_plain) and whole.is_one_piece:
+        buffer = pools.panels.take(whole.room_bytes)
+        (encoded,) = whole.read(reader, buffer)
+        return (encoded if kept else entry.values(encoded)), buffer
+    buffer = pools.panels.take(layout.hidden_size * width * dtype.itemsize)
+    panel = bytes_of(buffer)[: layout.hidden_size * width * dtype.itemsize].view(dtype).view(layout.hidden_size, width)
+    lines = max(PASS_BYTES // entry.row_bytes, 1)
     for top in range(0, layout.hidden_size, lines):
-        count = min(lines, layout.hidden_size - top)
-        start = entry.offset + top * width * entry.dtype.itemsize
-        raw = reader.read(entry.path, start, count * width * entry.dtype.itemsize, scratch)
-        matrix = typed(raw, entry.dtype).view(count, width)
-        panel[top : top + count].copy_(matrix[:, first + rows.start : first + rows.stop])
-    pools.passes.give(scratch)
+        read = RowsRead([(entry, range(top, min(top + lines, layout.hidden_size)))])
+        scratch = pools.passes.take(read.room_bytes)
+        (encoded,) = read.read(reader, scratch)
+        matrix = encoded if kept else entry.values(encoded)
+        panel[top : top + len(matrix)].copy_(matrix[:, cut])
+        pools.passes.give(scratch)
     return panel, buffer
 
 
@@ -230,6 +271,9 @@ def fill_rows(
 ) -> None:
     """Lay the rows of `chunk` into `out` (bytes, from the first block's start), padding with zeros."""
     out.zero_()
+    if layout.is_by_block:
+        _fill_blocks(out, layout, chunk, part_names, casts)
+        return
     for start in range(chunk.rows.start, chunk.rows.stop, layout.block_rows):
         begin = layout.offset_of((start - chunk.rows.start) // layout.block_rows)
         num_rows = min(layout.block_rows, chunk.rows.stop - start)
@@ -240,11 +284,36 @@ def fill_rows(
             source = part[low : low + num_rows]
             dtype = placed.encoding.dtype
             if dtype is None:
-                _quantize(target, source, placed.encoding.name, part_names[index])
+                if source.dtype == torch.uint8:
+                    target.copy_(source)
+                else:
+                    _quantize(target, source, placed.encoding.name, part_names[index])
                 continue
             elements = target.view(dtype)
             copy_tiled(elements, source)
             casts.check(elements, source, part_names[index])
+
+
+def _fill_blocks(
+    out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_names: tuple[str, ...], casts: CastCounts
+) -> None:
+    """Lay blocks whose parts lie whole into `out`, zeroed."""
+    for start in range(chunk.rows.start, chunk.rows.stop, layout.block_rows):
+        begin = layout.offset_of((start - chunk.rows.start) // layout.block_rows)
+        num_rows = min(layout.block_rows, layout.num_rows - start)
+        low = start - chunk.rows.start
+        for placed, part, name in zip(layout.block_parts(num_rows), chunk.parts, part_names, strict=True):
+            first = begin + placed.offset_bytes
+            target = out[first : first + placed.num_bytes].view(placed.num_rows, placed.row_stride_bytes)
+            dtype = placed.encoding.dtype
+            if dtype is None:
+                cut = slice(placed.encoding.bytes_of(low), placed.encoding.bytes_of(low + num_rows))
+                target.copy_(part[:, cut] if placed.part == "down" else part[low : low + num_rows])
+                continue
+            elements = target.view(dtype)
+            source = part[:, low : low + num_rows] if placed.part == "down" else part[low : low + num_rows]
+            elements.copy_(source)
+            casts.check(elements, source, name)
 
 
 def _quantize(target: torch.Tensor, source: torch.Tensor, encoding: str, name: str) -> None:

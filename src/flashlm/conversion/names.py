@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flashlm.conversion.experts_source import ExpertSource, ExpertWeight
+from flashlm.conversion.experts_source import EncodedExperts, ExpertSource, ExpertWeight
 from flashlm.conversion.made import MadeTensor, MakingGroup
+from flashlm.conversion.sources.safetensors import Checkpoint
 from flashlm.errors import PackError
-from flashlm.pack.checkpoint import Checkpoint, TensorEntry
+from flashlm.pack.checkpoint import TensorEntry
 from flashlm.structure.experts import ExpertLayer
 from flashlm.transformers_seam import (
     WeightConverter,
@@ -62,7 +63,7 @@ class NameMap:
 
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     made: dict[str, MadeTensor] = field(default_factory=dict)
-    experts: tuple[ExpertSource, ...] = ()
+    experts: tuple[ExpertSource | EncodedExperts, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
@@ -92,20 +93,31 @@ def map_names(
         for name in (layer.in_weight, layer.out_weight)
     }
     found = _renamed(model, checkpoint, state, experts, _Ignored(model, is_text_part=is_text_part))
-    _check_missing(model, found.entries.keys() | found.made.keys() | experts.keys(), checkpoint)
+    check_names(model, found, layers, checkpoint)
+    for weight in experts.values():
+        weight.check()
+    found.experts = tuple(
+        ExpertSource(layer=layer, in_weight=experts[layer.in_weight], out_weight=experts[layer.out_weight]).by_rows()
+        for layer in layers
+    )
+    return found
+
+
+def check_names(model: PreTrainedModel, found: NameMap, layers: Sequence[ExpertLayer], checkpoint: Checkpoint) -> None:
+    """Check that every weight but those of experts is there, in its shape.
+
+    Raises:
+        PackError: One is not.
+    """
+    state = model.state_dict()
+    experts = {name for layer in layers for name in (layer.in_weight, layer.out_weight)}
+    _check_missing(model, found.entries.keys() | found.made.keys() | experts, checkpoint)
     for name, entry in found.entries.items():
         if tuple(state[name].shape) != entry.shape:
             raise PackError(
                 f"{entry.path} holds {entry.name} with shape {list(entry.shape)},"
                 f" the model's config wants {list(state[name].shape)}"
             )
-    for weight in experts.values():
-        weight.check()
-    found.experts = tuple(
-        ExpertSource(layer=layer, in_weight=experts[layer.in_weight], out_weight=experts[layer.out_weight])
-        for layer in layers
-    )
-    return found
 
 
 def _renamed(

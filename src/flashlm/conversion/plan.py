@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,25 +12,26 @@ import torch
 from transformers import PreTrainedModel
 
 from flashlm._version import __version__
-from flashlm.conversion.experts_source import ExpertSource, read_experts
+from flashlm.conversion.experts_source import EncodedExperts, ExpertSource, read_encoded_experts, read_experts
+from flashlm.conversion.kept import kept_encodings
 from flashlm.conversion.layer_file import LayerPart, LayerPools, RowChunk, read_layer
-from flashlm.conversion.names import NameMap, map_names, tied_pairs
-from flashlm.conversion.resident_file import ResidentPlan, ResidentTensor, is_same, pack_dtype
-from flashlm.conversion.small_files import SmallFiles, choose_from_folder
-from flashlm.conversion.source import fingerprint
+from flashlm.conversion.names import NameMap, tied_pairs
+from flashlm.conversion.resident_file import ResidentPlan, ResidentTensor, encoding_of, is_same, pack_dtype
+from flashlm.conversion.source import Source
+from flashlm.conversion.sources.tensors import EncodedTensor
 from flashlm.errors import ConfigError, PackError, UnsupportedModelError
-from flashlm.pack.checkpoint import Checkpoint, open_checkpoint
+from flashlm.pack.checkpoint import TensorEntry
 from flashlm.pack.manifest import FORMAT_VERSION, MAX_DIMENSION, RESIDENT_NAME
 from flashlm.pack.pack_config import num_hidden_layers
 from flashlm.pack.units import Kind, Unit
-from flashlm.rows.encodings import bytes_per_element
-from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
+from flashlm.rows.encodings import ENCODINGS, bytes_per_element
+from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout, canonical_dtype
 from flashlm.rows.quantize import QUANTIZERS
+from flashlm.sizes import format_size
 from flashlm.storage.ranges import RangeReader
 from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer, PartSource, build_meta_model
 from flashlm.structure.find_units import MIN_LINEAR_BYTES, EmbeddingLayer, FoundUnit, LinearLayer, find_units
-from flashlm.structure.model_config import load_config
 from flashlm.structure.unit_layouts import RowWriting, choose_layouts, part_width, streamed_names
 from flashlm.transformers_seam import dtype_plan
 
@@ -46,7 +47,7 @@ class StreamedFile:
         found: What it holds of the model.
         unit: The same, as sizes.
         part_names: Checkpoint names of the parts of its rows, for messages.
-        source_dtypes: Element types that its weights have there.
+        source_types: Element types or encodings that its weights have there.
         read: Gives its rows in order.
     """
 
@@ -54,13 +55,18 @@ class StreamedFile:
     found: FoundUnit
     unit: Unit
     part_names: tuple[str, ...]
-    source_dtypes: frozenset[torch.dtype]
+    source_types: frozenset[str]
     read: Callable[[RangeReader, LayerPools], Iterator[RowChunk]]
 
     @property
     def layout(self) -> LayerLayout:
         """Its geometry."""
         return self.unit.layout
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether its weights are in another encoding than plain elements in the checkpoint."""
+        return any(name in ENCODINGS and not ENCODINGS[name].is_plain for name in self.source_types)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +75,8 @@ class ConversionPlan:
 
     Attributes:
         pack: The folder to write.
-        source_name: The source as it was given.
-        checkpoint: The source's weight files.
+        source: What is converted.
+        model: Its model, on the meta device.
         model_type: The transformers model type.
         num_hidden_layers: Its decoder layers.
         dtype: Element type of the pack.
@@ -79,13 +85,12 @@ class ConversionPlan:
         num_column_parts: The most parts of a layer that lie column by column.
         resident: What goes into `flash/resident.safetensors`.
         left_out: Names of checkpoint tensors that the model does not have and transformers ignores.
-        small: Small files to copy, and what is left out.
         fingerprint: Identifies the conversion.
     """
 
     pack: Path
-    source_name: str
-    checkpoint: Checkpoint
+    source: Source
+    model: PreTrainedModel
     model_type: str
     num_hidden_layers: int
     dtype: str
@@ -94,7 +99,6 @@ class ConversionPlan:
     num_column_parts: int
     resident: ResidentPlan
     left_out: tuple[str, ...]
-    small: SmallFiles
     fingerprint: str
 
     @property
@@ -106,13 +110,21 @@ class ConversionPlan:
                 f"left out, not part of the model: {len(self.left_out)} tensors that transformers ignores too, first"
                 f" {self.left_out[0]}"
             ]
-        return (*self._quantised_lines(), *tensors, *self.small.lines())
+        lines = (*self._kept_lines(), *self._quantised_lines(), *self._decoded_lines())
+        return (*lines, *tensors, *self.source.notes, *self.source.small.lines())
+
+    def _kept_lines(self) -> Iterator[str]:
+        done = [file for file in self.streamed if self.quantize is None and file.layout.plain is None]
+        if done:
+            names = sorted({name for file in done for name in file.layout.encodings})
+            what = f"{len(done)} of {len(self.streamed)} streamed units"
+            yield f"kept as the source has them, in {' and '.join(names)}: {what}"
 
     def _quantised_lines(self) -> Iterator[str]:
         if self.quantize is None:
             return
         done = [file for file in self.streamed if file.layout.plain is None]
-        names = sorted({str(dtype).removeprefix("torch.") for file in done for dtype in file.source_dtypes})
+        names = sorted({name for file in done for name in file.source_types})
         tables = [file.found.module for file in self.streamed if isinstance(file.found, EmbeddingLayer)]
         if done:
             what = f"{len(done)} of {len(self.streamed) - len(tables)} streamed units"
@@ -131,6 +143,20 @@ class ConversionPlan:
                 f" not whole groups, or blocks too large; first {left[0].found.module}"
             )
 
+    def _decoded_lines(self) -> Iterator[str]:
+        """Tell what is held in the pack's dtype though the source has fewer bits."""
+        streamed = [file for file in self.streamed if file.layout.plain is not None and file.is_decoded]
+        if streamed and self.quantize is None:
+            yield (
+                f"decoded to {self.dtype}, since their rows can't be read as they are: {len(streamed)} streamed units, first"
+                f" {streamed[0].found.module}"
+            )
+        tensors = [each for each in self.resident.tensors if encoding_of(each.source)]
+        if tensors:
+            size = format_size(sum(each.num_bytes for each in tensors))
+            largest = max(tensors, key=lambda each: each.num_bytes).name
+            yield f"decoded to {self.dtype}, resident: {len(tensors)} tensors, {size}, most of it {largest}"
+
     @property
     def file_bytes(self) -> dict[str, int]:
         """Sizes of the large files by name, in the order in which they are written."""
@@ -138,16 +164,24 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    source_name: str,
-    folder: Path,
+    source: Source,
     target: Path,
-    dtype: str,
+    dtype: str | None,
     block_rows: int | None,
     trust_remote_code: bool,
     min_linear_bytes: int = MIN_LINEAR_BYTES,
     quantize: str | None = None,
 ) -> ConversionPlan:
-    """Read the source's headers and config and decide what goes where; writes nothing.
+    """Decide what of a source goes where; writes nothing.
+
+    Args:
+        source: The source, opened.
+        target: The pack.
+        dtype: Element type of the pack; None: what suits the source.
+        block_rows: Rows per block of feed-forward layers; None chooses.
+        trust_remote_code: Run model code that comes with the source.
+        min_linear_bytes: Smaller linear layers stay in DRAM.
+        quantize: Encoding that all streamed weights are written in; None: those that a source has are kept.
 
     Raises:
         ConfigError: A wrong setting.
@@ -156,12 +190,13 @@ def plan_conversion(
     """
     if quantize is not None and quantize not in QUANTIZERS:
         raise ConfigError(f"quantize is {quantize!r}: one of {', '.join(QUANTIZERS)} expected")
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(folder)
+    keeps_plain = dtype is None and source.header is not None
+    dtype = canonical_dtype(dtype or source.dtype)
+    config = source.config
     model = build_meta_model(config, trust_remote_code=trust_remote_code)
     found = find_units(model, dtype_bytes=bytes_per_element(dtype), min_linear_bytes=min_linear_bytes)
     experts = tuple(each for each in found if isinstance(each, ExpertLayer))
-    names = map_names(model, checkpoint, experts, is_text_part=type(model.config) is not type(config))
+    names = source.map_names(model, experts)
     entries = names.entries
     for duplicate, original in tied_pairs(model, entries):
         with RangeReader() as reader:
@@ -170,33 +205,33 @@ def plan_conversion(
     _check_block_rows(block_rows, has_experts=bool(experts))
     types = _ResidentTypes(model, dtype)
     found = tuple(each for each in found if _can_stream(each, names, types))
-    units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize), block_rows)
-    streamed = tuple(_streamed_files(model, found, units, names))
-    small = choose_from_folder(folder, checkpoint.files, with_code=trust_remote_code)
+    parts = {each.module: _layer_parts(model, each, names) for each in found if not isinstance(each, ExpertLayer)}
+    kept = {} if quantize else kept_encodings(found, parts, names.experts, keeps_plain=keeps_plain)
+    units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize, kept=kept), block_rows)
+    streamed = tuple(_streamed_files(found, units, parts, names.experts))
     settings = {
         "dtype": dtype,
-        "encodings": [file.layout.encoding for file in streamed],
+        "encodings": [[*file.layout.encodings, file.layout.arrangement] for file in streamed],
         "block_rows": [file.layout.block_rows for file in streamed],
         "flashlm": __version__,
         "format": FORMAT_VERSION,
     }
     return ConversionPlan(
         pack=target,
-        source_name=source_name,
-        checkpoint=checkpoint,
+        source=source,
+        model=model,
         model_type=config.model_type,
         num_hidden_layers=num_hidden_layers(config),
         dtype=dtype,
         quantize=quantize,
         streamed=streamed,
         num_column_parts=max(
-            (sum(part.neuron_axis == 1 for part in each.parts) for each in found if isinstance(each, FfnLayer)),
+            (sum(part.neuron_axis == 1 for part in each) for each in parts.values()),
             default=0,
         ),
         resident=ResidentPlan(_resident_tensors(found, names, types)),
         left_out=names.left_out,
-        small=small,
-        fingerprint=fingerprint(checkpoint, small.kept, settings),
+        fingerprint=source.fingerprint(settings),
     )
 
 
@@ -219,33 +254,41 @@ def _can_stream(found: FoundUnit, names: NameMap, types: _ResidentTypes) -> bool
     if len(there) != 1:  # made of others, or two that the config ties and that differ
         return False
     entry = names.entries[there[0]]
+    if isinstance(entry, EncodedTensor) and entry.is_transposed:
+        return False
     return entry.dtype.is_floating_point and types.of(there[0], entry.dtype) == types.wanted
 
 
 def _streamed_files(
-    model: PreTrainedModel, found: tuple[FoundUnit, ...], units: tuple[Unit, ...], names: NameMap
+    found: tuple[FoundUnit, ...],
+    units: tuple[Unit, ...],
+    parts: dict[str, tuple[LayerPart, ...]],
+    experts: Sequence[ExpertSource | EncodedExperts],
 ) -> Iterator[StreamedFile]:
-    sources = iter(names.experts)
+    sources = iter(experts)
     counts = dict.fromkeys(FILE_NAMES, 0)
     for each, unit in zip(found, units, strict=True):
         name = f"{FILE_NAMES[unit.kind]}-{counts[unit.kind]:05d}.rows"
         counts[unit.kind] += 1
+        read: Callable[[RangeReader, LayerPools], Iterator[RowChunk]]
+        entries: Sequence[TensorEntry]
         if isinstance(each, ExpertLayer):
             source = next(sources)
-            part_names, read = source.part_names, partial(_read_experts, layout=unit.layout, source=source)
-            entries = [*source.in_weight.entries, *source.out_weight.entries]
+            part_names, entries = source.part_names, source.entries
+            read = partial(_read_experts, layout=unit.layout, source=source)
         else:
-            parts = _layer_parts(model, each, names)
-            entries = [part.entry for part in parts]
+            entries = [part.entry for part in parts[each.module]]
             part_names = tuple(entry.name for entry in entries)
-            read = partial(_read_layer, layout=unit.layout, parts=parts)
-        dtypes = frozenset(entry.dtype for entry in entries)
-        yield StreamedFile(name=name, found=each, unit=unit, part_names=part_names, source_dtypes=dtypes, read=read)
+            read = partial(_read_layer, layout=unit.layout, parts=parts[each.module])
+        types = frozenset(encoding_of(entry) or str(entry.dtype).removeprefix("torch.") for entry in entries)
+        yield StreamedFile(name=name, found=each, unit=unit, part_names=part_names, source_types=types, read=read)
 
 
 def _read_experts(
-    reader: RangeReader, pools: LayerPools, layout: LayerLayout, source: ExpertSource
+    reader: RangeReader, pools: LayerPools, layout: LayerLayout, source: ExpertSource | EncodedExperts
 ) -> Iterator[RowChunk]:
+    if isinstance(source, EncodedExperts):
+        return read_encoded_experts(reader, layout, source, pools)
     return read_experts(reader, layout, source, pools)
 
 

@@ -19,6 +19,7 @@ from flashlm.conversion.casts import CastCounts
 from flashlm.conversion.layer_file import typed
 from flashlm.conversion.made import MadeTensor
 from flashlm.conversion.pipeline import BufferPool, WriteBehind
+from flashlm.conversion.sources.tensors import EncodedTensor, RowsRead
 from flashlm.errors import PackError
 from flashlm.pack.checkpoint import TORCH_DTYPES, TensorEntry
 from flashlm.rows.layout import round_up
@@ -68,6 +69,11 @@ class ResidentTensor:
         """First byte in the checkpoint file."""
         row_elements = math.prod(self.source.shape[1:])
         return self.source.offset + self.first * row_elements * self.source.dtype.itemsize
+
+
+def encoding_of(entry: TensorEntry) -> str:
+    """Return how a tensor's elements are written where they are not plain; empty where they are."""
+    return entry.encoding if isinstance(entry, EncodedTensor) else ""
 
 
 def pack_dtype(source: torch.dtype, wanted: torch.dtype) -> torch.dtype:
@@ -121,7 +127,9 @@ class _Piece:
 def read_resident(reader: RangeReader, plan: ResidentPlan, pool: BufferPool) -> Iterator[_Piece]:
     """Yield the checkpoint's elements in the plan's order, in pieces; each must give its buffer back to `pool`."""
     for tensor in plan.tensors:
-        if tensor.made is None:
+        if isinstance(tensor.source, EncodedTensor) and tensor.made is None:
+            yield from _read_encoded(reader, tensor, tensor.source, pool)
+        elif tensor.made is None:
             yield from _read_tensor(reader, tensor, tensor.source, tensor.source_offset, tensor.num_elements, pool)
         elif tensor.made.is_joined:
             for entry in tensor.made.group.entries:
@@ -141,6 +149,27 @@ def _read_tensor(
         buffer = pool.take(room_bytes(num_bytes))
         raw = reader.read(source.path, offset + start * itemsize, num_bytes, buffer)
         yield _Piece(tensor, typed(raw, source.dtype), buffer)
+
+
+def _read_encoded(
+    reader: RangeReader, tensor: ResidentTensor, source: EncodedTensor, pool: BufferPool
+) -> Iterator[_Piece]:
+    """Yield a tensor that is known by its rows as values: a few rows at a time, but one that is turned as a whole."""
+    num_rows = tensor.num_elements // source.width
+    step = max(_READ_BYTES // (source.width * torch.float32.itemsize), 1)
+    pieces: list[torch.Tensor] = []
+    for start in range(tensor.first, tensor.first + num_rows, step):
+        read = RowsRead([(source, range(start, min(start + step, tensor.first + num_rows)))])
+        buffer = pool.take(read.room_bytes)
+        (encoded,) = read.read(reader, buffer)
+        if not source.is_transposed:
+            yield _Piece(tensor, source.values(encoded).flatten(), buffer)
+            continue
+        pieces.append(source.values(encoded).clone())
+        pool.give(buffer)
+    if pieces:
+        stored = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
+        yield _Piece(tensor, torch.cat(pieces).view(stored).transpose(-1, -2).flatten(), pool.take(0))
 
 
 class _Stream:
@@ -226,7 +255,7 @@ def write_resident(
 
 def is_same(reader: RangeReader, first: TensorEntry, second: TensorEntry) -> bool:
     """Return whether two checkpoint tensors are equal byte for byte. Reads both, a few MiB at a time."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
+    if (first.dtype, first.shape, encoding_of(first)) != (second.dtype, second.shape, encoding_of(second)):
         return False
     buffers = AlignedBuffer(room_bytes(_READ_BYTES)), AlignedBuffer(room_bytes(_READ_BYTES))
     for start in range(0, first.num_bytes, _READ_BYTES):

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from flashlm.conversion.sources.safetensors import INDEX_NAME, SINGLE_NAME
 from flashlm.errors import PackError
-from flashlm.pack.checkpoint import INDEX_NAME, SINGLE_NAME
 from flashlm.pack.files import is_tokenizer
 from flashlm.pack.manifest import FLASH_DIR
 
@@ -62,6 +62,11 @@ class SmallFiles:
 
     kept: tuple[str, ...]
     left_out: dict[str, str]
+
+    @classmethod
+    def none(cls) -> SmallFiles:
+        """Return that there are none."""
+        return cls(kept=(), left_out={})
 
     def lines(self) -> list[str]:
         """Return what was left out as one line for each reason."""

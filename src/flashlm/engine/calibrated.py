@@ -10,6 +10,8 @@ from transformers.activations import ACT2FN
 
 from flashlm.errors import ConfigError, PackError
 from flashlm.pack.manifest import Manifest
+from flashlm.pack.units import check_rows, has_rows
+from flashlm.planner.choices import Activations
 from flashlm.planner.settings import Settings
 from flashlm.sparsity.calibration_document import PredictorEntry, Sparsity, read_sparsity, read_tensors, tensors_path
 from flashlm.sparsity.predictor import Predictor, load_predictor
@@ -18,13 +20,19 @@ from flashlm.sparsity.routing import Routing, read_routing
 logger = logging.getLogger(__name__)
 
 _EXACT = "exact: every weight takes part in every token; the placement changes no bit"
+_ROUNDED = "approximate: generated tokens are rounded to 8 bits for their products with encoded weights"
 
 
-def exactness(manifest: Manifest, calibration: Calibration | None) -> str:
+def exactness(manifest: Manifest, calibration: Calibration | None, activations: Activations) -> str:
     """Return one line: exact, or how far from it, and whether the weights are the source's or quantised."""
     line = _EXACT if calibration is None else calibration.exactness()
-    quantised = manifest.quantised
-    return line if not quantised else f"{line}; of weights that were quantised to {', '.join(quantised)}"
+    if activations == "int8":
+        line = _ROUNDED if calibration is None else f"{line}; {_ROUNDED.partition(': ')[2]}"
+    quantised = ", ".join(manifest.quantised)
+    if not quantised:
+        return line
+    how = f"{quantised}, as the source has them" if manifest.keeps_groups else f"quantised to {quantised}"
+    return f"{line}; of weights that were {how}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +91,15 @@ def find_calibration(pack: Path, manifest: Manifest, settings: Settings) -> Cali
     """Return the pack's calibration where mode `sparse` or `auto` may use it.
 
     Raises:
-        ConfigError: Mode `sparse` is asked for and the pack has no predictors.
+        ConfigError: Mode `sparse` is asked for and the pack has no predictors, or no rows that lie by themselves.
         PackError: Mode `sparse` is asked for, and the calibration is damaged or of other weights.
     """
     if settings.mode not in ("sparse", "auto"):
+        return None
+    units = [entry.unit for entry in manifest.ffns]
+    if settings.mode == "sparse":
+        check_rows(units, str(pack), "mode sparse")
+    if not has_rows(units):
         return None
     try:
         sparsity = read_sparsity(pack, manifest)

@@ -63,6 +63,8 @@ def connect_experts(
     counters: Counters,
     check: BlockCheck,
     slabs: SlabAllocator,
+    *,
+    int8: bool,
 ) -> ExpertStore:
     """Fill the expert cache and connect every experts module to it.
 
@@ -76,7 +78,7 @@ def connect_experts(
     for index, entry in enumerate(manifest.experts):
         module = model.get_submodule(entry.module)
         module.flash_experts = BoundExperts(
-            layer=index, layout=layouts[index], store=store, gemm=gemms.of(layouts[index])
+            layer=index, layout=layouts[index], store=store, gemm=gemms.of(layouts[index]), int8=int8
         )  # type: ignore[assignment]
         shapes: dict[str, tuple[int, ...]] = module.flash_shapes  # type: ignore[assignment]
         for name, shape in shapes.items():

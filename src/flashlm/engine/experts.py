@@ -28,6 +28,7 @@ from flashlm.errors import ConfigError
 from flashlm.memory.needs import rows_per_product
 from flashlm.rows import kernels
 from flashlm.rows.layout import LayerLayout, round_up
+from flashlm.rows.neurons import accumulate_blocks, neurons_at, operand, project_blocks
 from flashlm.rows.products import BlockGemm
 from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
 
@@ -55,6 +56,7 @@ class BoundExperts:
         layout: Geometry of its experts: block e is expert e.
         store: Gives experts.
         gemm: Products for many tokens.
+        int8: Round few tokens to 8 bits for their products with encoded weights.
         observer: Looks on; None in normal use.
     """
 
@@ -62,6 +64,7 @@ class BoundExperts:
     layout: LayerLayout
     store: ExpertStore
     gemm: BlockGemm
+    int8: bool
     observer: ExpertObserver | None = None
 
 
@@ -230,14 +233,15 @@ def _add_by_rows(
     """Add an expert's products, without outer bias and norm, by row kernels: a token's bits whatever its company."""
     layout = bound.layout
     num_rows = layout.block_rows
-    rows, width = kernels.rows_at(layout, place, num_rows), round_up(num_rows, WHOLE_VECTORS)
+    neurons, width = neurons_at(layout, place, num_rows, int8=bound.int8), round_up(num_rows, WHOLE_VECTORS)
     for tile in tiles(len(tokens)):
         some = tokens if len(tokens) <= MAX_KERNEL_TOKENS else tokens[tile]
+        x = operand(some, layout.encodings[:-1], int8=bound.int8)
         parts = [torch.zeros(len(some), width, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
         for number, part in enumerate(parts):
             out = part if width == num_rows else part[:, :num_rows]
-            kernels.project(some, rows, number, out, biases.inner[number] if biases.inner else None)
-        kernels.accumulate(_activate_together(module, bound, parts, num_rows), rows, output[tile])
+            neurons.project(x, number, out, biases.inner[number] if biases.inner else None)
+        neurons.accumulate(_activate_together(module, bound, parts, num_rows), output[tile])
 
 
 def _add_by_products(
@@ -255,7 +259,7 @@ def _add_by_products(
     for first in range(0, layout.block_rows, step):
         num_rows = min(step, layout.block_rows - first)
         span = slice(first, first + num_rows)
-        gate, up, down = bound.gemm.parts(layout, place.at(first * layout.row_stride_bytes), num_rows)
+        gate, up, down = bound.gemm.parts(layout, place, layout.block_rows, range(first, first + num_rows))
         inner = [up] if gate is None else [gate, up]
         parts = [
             bound.gemm.project(prepared, part, biases.inner[number][span] if biases.inner else None)
@@ -272,15 +276,16 @@ def _run_together(
     Alone, an expert's calls from Python take as long as its weights do in small models.
     """
     layout = bound.layout
-    blocks = [kernels.rows_at(layout, place, layout.block_rows) for _, place in group]
+    blocks = [neurons_at(layout, place, layout.block_rows, int8=bound.int8) for _, place in group]
+    x = operand(token, layout.encodings[:-1], int8=bound.int8)
     biases = [_biases(module, expert) for expert, _ in group]
     parts = [torch.empty(len(group), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
     for number, part in enumerate(parts):
-        kernels.project_blocks(token, blocks, number, part, [each.inner[number] for each in biases if each.inner])
+        project_blocks(x, blocks, number, part, [each.inner[number] for each in biases if each.inner])
     output = torch.zeros(len(group), layout.hidden_size, dtype=torch.float32)
     missing = -layout.block_rows % WHOLE_VECTORS
     parts = [F.pad(part, (0, missing)) for part in parts] if missing else parts
-    kernels.accumulate_blocks(_activate_together(module, bound, parts, layout.block_rows).contiguous(), blocks, output)
+    accumulate_blocks(_activate_together(module, bound, parts, layout.block_rows).contiguous(), blocks, output)
     return _finish(module, output, [each.outer for each in biases if each.outer is not None])
 
 

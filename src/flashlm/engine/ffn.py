@@ -36,6 +36,7 @@ from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.layout import LayerLayout, round_up
+from flashlm.rows.neurons import Operand, neurons_at, operand
 from flashlm.rows.products import BlockGemm
 
 ACTIVATION_STEP = 64  # a multiple of what torch takes at a time with any instruction set
@@ -55,6 +56,7 @@ class _Bound:
     stream: BlockStream
     unit: int
     gemm: BlockGemm
+    int8: bool
     up_bias: torch.Tensor | None
     gate_bias: torch.Tensor | None
     sparse: SparseRows | None
@@ -187,6 +189,7 @@ class FlashFFN(StreamedModule):
         unit: int,
         gemm: BlockGemm,
         *,
+        int8: bool = False,
         sparse: SparseRows | None = None,
         predict: Selection | None = None,
         order: torch.Tensor | None = None,
@@ -197,12 +200,13 @@ class FlashFFN(StreamedModule):
             stream: Gives whole blocks.
             unit: The layer's number there.
             gemm: Products for many tokens.
+            int8: Round few tokens to 8 bits for their products with encoded weights.
             sparse: Gives scattered rows; None outside mode `sparse`.
             predict: The rows that tokens need; goes with `sparse`.
             order: int64 (num_rows,): which neuron each row is; None where rows lie in the checkpoint's order.
         """
         up_bias, gate_bias = _widened(self.up_bias, order), _widened(self.gate_bias, order)
-        self._bound = _Bound(stream, unit, gemm, up_bias, gate_bias, sparse, predict)
+        self._bound = _Bound(stream, unit, gemm, int8, up_bias, gate_bias, sparse, predict)
 
     def use_rows(self, sparse: SparseRows | None, predict: Selection | None) -> None:
         """Change where a bound layer gets scattered rows from, and which it asks for; both None: whole blocks again.
@@ -279,6 +283,7 @@ class FlashFFN(StreamedModule):
         )
         if by_rows is not None:
             rows_tokens = by_rows.tokens.to(torch.float32).contiguous()
+            operands = [self._operand(bound, _cut(rows_tokens, part)) for part in tiles(len(rows_tokens))]
             rows_allowed = None if self.selection is None else self.selection(rows_tokens)
         if by_products is not None:
             prepared = bound.gemm.prepare(by_products.tokens)
@@ -289,13 +294,17 @@ class FlashFFN(StreamedModule):
             for run in runs:
                 if by_rows is not None:
                     for part in [run] if self.observer is None else _single_blocks(run, self.layout):
-                        self._add_by_rows(bound, part, rows_tokens, rows_allowed, by_rows)
+                        self._add_by_rows(bound, part, rows_tokens, operands, rows_allowed, by_rows)
                 if by_products is not None:
                     for block in _single_blocks(run, self.layout):  # the cut of a matrix product changes its bits
                         self._add_by_products(bound, block, prepared, plain, allowed, by_products)
         for share in (by_rows, by_products):
             if share is not None:
                 share.give_back(output)
+
+    def _operand(self, bound: _Bound, tokens: torch.Tensor) -> Operand:
+        """Return fp32 tokens, few enough for row kernels, as products with gate and up take them."""
+        return operand(tokens, self.layout.encodings[:-1], int8=bound.int8)
 
     def _adapt(
         self, adapters: AdapterPass | None, tokens: torch.Tensor, where: torch.Tensor | slice, by_rows: bool
@@ -309,27 +318,27 @@ class FlashFFN(StreamedModule):
         bound: _Bound,
         run: BlockRun,
         tokens: torch.Tensor,
+        operands: list[Operand],
         allowed: torch.Tensor | None,
         share: _Share,
     ) -> None:
-        """Add what a run of blocks gives to `share.output` by row kernels; `tokens` are its own, fp32."""
+        """Add what a run of blocks gives to `share.output` by row kernels; `tokens` are its own, `operands` their tiles."""
         layout = self.layout
         span = range(layout.rows_of(run.blocks[0]).start, layout.rows_of(run.blocks[-1]).stop)
-        rows = kernels.rows_at(layout, run.place, len(span))
+        neurons = neurons_at(layout, run.place, len(span), int8=bound.int8)
         parts = tiles(len(tokens))
         hidden = torch.empty(len(tokens), len(span), dtype=torch.float32)
-        for part in parts:
-            some = _cut(tokens, part)
-            kernels.project(some, rows, layout.num_parts - 2, _cut(hidden, part), _part(bound.up_bias, span))
+        for x, part in zip(operands, parts, strict=True):
+            neurons.project(x, layout.num_parts - 2, _cut(hidden, part), _part(bound.up_bias, span))
         gate = None
         if layout.has_gate:
             gate = torch.empty(len(tokens), len(span), dtype=torch.float32)
-            for part in parts:
-                kernels.project(_cut(tokens, part), rows, 0, _cut(gate, part), _part(bound.gate_bias, span))
+            for x, part in zip(operands, parts, strict=True):
+                neurons.project(x, 0, _cut(gate, part), _part(bound.gate_bias, span))
         with kernels.one_torch_thread():  # torch's threads cut a tensor in other places for every size
             hidden = self._activate(hidden, gate, span, tokens, allowed, share.adapters)
-        for part in parts:
-            kernels.accumulate(_cut(hidden, part), rows, _cut(share.output, part))
+            for part in parts:
+                neurons.accumulate(_cut(hidden, part), _cut(share.output, part))
 
     def _add_by_products(
         self,
@@ -383,7 +392,8 @@ class FlashFFN(StreamedModule):
         trigger = torch.empty(len(tokens), len(rows), dtype=torch.float32)
         trigger_bias = bound.gate_bias if has_gate else bound.up_bias
         bias = None if trigger_bias is None else trigger_bias[rows]
-        kernels.project(tokens, self._row_block(tile.place, slots), 0, trigger, bias)
+        x = self._operand(bound, tokens)
+        kernels.project(x, self._row_block(tile.place, slots), 0, trigger, bias)
         activated = _evenly(self.activation, trigger)
         if self.activation_threshold > 0.0:
             activated = activated.masked_fill(activated.abs() <= self.activation_threshold, 0.0)
@@ -395,7 +405,7 @@ class FlashFFN(StreamedModule):
         firing = activated.any(dim=0).nonzero().squeeze(1)
         up = torch.empty(len(tokens), len(firing), dtype=torch.float32)
         up_bias = None if bound.up_bias is None else bound.up_bias[rows[firing]]
-        kernels.project(tokens, self._row_block(tile.place, slots[firing]), 1, up, up_bias)
+        kernels.project(x, self._row_block(tile.place, slots[firing]), 1, up, up_bias)
         target = tile.hidden[:, part]
         target.zero_()
         target[:, firing] = up * activated[:, firing]

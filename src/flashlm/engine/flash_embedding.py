@@ -100,7 +100,7 @@ class TableRows:
             PackError: A block is damaged (where that is checked).
         """
         layout = self._layout
-        if self._pinned is not None:
+        if self._pinned is not None and layout.joins:
             rows = kernels.rows_at(layout, self._pinned, len(ids), ids.to(torch.int32).contiguous())
             return _decoded(rows, layout, self._dtype)
         wanted, where = torch.unique(ids, return_inverse=True)  # ascending
@@ -115,6 +115,11 @@ class TableRows:
     def _content(self, wanted: list[int]) -> Bytes:
         """Return the bytes of rows, (num_rows, row_bytes): those looked up recently from memory."""
         content = np.empty((len(wanted), self._layout.row_bytes), dtype=np.uint8)
+        if self._pinned is not None:  # of padded blocks
+            held = self._pinned.numpy(self._layout.file_bytes)
+            for index, start in enumerate(self._offsets(np.array(wanted, dtype=np.int64)).tolist()):
+                content[index] = held[start : start + self._layout.row_bytes]
+            return content
         missing = []
         for index, row in enumerate(wanted):
             kept = self._recent.pop(row, None)

@@ -18,7 +18,7 @@ from flashlm.engine.linear import EncodedMatrix, choose_way, multiply, prepare
 from flashlm.engine.standin import StreamedWeight, refuse
 from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError, PackError
-from flashlm.rows.kernels import choose_strategy
+from flashlm.rows.kernels import choose_plain_strategy
 from flashlm.rows.layout import LayerLayout
 from flashlm.transformers_seam import forget_tie, keep_from_initialising
 
@@ -37,6 +37,7 @@ class _BoundMatrix:
     layout: LayerLayout
     dtype: torch.dtype | None
     widens: bool
+    int8: bool
 
 
 class FlashLinear(StreamedModule, nn.Linear):
@@ -58,9 +59,9 @@ class FlashLinear(StreamedModule, nn.Linear):
         check_hidden_states(self, input)
         if input.shape[-1] != self.in_features:
             raise ConfigError(f"(..., {self.in_features}) expected, got {tuple(input.shape)}")
-        way = choose_way(input, bound.dtype, widens=bound.widens)
+        way = choose_way(input, bound.dtype, widens=bound.widens, int8=bound.int8)
         tokens = prepare(way, input.detach().reshape(-1, self.in_features))
-        output = torch.empty(len(tokens), self.out_features, dtype=input.dtype)
+        output = torch.empty(input.shape[:-1].numel(), self.out_features, dtype=input.dtype)
         with bound.stream.unit(bound.unit) as runs:
             for run in runs:
                 span, rows = _rows(bound, run)
@@ -104,7 +105,7 @@ def take_out_weight(model: PreTrainedModel, path: str) -> None:
 
 
 def bind_linear(
-    model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: int, dtype: torch.dtype
+    model: nn.Module, entry: UnitEntry, stream: BlockStream, unit: int, dtype: torch.dtype, *, int8: bool = False
 ) -> StreamedWeight | nn.Parameter:
     """Connect a linear layer to its matrix: an ordinary weight where it is plain and pinned as a whole, else the stream.
 
@@ -114,13 +115,15 @@ def bind_linear(
         stream: Gives its blocks.
         unit: The layer's number there.
         dtype: Element type of the model's weights.
+        int8: Round few tokens to 8 bits for their products with an encoded matrix.
 
     Returns:
         The layer's weight, or what stands for it.
     """
     module: Any = model.get_submodule(entry.module)
     layout = entry.layout
-    plain = None if layout.plain is None else layout.plain.dtype
+    # Elements of another dtype than the model's take no product of torch's, as those that torch does not know.
+    plain = dtype if layout.plain is not None and layout.plain.dtype == dtype else None
     if not isinstance(module, nn.Linear):
         raise ConfigError(f"{entry.module} is {type(module).__name__}: a linear layer expected")
     shape = (layout.num_rows, layout.hidden_size)
@@ -133,5 +136,7 @@ def bind_linear(
     module.register_parameter("weight", stand_in)  # type: ignore[arg-type]  # it counts as one
     module.__class__ = FlashLinear
     vars(module)["_dtype"] = dtype
-    vars(module)["flash_bound"] = _BoundMatrix(stream, unit, layout, plain, widens=choose_strategy(layout) == "widen")
+    widens = plain is None or choose_plain_strategy(dtype) == "widen"
+    int8 = int8 and not layout.placed[0].encoding.is_plain
+    vars(module)["flash_bound"] = _BoundMatrix(stream, unit, layout, plain, widens=widens, int8=int8)
     return stand_in

@@ -27,9 +27,10 @@ from flashlm.engine.guards import COMPUTE_DTYPES
 from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
+from flashlm.rows.neurons import Operand
 
-# torch's own product; our row kernels, in the weights' dtype or in fp32; widened pieces.
-Way = Literal["torch", "rows", "fp32 rows", "widened"]
+# torch's own product; our row kernels, in the weights' dtype, in fp32 or with tokens in 8 bits; widened pieces.
+Way = Literal["torch", "rows", "fp32 rows", "int8 rows", "widened"]
 
 
 class EncodedMatrix:
@@ -51,13 +52,14 @@ class EncodedMatrix:
         return kernels.rows_at(self._layout, self._place.at(start * self._layout.row_stride_bytes), stop - start)
 
 
-def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool) -> Way:
+def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool, int8: bool = False) -> Way:
     """Return how a matrix multiplies `input` (..., in_features).
 
     Args:
         input: The tokens.
         dtype: Of the matrix; None where torch does not know its elements.
         widens: Whether torch is slow at prompts, or can't.
+        int8: Whether few tokens are to be rounded to 8 bits; of encoded matrices.
     """
     is_small = input.numel() <= kernels.MAX_TOKENS * input.shape[-1]
     by_rows = _is_by_rows(input.shape)
@@ -65,17 +67,25 @@ def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool) 
         return "torch"
     if not is_small and not by_rows:
         return "widened"
+    if int8:
+        return "int8 rows"
     return "rows" if input.dtype == dtype else "fp32 rows"
 
 
-def prepare(way: Way, tokens: torch.Tensor) -> torch.Tensor:
+def prepare(way: Way, tokens: torch.Tensor) -> torch.Tensor | list[Operand]:
     """Return `tokens` (num_tokens, in_features) as `multiply` wants them."""
-    return tokens if way in ("torch", "rows") else tokens.detach().to(torch.float32).contiguous()
+    if way in ("torch", "rows"):
+        return tokens
+    wide = tokens.detach().to(torch.float32).contiguous()
+    if way == "widened":
+        return wide
+    some = [wide[tile] for tile in tiles(len(wide))]
+    return [kernels.quantize_tokens(each) for each in some] if way == "int8 rows" else list(some)
 
 
 def multiply(
     way: Way,
-    tokens: torch.Tensor,
+    tokens: torch.Tensor | list[Operand],
     weight: torch.Tensor | EncodedMatrix,
     bias: torch.Tensor | None,
     output: torch.Tensor,
@@ -85,23 +95,23 @@ def multiply(
     Args:
         way: As `choose_way` said.
         tokens: (num_tokens, in_features), prepared.
-        weight: Some rows of a matrix, (rows, in_features), contiguous. Encoded ones take "fp32 rows" or "widened".
+        weight: Some rows of a matrix, (rows, in_features), contiguous. Encoded ones take no way of the weights' dtype.
         bias: Of these rows, or None.
         output: (num_tokens, rows) in the dtype of the input, rows side by side.
     """
-    if way in ("torch", "rows") and not isinstance(weight, EncodedMatrix):
+    if isinstance(tokens, list):
+        num_rows = weight.shape[0]
+        rows = _some_rows(weight, 0, num_rows)
+        product = torch.empty(len(output), num_rows, dtype=torch.float32)
+        for x, tile in zip(tokens, tiles(len(output)), strict=True):
+            kernels.project(x, rows, 0, product[tile])
+        output.copy_(product if bias is None else product.add_(bias))
+    elif way in ("torch", "rows") and not isinstance(weight, EncodedMatrix):
         if way == "torch":
             output.copy_(F.linear(tokens, weight, bias))
             return
         for tile in tiles(len(tokens)):
             output[tile] = kernels.linear(tokens[tile], weight, bias)
-    elif way == "fp32 rows":
-        num_rows = weight.shape[0]
-        rows = _some_rows(weight, 0, num_rows)
-        product = torch.empty(len(tokens), num_rows, dtype=torch.float32)
-        for tile in tiles(len(tokens)):
-            kernels.project(tokens[tile], rows, 0, product[tile])
-        output.copy_(product if bias is None else product.add_(bias))
     else:
         _multiply_widened(tokens, weight, bias, output)
 
@@ -151,7 +161,7 @@ class RowLinear(nn.Linear):
         if way == "rows" and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
         tokens = prepare(way, input.detach().reshape(-1, self.in_features))
-        output = torch.empty(len(tokens), self.out_features, dtype=input.dtype)
+        output = torch.empty(input.shape[:-1].numel(), self.out_features, dtype=input.dtype)
         multiply(way, tokens, self.weight, self.bias, output)
         return output.view(*input.shape[:-1], self.out_features)
 

@@ -24,6 +24,7 @@ def load(
     plan: str | Path | None = None,
     expert_policy: str | None = None,
     check: str | None = None,
+    activations: str | None = None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
     """Load a pack as a transformers model whose streamed layers stay on flash.
@@ -41,6 +42,8 @@ def load(
             what a calibration found best for the cache's size; without one lru. The output is the same with each.
         check: What is held against the pack's checksums: "load" (the default) what is read while loading, "all" what is
             streamed later too, "none" nothing.
+        activations: "exact" (the default), or "int8": a few tokens at a time, as in decoding, are rounded to 8 bits for
+            their products with weights in q8_0, q4_0 and the like, which is faster and not exact.
         **from_pretrained: Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -54,7 +57,14 @@ def load(
         StorageError: A file can't be read, or is damaged in length.
     """
     settings = make_settings(
-        dram=dram, mode=mode, context=context, pin=pin, plan=plan, expert_policy=expert_policy, check=check
+        dram=dram,
+        mode=mode,
+        context=context,
+        pin=pin,
+        plan=plan,
+        expert_policy=expert_policy,
+        check=check,
+        activations=activations,
     )
     trust = bool(from_pretrained.get("trust_remote_code", False))
     opened = open_pack(pack, is_checked=settings.is_checked, trust_remote_code=trust)

@@ -11,9 +11,9 @@ from typing import Any
 
 from flashlm.engine.opened import OpenedPack
 from flashlm.engine.resident import check_header
-from flashlm.errors import ConfigError, FlashError, PackError, UnsupportedModelError
+from flashlm.errors import ConfigError, FlashError, UnsupportedModelError
 from flashlm.pack.files import check_resident_file, check_small_files, warn_of_changes
-from flashlm.pack.manifest import FORMAT_VERSION, Manifest, read_manifest, resident_path
+from flashlm.pack.manifest import FORMAT_VERSION, Manifest, check_version, read_manifest, resident_path
 from flashlm.pack.pack_config import LOCAL_IMPLEMENTATIONS
 from flashlm.structure.model_config import check_config
 
@@ -41,11 +41,7 @@ def check_pack(
     name = getattr(config, "name_or_path", None)
     folder = Path(str(name))
     if not name or not folder.is_dir():  # a config made by hand, or a name on the hub: looked at once it is loaded
-        if format_version != FORMAT_VERSION:
-            raise PackError(
-                f"the pack has format version {format_version!r}, this flashlm reads version {FORMAT_VERSION}:"
-                " convert the model again"
-            )
+        check_version(format_version)
         return None, None
     if opened is not None and opened.folder == folder:
         manifest = opened.manifest

@@ -18,7 +18,7 @@ from flashlm.pack.files import check_files
 from flashlm.pack.manifest import Manifest
 from flashlm.planner.decide import Decision, decide
 from flashlm.planner.machine import stored_rates
-from flashlm.planner.plan import model_needs
+from flashlm.planner.plan import check_activations, model_needs
 from flashlm.planner.plan_use import check_plan
 from flashlm.planner.rates import Rates
 from flashlm.planner.settings import Settings
@@ -57,6 +57,7 @@ def prepare(
         )
     check_plan(settings.plan, pack, manifest)
     check_mode(manifest, settings)
+    check_activations(settings.activations, manifest.quantised, str(pack))
     check_structure(model, manifest, pack)
     calibration = None if manifest.experts else find_calibration(pack, manifest, settings)
     decision = _decided(model, pack, manifest, settings, calibration)
@@ -93,17 +94,17 @@ def _decided(
         sparse = sparse_shape(calibration.sparsity, calibration.manifest, calibration.predictor_bytes)
     shape = shape_of_model(model, pack, manifest, sparse)
     needs = model_needs(shape, context)
-    rates = None if manifest.experts else _rates(pack, manifest)
+    rates = None if manifest.experts else _rates(pack, manifest, settings)
     routing = None
     if manifest.experts:
         routing = find_routing(pack, manifest, must_exist=settings.expert_policy == "pinned")
     return decide(shape, settings, rates, needs=needs, default_dram_bytes=default_dram_bytes, routing=routing)
 
 
-def _rates(pack: Path, manifest: Manifest) -> Rates | None:
+def _rates(pack: Path, manifest: Manifest, settings: Settings) -> Rates | None:
     """Return what the pack's device and this machine can do; None where the device has no usable profile."""
     try:
-        return stored_rates(pack, manifest.dtype)
+        return stored_rates(pack, manifest.dtype, settings.activations)
     except ConfigError as error:
         logger.warning("the planner does without a device profile: %s", error)
         return None

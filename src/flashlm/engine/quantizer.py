@@ -39,8 +39,8 @@ class FlashConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformer
         opened: The pack, where it has been opened.
         format_version: Version of the pack's format, as its config.json states it.
         quant_method: As config.json states it.
-        **asked: What to make settings of: `dram`, `mode`, `context`, `pin`, `plan`, `expert_policy` and `check` of
-            `planner.settings.Asked`.
+        **asked: What to make settings of: `dram`, `mode`, `context`, `pin`, `plan`, `expert_policy`, `check` and
+            `activations` of `planner.settings.Asked`.
 
     Raises:
         ConfigError: A value that can't be read or is out of range, or an argument that is none of these.

@@ -134,7 +134,7 @@ class FlashRuntime:
     @property
     def exactness(self) -> str:
         """One line: exact, or how far from it."""
-        return exactness(self.manifest, self.calibration)
+        return exactness(self.manifest, self.calibration, self.decision.activations)
 
     def describe(self) -> str:
         """Return one line: mode, exactness and where the bytes are."""
@@ -186,7 +186,7 @@ def apply(
     for entry in manifest.tables:
         take_out_weight(model, entry.module)
     reader = Reader(queue_depth=decision.queue_depth, piece_bytes=decision.piece_bytes)
-    logger.info("%s", describe(decision, manifest, exactness(manifest, calibration), reader))
+    logger.info("%s", describe(decision, manifest, exactness(manifest, calibration, decision.activations), reader))
     return UnboundRuntime(
         pack=pack, manifest=manifest, decision=decision, reader=reader, calibration=calibration, check=check
     )
@@ -234,6 +234,7 @@ class UnboundRuntime:
                 passes.totals,
                 self._block_check(manifest.experts, "expert"),
                 slabs,
+                int8=self.decision.activations == "int8",
             )
         stream, sparse = self._bind_dense(model, gemms, passes.totals, slabs)
         self._bind_tables(model, passes.totals, slabs)
@@ -264,7 +265,7 @@ class UnboundRuntime:
         self, model: PreTrainedModel, gemms: Gemms, counters: Counters, slabs: SlabAllocator
     ) -> tuple[BlockStream, SparseRows | None]:
         """Connect feed-forward and linear layers to the stream, in mode `sparse` the former to the neuron cache too."""
-        dense = self.manifest.dense
+        dense, int8 = self.manifest.dense, self.decision.activations == "int8"
         files = [self._open_unit(entry) for entry in dense]
         stream = BlockStream(
             self.reader,
@@ -281,7 +282,7 @@ class UnboundRuntime:
         index = 0
         for unit, entry in enumerate(dense):
             if entry.kind == "linear":
-                weight = bind_linear(model, entry, stream, unit, torch_dtype(self.manifest.dtype))
+                weight = bind_linear(model, entry, stream, unit, torch_dtype(self.manifest.dtype), int8=int8)
                 if entry.table:
                     rows = self._table_rows(entry, files[unit], stream.pinned_place(unit), counters)
                     bind_embedding(model, entry.table, weight, rows)
@@ -291,7 +292,7 @@ class UnboundRuntime:
             predict = predictors[index].predict if predictors else None
             stored = read_order(self.pack, entry)
             order = None if stored is None else torch.from_numpy(stored)
-            layer.bind(stream, unit, gemms.of(entry.layout), sparse=sparse, predict=predict, order=order)
+            layer.bind(stream, unit, gemms.of(entry.layout), int8=int8, sparse=sparse, predict=predict, order=order)
             if layer.linears is not None:
                 owner = model.get_submodule(entry.module.rpartition(".")[0])
                 attach(layer, entry, owner, layer.linears, order)
@@ -308,6 +309,7 @@ class UnboundRuntime:
             weight: StreamedWeight | nn.Parameter
             weight = StreamedWeight(f"{entry.module}.weight", (layout.num_rows, layout.hidden_size), dtype)
             is_pinned, plain = each.pinned_bytes > 0, None if layout.plain is None else layout.plain.dtype
+            plain = plain if plain == dtype else None  # elements of another dtype are decoded row by row
             # Of a table that stays on flash one block is held against its checksum: a file of another pack is noticed.
             blocks = range(layout.num_blocks if is_pinned else 1)
             num_bytes = each.pinned_bytes or layout.read_bytes(0)

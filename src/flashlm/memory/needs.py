@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -61,7 +62,8 @@ def _kv_elements(layer: Any) -> int:
 def rows_per_product(layout: LayerLayout) -> int:
     """Return the rows of an expert that one matrix product takes, so that their fp32 copy stays small."""
     row_bytes = layout.num_parts * layout.hidden_size * 4
-    return min(max(WIDEN_PIECE_BYTES // row_bytes // ROWS_PER_STEP, 1) * ROWS_PER_STEP, layout.block_rows)
+    step = math.lcm(ROWS_PER_STEP, layout.down_group)
+    return min(max(WIDEN_PIECE_BYTES // row_bytes // step, 1) * step, layout.block_rows)
 
 
 def pass_facts(config: Any, units: Sequence[Unit], dtype: str) -> PassFacts:
@@ -78,7 +80,7 @@ def pass_facts(config: Any, units: Sequence[Unit], dtype: str) -> PassFacts:
     experts = of_kind(units, "experts")
     pieces = [replace(unit.layout, block_rows=rows_per_product(unit.layout)) for unit in experts]
     layouts = [*(unit.layout for unit in of_kind(units, "ffn")), *pieces]
-    layout = max(layouts, key=lambda each: (each.block_rows * each.num_parts * each.hidden_size, each.row_bytes))
+    layout = max(layouts, key=lambda each: (each.block_rows * each.num_parts * each.hidden_size, each.block_rows))
     dtype_bytes = bytes_per_element(dtype)
     widened_bytes = max(each.block_rows * each.num_parts * each.hidden_size * 4 * _widens(each) for each in layouts)
     widens_matrices = choose_plain_strategy(torch_dtype(dtype)) == "widen" or any(

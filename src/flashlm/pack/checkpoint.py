@@ -1,28 +1,23 @@
-"""A source checkpoint in safetensors: which file holds which tensor, where, in what shape and type.
+"""The header of a file of safetensors: which tensor lies where, in what shape and type.
 
-Headers are parsed here and not by mapping the file, so that a checkpoint of any size costs no memory, and because they
-are outside data: every limit is checked before anything is allocated. Pickles (`pytorch_model.bin`) are refused.
+It is parsed here and not by mapping the file, so that a file of any size costs no memory, and because it is outside data:
+every limit is checked before anything is allocated.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashlm.documents import read_json
 from flashlm.errors import PackError
 from flashlm.storage.outside import check_regular, open_regular
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-MAX_INDEX_BYTES = 64 << 20
 MAX_RANK = 8
 
 TORCH_DTYPES = {
@@ -36,6 +31,8 @@ TORCH_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
 }
 
 
@@ -61,70 +58,6 @@ class TensorEntry:
     def num_bytes(self) -> int:
         """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """All tensors of a checkpoint folder by name, and the weight files they lie in."""
-
-    folder: Path
-    files: tuple[Path, ...]
-    tensors: dict[str, TensorEntry]
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the index and the headers of the safetensors files in `folder`; no weights are read.
-
-    Raises:
-        PackError: No safetensors, a missing shard, a damaged header or index, or an element type that can't be read.
-    """
-    if os.path.lexists(folder / SINGLE_NAME):  # something else than a file is refused when it is opened
-        return _checkpoint(folder, {SINGLE_NAME: None})
-    if os.path.lexists(folder / INDEX_NAME):
-        return _checkpoint(folder, _read_index(folder / INDEX_NAME))
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")) or list(folder.glob("*.pth")):
-        raise PackError(
-            f"{folder} holds its weights as pickles (.bin), which can run code when opened and are not read:"
-            " save the model again as safetensors, with model.save_pretrained(FOLDER)"
-        )
-    raise PackError(f"{folder} has no weights: {SINGLE_NAME} or {INDEX_NAME} expected")
-
-
-def _checkpoint(folder: Path, wanted: dict[str, set[str] | None]) -> Checkpoint:
-    tensors: dict[str, TensorEntry] = {}
-    for file, names in wanted.items():
-        found = read_header(folder / file)
-        missing = sorted((names or set()) - set(found))
-        if missing:
-            raise PackError(f"{folder / file} lacks {len(missing)} tensors that {INDEX_NAME} lists, first {missing[0]}")
-        for name, entry in found.items():
-            if names is None or name in names:
-                tensors[name] = entry
-    return Checkpoint(folder=folder, files=tuple(folder / file for file in sorted(wanted)), tensors=tensors)
-
-
-def _read_index(path: Path) -> dict[str, set[str] | None]:
-    content = read_json(path, MAX_INDEX_BYTES)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise PackError(f"{path} has no weight_map")
-    names: dict[str, set[str] | None] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise PackError(f"{path} names {file!r} for {name}, which is not a safetensors file in this folder")
-        found = names.setdefault(file, set())
-        assert found is not None
-        found.add(name)
-    return names
-
-
-def shards_of(index: Path) -> list[str]:
-    """Return the names of the weight files that an index names.
-
-    Raises:
-        PackError: It is damaged, or names a file that could not lie beside it.
-    """
-    return sorted(_read_index(index))
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -116,9 +116,15 @@ class PackInfo:
 
 
 def _bytes_by_encoding(units: Iterable[UnitEntry]) -> dict[str, int]:
+    """Return the bytes of files of one encoding, and of the parts of others."""
     found: dict[str, int] = {}
     for unit in units:
-        found[unit.layout.encoding] = found.get(unit.layout.encoding, 0) + unit.layout.file_bytes
+        layout, names = unit.layout, unit.encodings
+        sizes = (
+            [layout.file_bytes] if len(set(names)) == 1 else [layout.part_bytes(index) for index in range(len(names))]
+        )
+        for name, num_bytes in zip(names, sizes, strict=False):
+            found[name] = found.get(name, 0) + num_bytes
     return found
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from flashlm.documents import DocumentKind, Strict
-from flashlm.errors import PackError
+from flashlm.documents import DocumentKind, Strict, describe_versions
+from flashlm.errors import ConfigError, PackError
 from flashlm.pack.units import Kind, Unit
 from flashlm.rows.encodings import ENCODINGS, encoding_of
-from flashlm.rows.layout import GATED, MATRIX, UNGATED, LayerLayout, Part
+from flashlm.rows.layout import GATED, MATRIX, UNGATED, Arrangement, LayerLayout, Part
 
-FORMAT_VERSION: Literal[4] = 4
+FORMAT_VERSION: Literal[5] = 5
+READ_VERSIONS = (4, FORMAT_VERSION)  # a pack of version 4 is one of version 5 in which all units are arranged by row
 CUSTOM_GATE = "custom"  # the activation of experts that do more than act(gate) * up
 FLASH_DIR = "flash"
 MANIFEST_NAME = "manifest.json"
@@ -41,7 +42,16 @@ MAX_DIMENSION = 1 << 24
 MAX_MANIFEST_BYTES = 64 << 20
 CONFIG_NAME = "config.json"
 
-EncodingName = Literal["bf16", "fp16", "fp32", "q8_0"]
+_ENCODINGS_OF_4 = {"bf16", "fp16", "fp32", "q8_0"}
+
+
+def _is_encoding(name: str) -> str:
+    if name not in ENCODINGS:
+        raise ValueError(f"{name[:40]!r} is no encoding: {', '.join(ENCODINGS)} are")
+    return name
+
+
+EncodingName = Annotated[str, AfterValidator(_is_encoding)]
 Checksum = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Dimension = Annotated[int, Field(gt=0, le=MAX_DIMENSION)]
 SmallFileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+(/[^/\\\x00]+)*$", max_length=255)]
@@ -61,9 +71,11 @@ class UnitEntry(Strict):
         hidden_size: Elements of each part of a row: d_model; what experts take and give; a linear layer's inputs.
         num_rows: Neurons of a feed-forward layer (d_ffn), or of all experts; a linear layer's outputs; tokens of a table.
         parts: What a row is made of, in order.
-        encodings: Of each part, how its elements are written: "bf16", "fp16", "fp32" or "q8_0".
+        encodings: Of each part, how its elements are written: a name of `ENCODINGS`.
         block_rows: Rows per block: the neurons of an expert in a layer of experts.
-        row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout.
+        arrangement: How a block is arranged: "row", or "block" where no row lies by itself.
+        row_stride_bytes, block_stride_bytes: Stated for other readers; must agree with the layout. No row stride where no
+            row lies by itself.
         num_active: Blocks that a token uses: all; a few of a layer of experts; one of a table of embeddings.
         activation: Name in transformers' `ACT2FN`; "custom" where experts have a way of their own; none of a linear layer.
         biases: Parts of a feed-forward layer or linear layer whose biases the resident file holds: `<module>.up_bias`
@@ -83,7 +95,8 @@ class UnitEntry(Strict):
     parts: tuple[Part, ...]
     encodings: tuple[EncodingName, ...]
     block_rows: Dimension
-    row_stride_bytes: Annotated[int, Field(gt=0)]
+    arrangement: Arrangement = "row"
+    row_stride_bytes: Annotated[int, Field(gt=0)] | None
     block_stride_bytes: Annotated[int, Field(gt=0)]
     num_active: Annotated[int, Field(gt=0)]
     activation: str = ""
@@ -94,17 +107,16 @@ class UnitEntry(Strict):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> UnitEntry:
-        if len(self.encodings) != len(self.parts):
-            raise ValueError(f"{len(self.parts)} parts need as many encodings, got {len(self.encodings)}")
-        for name in self.encodings:
-            if not ENCODINGS[name].fits(self.hidden_size):
-                raise ValueError(f"{self.hidden_size} elements are not whole groups of {name}")
-        layout = self.layout
+        try:
+            layout = self.layout
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         is_matrix = self.kind in ("linear", "embedding")
         allowed = (MATRIX,) if is_matrix else (GATED, UNGATED)
         if self.parts not in allowed:
             raise ValueError(f"a unit of kind {self.kind} has no rows of {self.parts}")
-        if (layout.row_stride_bytes, layout.block_stride_bytes) != (self.row_stride_bytes, self.block_stride_bytes):
+        row_stride_bytes = None if layout.is_by_block else layout.row_stride_bytes
+        if (row_stride_bytes, layout.block_stride_bytes) != (self.row_stride_bytes, self.block_stride_bytes):
             raise ValueError(
                 f"strides {self.row_stride_bytes} and {self.block_stride_bytes} do not follow from the shapes"
             )
@@ -122,9 +134,19 @@ class UnitEntry(Strict):
             raise ValueError(f"a token uses all {layout.num_blocks} blocks of {self.file}, not {self.num_active}")
         if self.kind != "ffn" and (self.identities or self.order_checksum is not None):
             raise ValueError(f"identities or an order of rows in a unit of kind {self.kind}")
+        if self.order_checksum is not None and layout.is_by_block:
+            raise ValueError("an order of rows that don't lie by themselves")
         if self.table and self.kind != "linear":
             raise ValueError(f"a table of embeddings in a unit of kind {self.kind}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave the arrangement of rows out: what version 4 can say reads as it does there."""
+        fields: dict[str, Any] = write(self)
+        if self.arrangement == "row":
+            fields.pop("arrangement", None)
+        return fields
 
     @cached_property
     def layout(self) -> LayerLayout:
@@ -135,6 +157,7 @@ class UnitEntry(Strict):
             parts=self.parts,
             encodings=self.encodings,
             block_rows=self.block_rows,
+            arrangement=self.arrangement,
         )
 
     @property
@@ -188,7 +211,7 @@ class Manifest(Strict):
         source: Where the weights came from.
     """
 
-    format_version: Literal[4] = FORMAT_VERSION
+    format_version: Literal[4, 5] = FORMAT_VERSION
     flashlm_version: str
     model_type: str
     num_hidden_layers: Annotated[int, Field(gt=0, le=MAX_LAYERS)]
@@ -209,10 +232,8 @@ class Manifest(Strict):
             raise ValueError(f"{main} streamed layers in a model of {self.num_hidden_layers}")
         if self.num_hidden_layers > 8 * main + 64:  # no family streams so few; building them would take long
             raise ValueError(f"{self.num_hidden_layers} layers in a model of which {main} are streamed")
-        for unit in self.units:  # plain rows have the resident weights' dtype: nothing else is written
-            others = {name for name in unit.encodings if ENCODINGS[name].is_plain} - {encoding_of(self.dtype).name}
-            if others:
-                raise ValueError(f"{unit.file} has rows of {', '.join(others)} in a pack of {self.dtype}")
+        if self.format_version == 4:
+            self._check_is_of_4()
         if len({unit.file for unit in self.units}) != len(self.units):
             raise ValueError("two units name the same file")
         modules = [module for unit in self.units for module in (unit.module, unit.table) if module]
@@ -222,6 +243,17 @@ class Manifest(Strict):
         if len(self.resident.checksums) != wanted:
             raise ValueError(f"{RESIDENT_NAME} needs {wanted} checksums, has {len(self.resident.checksums)}")
         return self
+
+    def _check_is_of_4(self) -> None:
+        for unit in self.units:  # plain rows have the resident weights' dtype: nothing else was written
+            allowed = {name for name in _ENCODINGS_OF_4 if not ENCODINGS[name].is_plain} | {
+                encoding_of(self.dtype).name
+            }
+            others = set(unit.encodings) - allowed
+            if others:
+                raise ValueError(f"{unit.file} has rows of {', '.join(others)} in a pack of {self.dtype}")
+            if unit.arrangement != "row":
+                raise ValueError(f"{unit.file} has blocks that a pack of version 4 has not")
 
     @cached_property
     def ffns(self) -> tuple[UnitEntry, ...]:
@@ -260,6 +292,11 @@ class Manifest(Strict):
         return tuple(sorted(name for name in names if not ENCODINGS[name].is_plain))
 
     @property
+    def keeps_groups(self) -> bool:
+        """Whether weights have the encodings that the source had, and were not quantised by flashlm."""
+        return any(unit.layout.is_by_block for unit in self.units)
+
+    @property
     def streamed_bytes(self) -> int:
         """Bytes of all units' files."""
         return sum(unit.layout.file_bytes for unit in self.units)
@@ -279,10 +316,24 @@ class Manifest(Strict):
 _KIND = DocumentKind(
     model=Manifest,
     version_key="format_version",
+    versions=READ_VERSIONS,
     max_bytes=MAX_MANIFEST_BYTES,
     advice="convert the model again",
     is_sealed=True,
 )
+
+
+def check_version(format_version: object) -> None:
+    """Refuse a pack whose config.json states a version that is not read.
+
+    Raises:
+        PackError: Which, and which are.
+    """
+    if format_version not in READ_VERSIONS:
+        raise PackError(
+            f"the pack has format version {format_version!r}, this flashlm reads {describe_versions(READ_VERSIONS)}:"
+            " convert the model again"
+        )
 
 
 def manifest_path(pack: Path) -> Path:

@@ -15,7 +15,7 @@ import xxhash
 
 from flashlm.documents import parse_json
 from flashlm.errors import PackError
-from flashlm.pack.manifest import CONFIG_NAME, FORMAT_VERSION, MAX_LAYERS, Manifest
+from flashlm.pack.manifest import CONFIG_NAME, MAX_LAYERS, Manifest
 from flashlm.storage.outside import read_bounded
 
 QUANT_METHOD = "flashlm"
@@ -141,7 +141,7 @@ def read_pack_config(pack: Path, manifest: Manifest, *, is_checked: bool = True)
     check_counts(content, path)
     check_code(content, path)
     entry = content.get("quantization_config")
-    wanted = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+    wanted = {"quant_method": QUANT_METHOD, "format_version": manifest.format_version}
     found = {"model_type": content.get("model_type"), "dtype": content.get("dtype"), "quantization_config": entry}
     expected_fields = {"model_type": manifest.model_type, "dtype": manifest.dtype, "quantization_config": wanted}
     for key, value in expected_fields.items():

@@ -76,6 +76,10 @@ def _check(pack: Path, manifest: Manifest, orders: Sequence[Order]) -> None:
     if len(orders) != len(manifest.ffns):
         raise PackError(f"{len(manifest.ffns)} layers need as many orders, got {len(orders)}")
     for entry, order in zip(manifest.ffns, orders, strict=True):
+        if entry.layout.is_by_block:
+            raise PackError(
+                f"the rows of {entry.module} keep their order: in {entry.layout.encoding} none lies by itself"
+            )
         if not np.array_equal(np.sort(order), np.arange(entry.num_rows)):
             raise PackError(f"the order of {entry.module} is no permutation of its {entry.num_rows} rows")
     needed = max(entry.layout.file_bytes for entry in manifest.ffns) + SPARE_BYTES

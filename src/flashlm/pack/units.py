@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from flashlm.errors import ConfigError
 from flashlm.rows.layout import LayerLayout
 
 Kind = Literal["ffn", "experts", "linear", "embedding"]
@@ -57,6 +58,26 @@ class Unit:
 def of_kind(units: Iterable[Unit], kind: Kind) -> list[Unit]:
     """Return the units of one kind, in order."""
     return [unit for unit in units if unit.kind == kind]
+
+
+def has_rows(units: Iterable[Unit]) -> bool:
+    """Return whether the rows of all feed-forward layers lie by themselves, so that they can be read one by one."""
+    return not any(unit.layout.is_by_block for unit in units if unit.kind == "ffn")
+
+
+def check_rows(units: Iterable[Unit], name: str, what: str) -> None:
+    """Refuse what reads rows of feed-forward layers one by one, of a model or pack `name` that has none.
+
+    Raises:
+        ConfigError: Its blocks keep the groups of a quantised checkpoint, which go across neurons.
+    """
+    kept = [unit.layout.encoding for unit in units if unit.kind == "ffn" and unit.layout.is_by_block]
+    if kept:
+        raise ConfigError(
+            f"{what} reads single rows, but those of {name} don't lie by themselves: its blocks keep the groups of the"
+            f" checkpoint ({', '.join(sorted(set(kept)))}). Load it with mode='hybrid', or convert the model with"
+            " --quantize q8_0"
+        )
 
 
 def dense_units(units: Iterable[Unit]) -> list[Unit]:

@@ -27,7 +27,17 @@ def would_help(token_s: Callable[[Rates, int], float], rates: Rates, dram_bytes:
         random_gb_per_s={size: rate * 2 for size, rate in rates.random_gb_per_s.items()},
         random_settings=tuple(replace(each, gb_per_s=each.gb_per_s * 2) for each in rates.random_settings),
     )
-    faster_memory = replace(rates, **{name: getattr(rates, name) * 2 for name in MEMORY_RATES})
+    encoded = {
+        name: replace(
+            each,
+            matrix_gb_per_s=each.matrix_gb_per_s * 2,
+            up_gb_per_s=each.up_gb_per_s * 2,
+            down_gb_per_s=each.down_gb_per_s * 2,
+            expert_gb_per_s=each.expert_gb_per_s * 2,
+        )
+        for name, each in rates.encoded.items()
+    }
+    faster_memory = replace(rates, encoded=encoded, **{name: getattr(rates, name) * 2 for name in MEMORY_RATES})
     times = {
         "flash speed": token_s(faster_flash, dram_bytes),
         "memory speed": token_s(faster_memory, dram_bytes),

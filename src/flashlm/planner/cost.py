@@ -176,6 +176,6 @@ def multiply_s(num_bytes: float, gb_per_s: float) -> float:
     return num_bytes / (gb_per_s * 1e9)
 
 
-def gemm_s(num_weights: float, num_tokens: int, gflop_per_s: float) -> float:
+def gemm_s(num_weights: float, num_tokens: float, gflop_per_s: float) -> float:
     """Return the time of matrix products of many tokens: 2 operations per weight and token."""
     return 2.0 * num_weights * num_tokens / (gflop_per_s * 1e9)

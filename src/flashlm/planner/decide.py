@@ -13,7 +13,7 @@ from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs, Placement, is_close_to_floor, place
 from flashlm.memory.expert_policy import CachePolicy, make_policy
 from flashlm.memory.needs import DEFAULT_CONTEXT
-from flashlm.planner.choices import ResolvedMode
+from flashlm.planner.choices import Activations, ResolvedMode
 from flashlm.planner.estimate import EXPERT_READS
 from flashlm.planner.plan import STREAM_QUEUE_DEPTH, cheapest
 from flashlm.planner.rates import Rates
@@ -30,6 +30,7 @@ class Decision:
     Attributes:
         mode: The mode.
         context: Tokens that the KV cache may hold, of all sequences and beams together.
+        activations: What a few tokens are multiplied as with encoded weights.
         placement: Where every block or expert lives.
         piece_bytes, queue_depth: Size of a read and reads in flight.
         max_gap: Rows between two missing ones that are read through (mode `sparse`).
@@ -39,6 +40,7 @@ class Decision:
 
     mode: ResolvedMode
     context: int
+    activations: Activations
     placement: Placement
     piece_bytes: int
     queue_depth: int
@@ -109,6 +111,7 @@ def decide(
     return Decision(
         mode=mode,
         context=settings.context or DEFAULT_CONTEXT,
+        activations=settings.activations,
         placement=placement,
         piece_bytes=piece_bytes,
         queue_depth=queue_depth,
@@ -140,6 +143,7 @@ def _decide_experts(
     return Decision(
         mode="experts",
         context=settings.context or DEFAULT_CONTEXT,
+        activations=settings.activations,
         placement=placement,
         piece_bytes=EXPERT_READS.piece_bytes if planned is None else planned.piece_bytes,
         queue_depth=EXPERT_READS.queue_depth if planned is None else planned.queue_depth,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flashlm.memory.budget import ExpertSlots, Placement
-from flashlm.pack.units import Unit, dense_units
+from flashlm.pack.units import Unit, dense_units, of_kind
 from flashlm.planner.cost import (
     TokenCost,
     gemm_s,
@@ -55,8 +55,8 @@ def dense_use(shape: ModelShape) -> DenseUse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowBytes:
-    """The bytes of a row that one token's arithmetic reads on average: the parts of its dot products, and its down part."""
+class TouchedBytes:
+    """Bytes of a row or layer that one token's arithmetic reads on average: of its dot products, and of its down part."""
 
     up: float
     down: float
@@ -67,16 +67,16 @@ class RowBytes:
         return self.up + self.down
 
 
-def dense_row_bytes(layout: LayerLayout, firing_share: float) -> RowBytes:
-    """Return what a row costs in whole blocks: gate and up always, down where the neuron fires."""
-    *dots, down = (part.num_bytes for part in layout.placed)
-    return RowBytes(up=sum(dots), down=down * firing_share)
+def dense_bytes(layout: LayerLayout, firing_share: float) -> TouchedBytes:
+    """Return what a layer costs in whole blocks: gate and up always, down where the neuron fires, unless it lies whole."""
+    *dots, down = (layout.part_bytes(index) for index in range(layout.num_parts))
+    return TouchedBytes(up=sum(dots), down=down if layout.is_by_block else down * firing_share)
 
 
-def sparse_row_bytes(layout: LayerLayout, firing_share: float) -> RowBytes:
+def sparse_row_bytes(layout: LayerLayout, firing_share: float) -> TouchedBytes:
     """Return what a predicted row costs: its trigger always, the rest where the neuron fires."""
     trigger, *others, down = (part.num_bytes for part in layout.placed)
-    return RowBytes(up=trigger + sum(others) * firing_share, down=down * firing_share)
+    return TouchedBytes(up=trigger + sum(others) * firing_share, down=down * firing_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def exact_token(
     )
     compute_s = ffn_s + rest_s
     if reads_ahead:
-        output_s = multiply_s(shape.output_bytes, rates.matrix_gb_per_s)
+        output_s = multiply_s(shape.output_bytes, rates.of(shape.output_encoding).matrix_gb_per_s)
         pauses_s = rest_s + dense.pinned_ffn_s - output_s - dense.streamed_matrix_s
         idle_s = _idle_s(shape, placement, dense.gb_per_s, max(pauses_s, 0.0), output_s)
         total_s = max(overlapped_s(dense.read_s + idle_s, compute_s, rates.overlap), idle_s)
@@ -152,13 +152,12 @@ def exact_token(
 def _dense_part(shape: ModelShape, placement: Placement, rates: Rates, use: DenseUse) -> _DensePart:
     placed = list(zip(dense_units(shape.units), placement.dense, strict=True))
     ffns = [(unit.layout, each) for unit, each in placed if unit.kind == "ffn"]
-    rows = [(layout, dense_row_bytes(layout, use.firing_share)) for layout, _ in ffns]
+    touched = [dense_bytes(layout, use.firing_share) for layout, _ in ffns]
     block_bytes = _block_bytes(shape)
     gb_per_s = rates.block_read_gb_per_s(block_bytes) if block_bytes else math.inf
     streamed_cpu_s = sum(each.num_streamed for _, each in placed) * rates.block_cpu_s(block_bytes or 1)
     ffn_s = (
-        multiply_s(sum(layout.num_rows * row.up for layout, row in rows), rates.block_up_gb_per_s)
-        + multiply_s(sum(layout.num_rows * row.down for layout, row in rows), rates.block_down_gb_per_s)
+        sum(_ffn_s(layout, rates, use.firing_share) for layout, _ in ffns)
         # Pinned and streamed blocks join apart (`LayerLayout.run_blocks`); a matrix that is all pinned is one product.
         + sum(
             -(-each.num_pinned // layout.run_blocks) - (-each.num_streamed // layout.run_blocks)
@@ -169,16 +168,44 @@ def _dense_part(shape: ModelShape, placement: Placement, rates: Rates, use: Dens
     )
     num_blocks = sum(layout.num_blocks for layout, _ in ffns)
     num_pinned = sum(each.num_pinned for _, each in ffns)
-    matrices_bytes = sum(each.streamed_bytes for unit, each in placed if unit.kind == "linear")
+    matrices_s = sum(
+        multiply_s(each.streamed_bytes, rates.of(unit.layout.encodings[0]).matrix_gb_per_s)
+        for unit, each in placed
+        if unit.kind == "linear"
+    )
     return _DensePart(
         ffn_s=ffn_s,
         streamed_cpu_s=streamed_cpu_s,
         pinned_ffn_s=(ffn_s - streamed_cpu_s) * num_pinned / num_blocks if num_blocks else 0.0,
         read_s=stream_s(placement.ring_bytes, gb_per_s),
         gb_per_s=gb_per_s,
-        touched_bytes=sum(layout.num_rows * row.total for layout, row in rows),
-        streamed_matrix_s=multiply_s(matrices_bytes, rates.matrix_gb_per_s),
+        touched_bytes=sum(each.total for each in touched),
+        streamed_matrix_s=matrices_s,
     )
+
+
+def _ffn_s(layout: LayerLayout, rates: Rates, firing_share: float) -> float:
+    """Return the time of a feed-forward layer's products."""
+    touched = dense_bytes(layout, firing_share)
+    if not layout.is_by_block:
+        return multiply_s(touched.up, rates.block_up_gb_per_s) + multiply_s(touched.down, rates.block_down_gb_per_s)
+    *dots, down = layout.encodings
+    up_s = sum(multiply_s(layout.part_bytes(index), rates.of(name).up_gb_per_s) for index, name in enumerate(dots))
+    return up_s + multiply_s(touched.down, rates.of(down).down_gb_per_s)
+
+
+def _experts_s(layout: LayerLayout, rates: Rates) -> float:
+    """Return the time of the products of all of a layer's experts."""
+    if not layout.is_by_block:
+        return multiply_s(layout.weight_bytes, rates.expert_gb_per_s)
+    parts = enumerate(layout.encodings)
+    return sum(multiply_s(layout.part_bytes(index), rates.of(name).expert_gb_per_s) for index, name in parts)
+
+
+def _gemm_s(layout: LayerLayout, rates: Rates, num_tokens: float) -> float:
+    """Return the time of the products of a layer with so many tokens."""
+    num_weights = layout.num_weights / layout.num_parts
+    return sum(gemm_s(num_weights, num_tokens, rates.of(name).gemm_gflop_per_s) for name in layout.encodings)
 
 
 def _expert_part(shape: ModelShape, placement: Placement, rates: Rates) -> _ExpertPart:
@@ -194,7 +221,7 @@ def _expert_part(shape: ModelShape, placement: Placement, rates: Rates) -> _Expe
         miss_share = 1.0 - shape.hits.hit_share(held / unit.num_blocks)
         expert_bytes = unit.layout.read_bytes(0)
         one_read_s = stream_s(expert_bytes, expert_read_gb_per_s(rates, expert_bytes))
-        one_product_s = multiply_s(unit.layout.block_rows * unit.layout.row_bytes, rates.expert_gb_per_s)
+        one_product_s = _experts_s(unit.layout, rates) / unit.num_blocks
         for misses in range(unit.num_active + 1):
             share = (
                 math.comb(unit.num_active, misses) * miss_share**misses * (1 - miss_share) ** (unit.num_active - misses)
@@ -240,7 +267,10 @@ def _block_bytes(shape: ModelShape) -> int:
 
 
 def _matrices_s(shape: ModelShape, rates: Rates) -> float:
-    return multiply_s(shape.matrix_bytes, rates.matrix_gb_per_s) + shape.num_matrices * rates.matrix_overhead_s
+    linears = [unit.layout for unit in of_kind(shape.units, "linear")]
+    others_bytes = shape.matrix_bytes - sum(layout.weight_bytes for layout in linears)
+    streamed_s = sum(multiply_s(each.weight_bytes, rates.of(each.encodings[0]).matrix_gb_per_s) for each in linears)
+    return streamed_s + multiply_s(others_bytes, rates.matrix_gb_per_s) + shape.num_matrices * rates.matrix_overhead_s
 
 
 def _transformers_s(shape: ModelShape, rates: Rates) -> float:
@@ -325,7 +355,10 @@ def prompt_s(shape: ModelShape, placement: Placement, rates: Rates, num_tokens: 
     expert is needed by one of T tokens with probability 1 - (1 - num_active / E)^T.
     """
     num_chunks = max(math.ceil(num_tokens / chunk_tokens), 1)
-    num_weights = shape.matrix_weights + sum(layout.num_weights for layout in shape.layouts)
+    linears = [unit.layout for unit in of_kind(shape.units, "linear")]
+    other_weights = shape.matrix_weights - sum(layout.num_weights for layout in linears)
+    compute_s = gemm_s(other_weights, num_tokens, rates.gemm_gflop_per_s)
+    compute_s += sum(_gemm_s(layout, rates, num_tokens) for layout in (*linears, *shape.layouts))
     read_s = widen_s = 0.0
     if placement.ring_bytes:
         read_s = stream_s(placement.ring_bytes, rates.block_read_gb_per_s(_block_bytes(shape)))
@@ -338,6 +371,5 @@ def prompt_s(shape: ModelShape, placement: Placement, rates: Rates, num_tokens: 
         if choose_strategy(layout) == "widen":
             wide_bytes = layout.block_rows * layout.num_parts * layout.hidden_size * 4
             widen_s += multiply_s(needed * wide_bytes * WIDENED_COPIES, rates.memory_gb_per_s)
-        num_weights += unit.num_active * layout.num_weights // unit.num_blocks
-    compute_s = gemm_s(num_weights, num_tokens, rates.gemm_gflop_per_s) + num_chunks * widen_s
-    return overlapped_s(num_chunks * read_s, compute_s, rates.overlap)
+        compute_s += _gemm_s(layout, rates, num_tokens * unit.num_active / unit.num_blocks)
+    return overlapped_s(num_chunks * read_s, compute_s + num_chunks * widen_s, rates.overlap)

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flashlm.errors import ConfigError
+from flashlm.planner.choices import Activations
 from flashlm.planner.cost import Overlap
-from flashlm.planner.rates import Rates, ReadSetting
+from flashlm.planner.rates import EncodedProducts, Rates, ReadSetting
 from flashlm.probe.device_profile import DeviceProfile, Pattern, load_profile, profile_path
 from flashlm.probe.probe import probe
 
 
-def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
-    """Return the rates for one dtype.
+def rates_of(profile: DeviceProfile, dtype: str, activations: Activations = "exact") -> Rates:
+    """Return the rates for one dtype, and for encodings those with activations of a kind.
 
     Scattered rows are priced by batches: a batch takes a fixed time and a time per row, which two batch sizes tell apart.
 
@@ -58,6 +59,17 @@ def rates_of(profile: DeviceProfile, dtype: str) -> Rates:
         overlap=Overlap(read_share=profile.read_share, compute_share=profile.compute_share),
         stream_settings=_settings(profile, "sequential"),
         random_settings=_settings(profile, "random"),
+        encoded={
+            each.encoding: EncodedProducts(
+                matrix_gb_per_s=each.matrix_gb_per_s,
+                up_gb_per_s=each.matrix_gb_per_s,
+                down_gb_per_s=each.down_gb_per_s,
+                expert_gb_per_s=each.expert_gb_per_s,
+                gemm_gflop_per_s=each.gemm_gflop_per_s,
+            )
+            for each in profile.encoded
+            if each.is_int8 == (activations == "int8")
+        },
     )
 
 
@@ -84,24 +96,24 @@ def _line(batches: list[tuple[int, float]]) -> tuple[float, float]:
     return max(few_s - row_s, 0.0), row_s
 
 
-def stored_rates(folder: Path, dtype: str) -> Rates | None:
+def stored_rates(folder: Path, dtype: str, activations: Activations = "exact") -> Rates | None:
     """Return the rates of the device of `folder` from its profile, None where there is none.
 
     Raises:
         ConfigError: The profile is damaged or of another version.
     """
     profile = load_profile(profile_path(folder))
-    return None if profile is None else rates_of(profile, dtype)
+    return None if profile is None else rates_of(profile, dtype, activations)
 
 
-def rates_for(folder: Path, dtype: str, announce: Callable[[str], None]) -> Rates:
+def rates_for(folder: Path, dtype: str, announce: Callable[[str], None], activations: Activations = "exact") -> Rates:
     """Return the rates of the device of `folder`; where there is no profile yet, probe it first.
 
     Raises:
         ConfigError, StorageError: As in `probe`.
     """
-    found = stored_rates(folder, dtype)
+    found = stored_rates(folder, dtype, activations)
     if found is not None:
         return found
     announce(f"no profile of the device of {folder} yet: probing it, once (`flashlm probe` does it again)")
-    return rates_of(probe(folder, announce=announce), dtype)
+    return rates_of(probe(folder, announce=announce), dtype, activations)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from flashlm.errors import BudgetError, ConfigError
 from flashlm.memory.budget import Needs, Placement, place
 from flashlm.memory.needs import DEFAULT_CONTEXT, measure_needs
-from flashlm.pack.units import dense_units
+from flashlm.pack.units import check_rows, dense_units
 from flashlm.planner.bottleneck import would_help
-from flashlm.planner.choices import ResolvedMode
+from flashlm.planner.choices import Activations, ResolvedMode
 from flashlm.planner.cost import TokenCost
 from flashlm.planner.estimate import EXPERT_READS, DenseUse, dense_use, exact_token, hit_share, prompt_s, sparse_token
 from flashlm.planner.plan_document import Plan
@@ -70,6 +70,7 @@ def make_plan(
     *,
     context: int | None = None,
     mode: str = "auto",
+    activations: Activations = "exact",
 ) -> Plan:
     """Return the cheapest plan under a budget.
 
@@ -79,13 +80,16 @@ def make_plan(
         dram_bytes: Bound on the whole process.
         context: Tokens of the KV cache; None means `DEFAULT_CONTEXT`.
         mode: "auto" or the one mode to plan for.
+        activations: What a few tokens are multiplied as with encoded weights: as the rates were taken.
 
     Raises:
         BudgetError: Below the floor; it says what is needed.
-        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known, or a mode that is not the model's.
+        ConfigError: Mode `sparse` of a model of whose sparsity nothing is known or whose rows can't be read one by one, or
+            a mode that is not the model's.
     """
     context = context or DEFAULT_CONTEXT
     check_mode(shape, mode)
+    check_activations(activations, shape.quantised, shape.name)
     needs = model_needs(shape, context)
     best = cheapest(shape, rates, dram_bytes, mode, needs)
     num_tokens = min(PROMPT_TOKENS, context)
@@ -95,7 +99,8 @@ def make_plan(
         dram_bytes=dram_bytes,
         context=context,
         mode=best.mode,
-        is_exact=best.mode != "sparse",
+        activations=activations,
+        is_exact=best.mode != "sparse" and activations == "exact",
         max_gap=best.max_gap,
         window=_window(shape, best.placement),
         hit_share=hit_share(shape, best.cost, best.placement),
@@ -123,6 +128,24 @@ def make_plan(
     )
 
 
+def check_activations(activations: Activations, quantised: Sequence[str], name: str) -> None:
+    """Refuse activations of 8 bits where no weights take them.
+
+    Args:
+        activations: What was asked for.
+        quantised: Encodings of the model's streamed weights that are not plain elements.
+        name: Of the model or pack.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if activations != "exact" and not quantised:
+        raise ConfigError(
+            f"activations={activations!r}: all weights of {name} are plain, and multiplied as they are; leave activations"
+            " out, or convert the model with --quantize q8_0"
+        )
+
+
 def check_mode(shape: ModelShape, mode: str) -> None:
     """Refuse a mode that is not the model's.
 
@@ -135,6 +158,7 @@ def check_mode(shape: ModelShape, mode: str) -> None:
     elif mode == "experts":
         raise ConfigError(f"mode='experts': {shape.name} has no experts; leave mode out")
     elif mode == "sparse" and shape.sparse is None:
+        check_rows(shape.units, shape.name, "mode sparse")
         raise ConfigError(f"nothing is known of the sparsity of {shape.name}: convert it and run `flashlm calibrate`")
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from flashlm.documents import DocumentKind, Strict
 from flashlm.errors import ConfigError
-from flashlm.planner.choices import ResolvedMode
+from flashlm.planner.choices import Activations, ResolvedMode
 
 PLAN_VERSION: Literal[4] = 4
 MAX_PLAN_BYTES = 1 << 20
@@ -24,7 +24,8 @@ class Plan(Strict):
         outline: Its streamed layers, by which a plan of another model is known.
         dram_bytes, context: The budget and the KV cache's tokens that it was made for.
         mode: To run in.
-        is_exact: Whether every weight takes part in every token.
+        activations: What a few tokens are multiplied as with encoded weights.
+        is_exact: Whether every weight takes part in every token, and activations are not rounded.
         max_gap: Rows between two missing ones that are read through (mode `sparse`).
         window: Tokens whose rows the neuron cache holds in the median layer (mode `sparse`; the paper's k); else 0.
         hit_share: Of a token's experts, those found in memory (mode `experts`); else none.
@@ -44,6 +45,7 @@ class Plan(Strict):
     dram_bytes: Annotated[int, Field(gt=0)]
     context: Annotated[int, Field(gt=0)]
     mode: ResolvedMode
+    activations: Activations = "exact"
     is_exact: bool
     max_gap: Annotated[int, Field(ge=0, le=64)] = 0
     window: Annotated[int, Field(ge=0)] = 0

@@ -60,7 +60,7 @@ def use_plan(
     Args:
         path: The plan's file.
         plan: The plan.
-        asked: `dram_bytes`, `mode` and `context` as given; None for what the plan shall say.
+        asked: `dram_bytes`, `mode`, `context` and `activations` as given; None for what the plan shall say.
         environment: Variables that would have said the same, and say another thing than the plan.
     """
     differing = [name for name, value in asked.items() if value not in (None, getattr(plan, name))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flashlm.memory.cache_plan import LayerUse
+from flashlm.pack.units import has_rows
 from flashlm.planner.shape import RELU_NAMES, ModelShape, SparseShape
 from flashlm.sparsity.presets import paper_preset
 
@@ -15,8 +16,11 @@ ACTIVE_OF_PREDICTED = 0.29
 
 
 def assume_sparsity(shape: ModelShape) -> ModelShape:
-    """Return the shape with the published sparsity, where its activation has exact zeros and nothing better is known."""
-    if shape.experts or shape.sparse is not None or shape.activation not in RELU_NAMES:
+    """Return the shape with the published sparsity.
+
+    Where its activation has exact zeros, its rows can be read one by one, and nothing better is known; else as it is.
+    """
+    if shape.experts or shape.sparse is not None or shape.activation not in RELU_NAMES or not has_rows(shape.units):
         return shape
     preset = paper_preset(shape.model_type)
     num_layers = len(shape.layouts)

@@ -20,6 +20,24 @@ class ReadSetting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodedProducts:
+    """Rates of products with weights of one encoding, of encoded bytes.
+
+    Attributes:
+        matrix_gb_per_s: Of one token with whole matrices.
+        up_gb_per_s, down_gb_per_s: With the gate and up parts, and with the down part, of blocks.
+        expert_gb_per_s: With groups of experts.
+        gemm_gflop_per_s: Of many tokens.
+    """
+
+    matrix_gb_per_s: float
+    up_gb_per_s: float
+    down_gb_per_s: float
+    expert_gb_per_s: float
+    gemm_gflop_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """Rates of one machine for one dtype. GB are 1e9 bytes.
 
@@ -47,6 +65,7 @@ class Rates:
         overlap: What reading and computing at once leave of each other.
         stream_settings: Ways to read blocks in sequence; empty where none were compared.
         random_settings: Ways to read rows, with `piece_bytes` the size of a read.
+        encoded: Products with weights that are not of the dtype, by encoding, where they keep a source's groups.
     """
 
     stream_gb_per_s: Mapping[int, float]
@@ -74,6 +93,17 @@ class Rates:
     overlap: Overlap = field(default_factory=Overlap)
     stream_settings: tuple[ReadSetting, ...] = ()
     random_settings: tuple[ReadSetting, ...] = ()
+    encoded: Mapping[str, EncodedProducts] = field(default_factory=dict)
+
+    def of(self, encoding: str) -> EncodedProducts:
+        """Return the rates of products with weights of an encoding: those of the dtype where it was not measured."""
+        return self.encoded.get(encoding) or EncodedProducts(
+            matrix_gb_per_s=self.matrix_gb_per_s,
+            up_gb_per_s=self.block_up_gb_per_s,
+            down_gb_per_s=self.block_down_gb_per_s,
+            expert_gb_per_s=self.expert_gb_per_s,
+            gemm_gflop_per_s=self.gemm_gflop_per_s,
+        )
 
     def random_read_gb_per_s(self, num_bytes: float) -> float:
         """Return the rate of random reads of a size."""

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from flashlm.errors import ConfigError
-from flashlm.planner.choices import CHECKS, EXPERT_POLICIES, MODES, CheckChoice, ExpertPolicyChoice, Mode
+from flashlm.planner.choices import (
+    ACTIVATIONS,
+    CHECKS,
+    EXPERT_POLICIES,
+    MODES,
+    Activations,
+    CheckChoice,
+    ExpertPolicyChoice,
+    Mode,
+)
 from flashlm.planner.plan_document import Plan, load_plan
 from flashlm.planner.plan_use import PlannedReads, PlanUse, use_plan
 from flashlm.sizes import parse_budget_bytes, parse_size_bytes
@@ -56,6 +65,8 @@ class Asked(TypedDict, total=False):
             what a calibration found best for the cache's size; without one lru. The output is the same with each.
         check: What is held against the pack's checksums: "load" what is read while loading, "all" what is streamed later
             too, "none" nothing. Else `FLASHLM_CHECK`, or "load".
+        activations: "exact", or "int8": a few tokens at a time, as in decoding, are rounded to 8 bits for their products
+            with weights in q8_0, q4_0 and the like, which is faster and not exact. Else the plan's, or "exact".
     """
 
     dram: str | int | None
@@ -65,6 +76,7 @@ class Asked(TypedDict, total=False):
     plan: str | Path | None
     expert_policy: str | None
     check: str | None
+    activations: str | None
 
 
 NAMES = tuple(Asked.__annotations__)
@@ -88,6 +100,7 @@ class Settings:
             cache's size, `lru` without one. No choice changes a bit of the output.
         check: What is held against the pack's checksums: `load` everything that is read while loading (resident weights,
             pinned blocks, the first rows and experts of a cache), `all` what is streamed later too, `none` nothing.
+        activations: What a few tokens are multiplied as with encoded weights: `exact` in fp32, `int8` rounded to 8 bits.
         plan: The plan that some of this comes from, and what of it does not count; None without one.
     """
 
@@ -97,6 +110,7 @@ class Settings:
     pin_bytes: int | None = None
     expert_policy: ExpertPolicyChoice = "auto"
     check: CheckChoice = "load"
+    activations: Activations = "exact"
     plan: PlanUse | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +118,7 @@ class Settings:
         _one_of("mode", self.mode, MODES)
         _one_of("expert_policy", self.expert_policy, EXPERT_POLICIES)
         _one_of("check", self.check, CHECKS)
+        _one_of("activations", self.activations, ACTIVATIONS)
         if self.dram_bytes is not None and self.dram_bytes <= 0:
             raise ConfigError(f"dram must be above zero, got {self.dram_bytes}")
         if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
@@ -139,14 +154,16 @@ def make_settings(**asked: Unpack[Asked]) -> Settings:
         logger.warning("%s", line)
     dram, mode, context = asked.get("dram"), asked.get("mode"), as_tokens(asked.get("context"))
     dram_bytes = None if dram is None else parse_budget_bytes(dram)
+    activations = asked.get("activations")
     used: PlanUse | None = None
     if (plan := asked.get("plan")) is not None:
         planned = load_plan(Path(plan))
-        given = {"dram_bytes": dram_bytes, "mode": mode, "context": context}
+        given = {"dram_bytes": dram_bytes, "mode": mode, "context": context, "activations": activations}
         used = use_plan(Path(plan), planned, given, _overruled(planned, given))
         dram_bytes = planned.dram_bytes if dram_bytes is None else dram_bytes
         mode = planned.mode if mode is None else mode
         context = planned.context if context is None else context
+        activations = planned.activations if activations is None else activations
     if dram_bytes is None and (text := os.environ.get(ENV_DRAM)):
         dram_bytes = parse_budget_bytes(text)
     if context is None:
@@ -159,6 +176,7 @@ def make_settings(**asked: Unpack[Asked]) -> Settings:
         pin_bytes=None if pin is None else parse_size_bytes(pin, allow_zero=True),
         expert_policy=_one_of("expert_policy", asked.get("expert_policy") or "auto", EXPERT_POLICIES),
         check=_one_of("check", asked.get("check") or os.environ.get(ENV_CHECK) or "load", CHECKS),
+        activations=_one_of("activations", activations or "exact", ACTIVATIONS),
         plan=used,
     )
 

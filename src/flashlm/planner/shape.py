@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from flashlm.errors import ConfigError, PackError
 from flashlm.memory.cache_plan import LayerUse
 from flashlm.pack.manifest import Manifest, manifest_path, read_manifest
-from flashlm.pack.units import Unit, of_kind
+from flashlm.pack.units import Unit, has_rows, of_kind
 from flashlm.planner.outline import outline
-from flashlm.rows.encodings import bytes_per_element
+from flashlm.planner.rates import Rates
+from flashlm.rows.encodings import ENCODINGS, bytes_per_element, encoding_of
 from flashlm.rows.layout import LayerLayout, canonical_dtype
 from flashlm.rows.quantize import QUANTIZERS
 from flashlm.sparsity.calibration_document import Sparsity, read_sparsity, tensors_path
@@ -28,7 +29,7 @@ from flashlm.structure.experts import ExpertLayer
 from flashlm.structure.families import FfnLayer, build_meta_model
 from flashlm.structure.find_units import FoundUnit, find_units
 from flashlm.structure.model_config import load_config, load_pack_config
-from flashlm.structure.unit_layouts import RowWriting, choose_layouts, streamed_names
+from flashlm.structure.unit_layouts import RowWriting, choose_layouts, stated_encodings, streamed_names
 from flashlm.transformers_seam import Conv1D
 
 CONFIG_NAME = "config.json"
@@ -121,7 +122,16 @@ class ModelShape:
     @property
     def quantised(self) -> tuple[str, ...]:
         """Encodings of streamed weights that are not plain elements."""
-        return tuple(sorted({e.encoding.name for u in self.units for e in u.layout.placed if not e.encoding.is_plain}))
+        names = {name for unit in self.units for name in unit.layout.encodings}
+        return tuple(sorted(name for name in names if not ENCODINGS[name].is_plain))
+
+    def assumed(self, rates: Rates) -> tuple[str, ...]:
+        """Return the encodings of which rates hold nothing: they are taken to be as fast, by their bytes, as the dtype."""
+        unmeasured = set(self.quantised) - set(rates.encoded)
+        neurons = [*of_kind(self.units, "ffn"), *of_kind(self.units, "experts")]
+        by_rows = [unit.layout for unit in neurons if not unit.layout.is_by_block]
+        names = unmeasured | {name for layout in by_rows for name in layout.encodings if name in self.quantised}
+        return tuple(sorted(names))
 
     @property
     def layouts(self) -> tuple[LayerLayout, ...]:
@@ -136,12 +146,23 @@ class ModelShape:
     @property
     def output_bytes(self) -> int:
         """Bytes of the output layer, which every token ends with."""
-        text = self.config.get_text_config(decoder=True)
-        num_rows, width = int(text.vocab_size), int(text.hidden_size)
-        last = self.units[-1].layout  # the output layer, where it is streamed
-        if self.units[-1].kind == "linear" and (last.num_rows, last.hidden_size) == (num_rows, width):
-            return num_rows * last.row_bytes
-        return num_rows * width * bytes_per_element(self.dtype)
+        streamed, text = self._streamed_output, self.config.get_text_config(decoder=True)
+        if streamed is not None:
+            return streamed.weight_bytes
+        return int(text.vocab_size) * int(text.hidden_size) * bytes_per_element(self.dtype)
+
+    @property
+    def output_encoding(self) -> str:
+        """Encoding of the output layer."""
+        streamed = self._streamed_output
+        return encoding_of(self.dtype).name if streamed is None else streamed.encodings[0]
+
+    @property
+    def _streamed_output(self) -> LayerLayout | None:
+        last, text = self.units[-1], self.config.get_text_config(decoder=True)
+        shape = (int(text.vocab_size), int(text.hidden_size))
+        is_output = last.kind == "linear" and (last.layout.num_rows, last.layout.hidden_size) == shape
+        return last.layout if is_output else None
 
     @property
     def outline(self) -> str:
@@ -164,6 +185,9 @@ def read_shape(
 ) -> ModelShape:
     """Return the shape of a pack, a model folder, a config.json, or a model on the hub (its config only).
 
+    Of a model that is quantised already a conversion keeps what the config says is; of a GGUF file only the header tells
+    that (`planned_shape`).
+
     Args:
         source: Which.
         dtype: Element type that a conversion would get; a pack has its own.
@@ -184,18 +208,44 @@ def read_shape(
     found = find_units(model, dtype_bytes=bytes_per_element(dtype))
     if quantize is not None and quantize not in QUANTIZERS:
         raise ConfigError(f"quantize is {quantize!r}: one of {', '.join(QUANTIZERS)} expected")
-    units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize))
+    kept = {} if quantize else stated_encodings(found, getattr(config, "quantization_config", None))
+    units = choose_layouts(found, RowWriting(dtype=dtype, quantize=quantize, kept=kept))
     streamed = {name for each in found for name in streamed_names(each)}
-    matrices = _matrices(model, _replaced(found))
     resident = sum(p.numel() for name, p in model.named_parameters() if name not in streamed)
+    resident_bytes = resident * bytes_per_element(dtype)
+    return planned_shape(str(source), config, model, found, units, dtype=dtype, resident_bytes=resident_bytes)
+
+
+def planned_shape(
+    name: str,
+    config: Any,
+    model: PreTrainedModel,
+    found: Sequence[FoundUnit],
+    units: tuple[Unit, ...],
+    *,
+    dtype: str,
+    resident_bytes: int,
+) -> ModelShape:
+    """Return the shape of a pack that is still to be made.
+
+    Args:
+        name: Of the source, as it was given.
+        config: Its config.
+        model: Its model, on the meta device.
+        found: What of it is streamed.
+        units: The same, as units.
+        dtype: Element type of what is resident.
+        resident_bytes: Bytes of that.
+    """
+    matrices = _matrices(model, _replaced(found))
     return ModelShape(
-        name=str(source),
+        name=name,
         model_type=config.model_type,
         activation=_activation(found),
         config=config,
         dtype=dtype,
         units=units,
-        resident_bytes=resident * bytes_per_element(dtype),
+        resident_bytes=resident_bytes,
         matrix_bytes=_matrix_bytes(matrices, units, dtype),
         matrix_weights=sum(weight.numel() for weight in matrices),
         num_matrices=len(matrices),
@@ -218,7 +268,7 @@ def _matrix_bytes(matrices: list[torch.Tensor], units: tuple[Unit, ...], dtype: 
     element_bytes = bytes_per_element(dtype)
     linears = [unit.layout for unit in of_kind(units, "linear")]
     others = sum(weight.numel() for weight in matrices) - sum(layout.num_weights for layout in linears)
-    return others * element_bytes + sum(layout.num_rows * layout.row_bytes for layout in linears)
+    return others * element_bytes + sum(layout.weight_bytes for layout in linears)
 
 
 def _num_layers(config: Any) -> int:
@@ -281,7 +331,8 @@ def shape_of_model(
 def _pack_sparsity(pack: Path, manifest: Manifest) -> SparseShape | None:
     """Return what the pack's calibration says; None without one that can be used."""
     try:
-        sparsity = read_sparsity(pack, manifest) if manifest.ffns else None
+        has_some = manifest.ffns and has_rows(entry.unit for entry in manifest.ffns)
+        sparsity = read_sparsity(pack, manifest) if has_some else None
     except PackError:
         return None
     if sparsity is None or not sparsity.has_predictors:

@@ -80,6 +80,26 @@ class ProductRates(Strict):
     gemm_gflop_per_s: Positive
 
 
+class EncodedRates(Strict):
+    """How fast weights of one encoding that is not plain are multiplied with, as a checkpoint's own groups; encoded bytes.
+
+    Attributes:
+        encoding: Its name.
+        is_int8: Whether the one token is rounded to 8 bits.
+        matrix_gb_per_s: One token, whole matrices, or the gate or up part of a block: rows of hidden_size elements.
+        down_gb_per_s: One token, the down part of a block: rows of its neurons.
+        expert_gb_per_s: One token, groups of experts.
+        gemm_gflop_per_s: 128 tokens, the way that the engine multiplies.
+    """
+
+    encoding: str
+    is_int8: bool = False
+    matrix_gb_per_s: Positive
+    down_gb_per_s: Positive
+    expert_gb_per_s: Positive
+    gemm_gflop_per_s: Positive
+
+
 class DeviceProfile(Strict):
     """A machine and one of its devices.
 
@@ -96,6 +116,7 @@ class DeviceProfile(Strict):
         memory_read_gb_per_s: A sum over memory, all threads.
         first_touch_gb_per_s: Filling fresh anonymous memory.
         products: By dtype.
+        encoded: By encoding; none in profiles of before there were some.
         read_share, compute_share: What of each is left while both run.
         block_overhead_s: Multiplying with a run of blocks of next to no weights: calls from Python.
         token_overhead_s: A token's time in transformers outside the layers, without weights worth the name.
@@ -121,6 +142,7 @@ class DeviceProfile(Strict):
     memory_read_gb_per_s: Positive
     first_touch_gb_per_s: Positive
     products: tuple[ProductRates, ...]
+    encoded: tuple[EncodedRates, ...] = ()
     read_share: Share
     compute_share: Share
     block_overhead_s: Annotated[float, Field(ge=0)]

@@ -247,7 +247,9 @@ def _profile(folder: Path) -> Iterator[Finding]:
     else:
         reads = f"{profile.reads_per_s_at_saturation:,.0f} reads a second"
         fact = f"{profile.stream_gb_per_s:.2f} GB/s sequential, {reads}, {profile.date}"
-        yield Finding(what="profile", level="ok", fact=fact)
+        is_old = not profile.encoded
+        advice = "run `flashlm probe` again: plans of quantised models go by what this one did not measure"
+        yield Finding(what="profile", level="warn" if is_old else "ok", fact=fact, advice=advice if is_old else "")
 
 
 def _versions() -> Iterator[Finding]:

@@ -20,9 +20,10 @@ from flashlm.probe.compute import (
 from flashlm.probe.device_profile import DeviceProfile, device_id, profile_path, save_profile
 from flashlm.probe.experts import expert_overheads_s
 from flashlm.probe.file import choose_bytes, probe_file
-from flashlm.probe.products import DTYPES, product_rates
+from flashlm.probe.products import DTYPES, encoded_rates, product_rates
 from flashlm.probe.reads import ReadProbe
 from flashlm.probe.sparse import manage_row_s, sparse_layer_overhead_s
+from flashlm.rows.encodings import ENCODINGS
 from flashlm.storage.reader import Reader
 
 DEFAULT_FILE_BYTES = 2 << 30
@@ -89,6 +90,9 @@ def probe(
         memory_read_gb_per_s=memory,
         first_touch_gb_per_s=touch,
         products=tuple(product_rates(dtype) for dtype in DTYPES),
+        encoded=tuple(
+            encoded_rates(each, int8=int8) for each in ENCODINGS.values() if not each.is_plain for int8 in (False, True)
+        ),
         read_share=read_share,
         compute_share=compute_share,
         block_overhead_s=block_overhead_s(),
@@ -132,6 +136,14 @@ def profile_rows(profile: DeviceProfile) -> list[tuple[str, str]]:
                 f"one token {each.matrix_gb_per_s:.1f} GB/s (rows in blocks, up {each.block_up_gb_per_s:.1f} and down"
                 f" {each.block_down_gb_per_s:.1f}; scattered {each.row_up_gb_per_s:.1f} and {each.row_down_gb_per_s:.1f};"
                 f" predictors {each.predictor_gb_per_s:.1f}); 128 tokens {each.gemm_gflop_per_s:.0f} GFLOP/s",
+            )
+        )
+    for coded in profile.encoded:
+        rows.append(
+            (
+                f"products, {coded.encoding}{', int8' if coded.is_int8 else ''}",
+                f"one token {coded.matrix_gb_per_s:.1f} GB/s (down in blocks {coded.down_gb_per_s:.1f}, experts"
+                f" {coded.expert_gb_per_s:.1f}); 128 tokens {coded.gemm_gflop_per_s:.0f} GFLOP/s",
             )
         )
     rows += [

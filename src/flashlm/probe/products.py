@@ -1,4 +1,7 @@
-"""How fast weights are multiplied with, per dtype: matrices, rows in blocks, scattered rows, predictors, prompts."""
+"""How fast weights are multiplied with, per dtype: matrices, rows in blocks, scattered rows, predictors, prompts.
+
+Per encoding that is not plain: matrices, the parts of blocks, experts, prompts.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,15 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from flashlm.probe.device_profile import ProductRates
+from flashlm.probe.device_profile import EncodedRates, ProductRates
 from flashlm.probe.timing import median_s
 from flashlm.rows import kernels
+from flashlm.rows.encodings import Encoding
+from flashlm.rows.layout import GATED, LayerLayout, same_encoding
+from flashlm.rows.neurons import accumulate_blocks, neurons_at, operand, project_blocks
 from flashlm.sparsity.calibration_document import PredictorEntry
 from flashlm.sparsity.predictor import Predictor
+from flashlm.storage.slab import SlabAllocator
 
 HIDDEN, BLOCK_ROWS, NUM_BLOCKS, PARTS = 4096, 256, 48, 2  # 200 MB in 16 bits: far beyond any cache
 RANK, PREDICTED_ROWS, NUM_PREDICTORS = 128, 16384, 16
@@ -22,6 +29,9 @@ EXPERT_HIDDEN, EXPERT_ROWS, EXPERT_PARTS, EXPERTS_TOGETHER = (
     4,
 )  # shorter parts of rows than dense models'
 GEMM_TOKENS = 128
+ENCODED_BYTES, ENCODED_ROUNDS = 64 << 20, 3
+DOWN_ROWS = 512  # neurons of a block of 4 MiB in 4 bits, at HIDDEN
+ANY_BYTE = 0x2D  # as every byte of a group: no scale that it makes is infinite, or so small that products are subnormal
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -173,3 +183,81 @@ def _gemm(dtype: str, weights: torch.Tensor) -> Callable[[], object]:
         F.linear(tokens, wide)
 
     return widened
+
+
+@torch.no_grad()
+def encoded_rates(encoding: Encoding, *, int8: bool) -> EncodedRates:
+    """Measure the products of decode and prefill with weights of an encoding that is not plain, as the engine makes them."""
+    memory = torch.full((ENCODED_BYTES,), ANY_BYTE, dtype=torch.uint8)
+    with kernels.one_torch_thread():
+        matrix_s, matrix_bytes = _encoded_matrices(memory, encoding, HIDDEN, HIDDEN, int8=int8)
+        down_s, down_bytes = _encoded_matrices(memory, encoding, HIDDEN, DOWN_ROWS, int8=int8)
+        expert_s, expert_bytes = _encoded_experts(encoding, int8=int8)
+    block = _encoded(memory, encoding, 0, BLOCK_ROWS, HIDDEN)
+    wide, tokens = torch.empty(BLOCK_ROWS, HIDDEN), torch.randn(GEMM_TOKENS, HIDDEN)
+
+    def multiply() -> None:
+        kernels.widen(block, 0, wide)
+        F.linear(tokens, wide)
+
+    gemm_s = median_s(multiply)
+    return EncodedRates(
+        encoding=encoding.name,
+        is_int8=int8,
+        matrix_gb_per_s=matrix_bytes / matrix_s / 1e9,
+        down_gb_per_s=down_bytes / down_s / 1e9,
+        expert_gb_per_s=expert_bytes / expert_s / 1e9,
+        gemm_gflop_per_s=2 * GEMM_TOKENS * BLOCK_ROWS * HIDDEN / gemm_s / 1e9,
+    )
+
+
+def _encoded(memory: torch.Tensor, encoding: Encoding, number: int, num_rows: int, width: int) -> kernels.RowBlock:
+    """Return the matrix of a shape that lies behind `number` others."""
+    row_bytes = encoding.bytes_of(width)
+    row_format = kernels.RowFormat.alike(row_bytes, width, encoding.code, 1)
+    start = number * num_rows * row_bytes
+    return kernels.RowBlock(
+        memory[start : start + num_rows * row_bytes].view(num_rows, row_bytes), num_rows, row_format
+    )
+
+
+def _encoded_matrices(
+    memory: torch.Tensor, encoding: Encoding, num_rows: int, width: int, *, int8: bool
+) -> tuple[float, int]:
+    """Return the time of products with as many matrices as the memory holds, and their bytes."""
+    num_bytes = num_rows * encoding.bytes_of(width)
+    matrices = [_encoded(memory, encoding, index, num_rows, width) for index in range(len(memory) // num_bytes)]
+    token, out = torch.ones(1, width), torch.empty(1, num_rows)
+
+    def multiply() -> None:
+        for matrix in matrices:
+            kernels.project(operand(token, [encoding.name], int8=int8), matrix, 0, out)
+
+    return median_s(multiply, ENCODED_ROUNDS), len(matrices) * num_bytes
+
+
+def _encoded_experts(encoding: Encoding, *, int8: bool) -> tuple[float, int]:
+    """Return the time of products with experts of as many bytes, some together, and their bytes."""
+    layout = LayerLayout(
+        hidden_size=EXPERT_HIDDEN,
+        num_rows=EXPERT_ROWS,
+        parts=GATED,
+        encodings=same_encoding(encoding.name, GATED),
+        block_rows=EXPERT_ROWS,
+        arrangement="block",
+    )
+    count = ENCODED_BYTES // layout.block_stride_bytes // EXPERTS_TOGETHER * EXPERTS_TOGETHER
+    slab = SlabAllocator().slab(layout.block_stride_bytes, count)
+    slab.slot(0).numpy(count * layout.block_stride_bytes).fill(ANY_BYTE)
+    experts = [neurons_at(layout, slab.slot(index), EXPERT_ROWS, int8=int8) for index in range(count)]
+    token, hidden = torch.ones(1, EXPERT_HIDDEN), torch.empty(EXPERTS_TOGETHER, EXPERT_ROWS)
+
+    def multiply() -> None:
+        for start in range(0, count, EXPERTS_TOGETHER):
+            group, x = experts[start : start + EXPERTS_TOGETHER], operand(token, [encoding.name], int8=int8)
+            for part in range(EXPERT_PARTS - 1):
+                project_blocks(x, group, part, hidden)
+            hidden.fill_(1.0)
+            accumulate_blocks(hidden, group, torch.zeros(len(group), EXPERT_HIDDEN))
+
+    return median_s(multiply, ENCODED_ROUNDS), count * layout.weight_bytes

@@ -16,14 +16,15 @@ from typing import Literal, TypeVar
 import torch
 
 from flashlm import _native
-from flashlm._native import RowBlock, RowFormat, SlotRef
-from flashlm.rows.layout import LayerLayout
+from flashlm._native import QuantizedTokens, RowBlock, RowFormat, SlotRef
+from flashlm.rows.layout import BlockPart, LayerLayout
 
 __all__ = [
     "MAX_TOKENS",
     "WIDEN_PIECE_BYTES",
     "GroupTable",
     "ProductTable",
+    "QuantizedTokens",
     "RowBlock",
     "RowFormat",
     "SlotRef",
@@ -36,8 +37,10 @@ __all__ = [
     "matrix_rows",
     "on_one_torch_thread",
     "one_torch_thread",
+    "part_at",
     "project",
     "project_blocks",
+    "quantize_tokens",
     "rows_at",
     "widen",
 ]
@@ -115,6 +118,19 @@ def rows_at(layout: LayerLayout, place: SlotRef, num_rows: int, slots: torch.Ten
     return RowBlock(place, num_rows, layout.format, slots)
 
 
+def part_at(part: BlockPart, block: SlotRef) -> RowBlock:
+    """Return a part, or a piece of one, of a block that lies in a slab, as rows of one part.
+
+    Args:
+        part: Where it lies in the block.
+        block: Where the block begins.
+
+    Raises:
+        ConfigError: A row ends beyond the memory.
+    """
+    return RowBlock(block.at(part.offset_bytes), part.num_rows, part.format, None)
+
+
 def matrix_rows(matrix: torch.Tensor, *, num_parts: int = 1, slots: torch.Tensor | None = None) -> RowBlock:
     """Return the rows of a matrix in memory, which the block keeps.
 
@@ -129,13 +145,30 @@ def matrix_rows(matrix: torch.Tensor, *, num_parts: int = 1, slots: torch.Tensor
     return _native.matrix_rows(matrix, num_parts, slots)
 
 
-def project(x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+def quantize_tokens(x: torch.Tensor) -> QuantizedTokens:
+    """Return tokens in 8 bits for `project`: each 32 elements are multiples, -127 to 127, of a scale of their own.
+
+    Products with rows of small integers are then made in integers, several times faster; with others of `x` as it is, which
+    is kept.
+
+    Args:
+        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens, whole groups of 32 elements.
+
+    Raises:
+        ConfigError: A shape, dtype, layout or device is not as stated.
+    """
+    return QuantizedTokens(x)
+
+
+def project(
+    x: torch.Tensor | QuantizedTokens, rows: RowBlock, part: int, out: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
     """Write out[t, r] = x[t] · row[r].part (+ bias[r]).
 
     Reads the part of every row once, whatever the number of tokens.
 
     Args:
-        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens.
+        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens. Or the same in 8 bits.
         rows: The rows.
         part: Index of the part within a row.
         out: fp32 (num_tokens, num_rows), any token stride.
@@ -144,7 +177,10 @@ def project(x: torch.Tensor, rows: RowBlock, part: int, out: torch.Tensor, bias:
     Raises:
         ConfigError: A shape, dtype, layout or device is not as stated.
     """
-    _native.project(x, rows, part, out, bias)
+    if isinstance(x, QuantizedTokens):
+        x.project(rows, part, out, bias)
+    else:
+        _native.project(x, rows, part, out, bias)
 
 
 def accumulate(h: torch.Tensor, rows: RowBlock, y: torch.Tensor) -> None:
@@ -196,7 +232,7 @@ def project_blocks(
     """Write out[b, r] = x · row[r].part (+ bias[r]) for several blocks in one job, with the bits that `project` gives.
 
     Args:
-        x: fp32 (1, width), contiguous.
+        x: fp32 (1, width), contiguous, for all; or (number of blocks, width), x[b] for each.
         blocks: Of one encoding and shape, and without slots.
         part: Index of the part within a row.
         out: fp32 (number of blocks, num_rows), contiguous.

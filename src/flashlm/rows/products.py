@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from flashlm.rows import kernels
 from flashlm.rows.kernels import choose_strategy
-from flashlm.rows.layout import LayerLayout
+from flashlm.rows.layout import BlockPart, LayerLayout
 
 
 class BlockGemm:
@@ -35,25 +35,52 @@ class BlockGemm:
         return tokens.to(self._compute_dtype).contiguous()
 
     def parts(
-        self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int
+        self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int, neurons: range | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Return the block's gate (or None), up and down parts, each (num_rows, hidden_size), as views or widened."""
-        views = (
-            self._widened(layout, place, num_rows)
-            if self.dtype is None
-            else _views(layout, place, num_rows, self.dtype)
-        )
+        """Return the parts of a block, or of some of its neurons: gate (or None), up and down.
+
+        Args:
+            layout: The layer's geometry.
+            place: Where the block begins.
+            num_rows: Its rows.
+            neurons: Which of these; None: all.
+
+        Returns:
+            Each (neurons, hidden_size), as views or widened; valid until the next call.
+        """
+        neurons = range(num_rows) if neurons is None else neurons
+        if layout.is_by_block:
+            views = self._whole_parts([part.piece(neurons) for part in layout.block_parts(num_rows)], place)
+        else:
+            first = place.at(neurons.start * layout.row_stride_bytes)
+            if self.dtype is None:
+                views = self._widened(layout, first, len(neurons))
+            else:
+                views = _views(layout, first, len(neurons), self.dtype)
         return (views[0] if layout.has_gate else None), views[-2], views[-1]
 
+    def _take_scratch(self, num_elements: int) -> torch.Tensor:
+        if self._scratch.numel() < num_elements:
+            self._scratch = torch.empty(num_elements, dtype=torch.float32)
+        return self._scratch[:num_elements]
+
     def _widened(self, layout: LayerLayout, place: kernels.SlotRef, num_rows: int) -> list[torch.Tensor]:
-        needed = layout.num_parts * num_rows * layout.hidden_size
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed, dtype=torch.float32)
-        parts = self._scratch[:needed].view(layout.num_parts, num_rows, layout.hidden_size)
+        parts = self._take_scratch(layout.num_parts * num_rows * layout.hidden_size)
+        parts = parts.view(layout.num_parts, num_rows, layout.hidden_size)
         rows = kernels.rows_at(layout, place, num_rows)
         for part in range(layout.num_parts):
             kernels.widen(rows, part, parts[part])
         return list(parts)
+
+    def _whole_parts(self, parts: list[BlockPart], place: kernels.SlotRef) -> list[torch.Tensor]:
+        """Return parts that lie whole, each (neurons, hidden_size): `down` as the transposed view of what lies there."""
+        sizes = [part.num_rows * part.width for part in parts]
+        views = []
+        for part, scratch in zip(parts, torch.split(self._take_scratch(sum(sizes)), sizes), strict=True):
+            view = scratch.view(part.num_rows, part.width)
+            kernels.widen(kernels.part_at(part, place), 0, view)
+            views.append(view.t() if part.part == "down" else view)
+        return views
 
     def project(self, tokens: torch.Tensor, part: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return tokens·partᵀ + bias as fp32 (num_tokens, num_rows)."""

@@ -21,18 +21,22 @@ from flashlm.pack.pack_config import (
 )
 from flashlm.structure import activations
 
+QUANTISED = ("mxfp4", "fp8")
+"""Ways in which a source's weights may be quantised, as transformers calls them."""
+
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the model's config.
+    """Return the config of a source.
 
     Raises:
-        PackError: No config.json, a damaged one, or one of a quantized model or of a pack; or a tokenizer file is none.
+        PackError: No config.json, a damaged one, or one of a pack or of a model that is quantised in another way than
+            `QUANTISED`; or a tokenizer file is none.
         UnsupportedModelError: A model type that this transformers does not know.
     """
     raw = read_config(folder)
     quantized = raw.get("quantization_config")
-    if isinstance(quantized, dict):
-        method = quantized.get("quant_method")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    if quantized is not None and method not in QUANTISED:
         what = "already a flashlm pack" if method == QUANT_METHOD else f"already quantized ({method})"
         raise PackError(f"{folder} is {what}: convert the model it was made from")
     check_counts(raw, folder / CONFIG_NAME)
