@@ -3,6 +3,10 @@
     python benchmarks/dram_curve.py --shape opt-6.7b --caps 3.3GiB,5GiB,7GiB,9GiB,11GiB,14GiB --work DIR
     python benchmarks/dram_curve.py --shape deepseek-v3-4-layers --caps 2.5GiB,6GiB,12GiB --peer-caps "" --work DIR
 
+With `--gguf q4_0` (or another of `gguf_twin.py`) the source is a quantised GGUF file, the same one for both systems:
+
+    python benchmarks/dram_curve.py --shape llama-2-7b --gguf q4_0 --caps 2.5GiB,6GiB --peer-caps 2.5GiB,6GiB --work DIR
+
 Every point is a process of its own whose memory, page cache included, the kernel caps; `dram` is the cap. Before and after
 each point the device's sequential rate is measured over the pack's files, which is what a point's reading is held against:
 the floor is streamed bytes over that rate. flashlm's logits must be the same at every cap. Weights are random and so are
@@ -22,7 +26,21 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from hybrid import HERE, Run, check_space, child, clean, convert, log, make_checkpoint, make_gguf, start, system_spec
+from hybrid import (
+    HERE,
+    Run,
+    check_space,
+    child,
+    clean,
+    convert,
+    convert_to,
+    gguf_path,
+    log,
+    make_checkpoint,
+    make_gguf,
+    start,
+    system_spec,
+)
 from machine import describe_block_device, describe_commit, describe_machine, today
 from shapes import SHAPES
 
@@ -42,6 +60,8 @@ def measure_point(run: Run, system: str, cap_bytes: int) -> Record:
     measured = system_spec(capped, system)
     if system == "hybrid":
         measured |= {"mode": "auto"}  # without a calibration hybrid, of a mixture experts
+        if run.args.activations:
+            measured |= {"activations": run.args.activations}
     record = child(run, name, measured, cap_bytes=cap_bytes, drop=True)
     after = child(run, f"{name}-after", spec, drop=True)
     rates = [rate for each in (before, after) for rate in _reader_rates(each["result"])]
@@ -61,6 +81,8 @@ def measure_point(run: Run, system: str, cap_bytes: int) -> Record:
     if system == "hybrid" and logits.exists():
         point["logits_xxh3"] = xxhash.xxh3_64_hexdigest(np.load(logits).tobytes())
     if samples:
+        prompts = record["result"].get("prefill", [])
+        point["prompt_s_all"] = [sample["wall_s"] for sample in prompts]
         point["s_per_token"] = statistics.median(sample["wall_s"] for sample in samples)
         point["read_bytes_per_token"] = statistics.median(sample["disk_read_bytes"] for sample in samples)
         floor_s = point["read_bytes_per_token"] / 1e9 / point["device_gb_per_s"]
@@ -117,6 +139,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="opt-6.7b", help="model shape (default: %(default)s)")
     add("--caps", type=sizes, default=sizes("3.3GiB,5GiB,7GiB,9GiB,11GiB,14GiB"), help="comma-separated")
     add("--peer-caps", type=sizes, default=sizes("3.3GiB,7GiB,14GiB"), help="of llama.cpp")
+    add("--gguf", default="", help="quantised type of the source: q4_0, q8_0 (default: 16 bits in safetensors)")
+    add("--activations", default="", help="of flashlm: int8 computes with tokens in 8 bits (default: exact)")
+    add("--prefill-tokens", type=int, default=32, help="tokens of a timed prompt (default: %(default)s)")
+    add("--prefills", type=int, default=0, help="timed prompts of each point (default: none)")
     add("--work", type=Path, required=True, help="folder for everything it writes (40 GB for 7 B parameters)")
     add("--keep", action="store_true", help="leave checkpoint, pack, GGUF and records in the work folder at the end")
     add("--clean", action="store_true", help="only remove what an earlier run left in the work folder")
@@ -131,14 +157,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "cap": "7GiB",
         "context": 256,
         "prompt_tokens": 16,
-        "prefill_tokens": 32,
-        "prefills": 0,
-        "peer_prefills": 0,
+        "peer_prefills": args.prefills,
+        "gguf_dtype": args.gguf or "float16",
     }
-    fixed |= {
-        "gguf_dtype": "float16",
-        "steps": ["checkpoint", "gguf", "convert"] if args.peer_caps else ["checkpoint", "convert"],
-    }
+    sources = ["gguf"] if args.gguf else ["checkpoint", "gguf"] if args.peer_caps else ["checkpoint"]
+    fixed |= {"steps": [*sources, "convert"]}
+    if args.prefills:
+        fixed |= {"context": max(256, args.prefill_tokens + 64)}
     return argparse.Namespace(**vars(args), **fixed)
 
 
@@ -150,10 +175,15 @@ def main() -> None:
         return
     run = start(args)
     check_space(run)
-    make_checkpoint(run)
-    convert(run)
-    if args.peer_caps:
+    if args.gguf:
         make_gguf(run)
+        convert_to(run, "convert", gguf_path(run), run.path("pack"))
+        run = replace(run, weight_bytes=gguf_path(run).stat().st_size)
+    else:
+        make_checkpoint(run)
+        convert(run)
+        if args.peer_caps:
+            make_gguf(run)
     wanted = [("hybrid", cap) for cap in args.caps] + [("llama.cpp", cap) for cap in args.peer_caps]
     points = []
     for system, cap_bytes in wanted:
@@ -166,15 +196,18 @@ def main() -> None:
         **describe_commit(HERE.parent),
         "machine": describe_machine() | {"block_device": describe_block_device(run.folder)},
         "simulated": "random weights (one pool of normals, std 0.02, cut at different offsets); random token ids",
+        "source": f"GGUF in {args.gguf}, the same file for both systems" if args.gguf else "safetensors in bfloat16",
+        "activations": args.activations or "exact",
+        "prefill_tokens": args.prefill_tokens,
         "cache_state": "page cache dropped before every process",
         "weight_bytes": run.weight_bytes,
         "logits_are_the_same": len({point["logits_xxh3"] for point in points if "logits_xxh3" in point}) == 1,
         "points": points,
     }
-    name = f"dram-curve-{args.shape}"
+    name = "-".join(filter(None, ("dram-curve", args.shape, args.gguf, args.activations)))
     text = json.dumps(whole, indent=1).replace(str(run.folder), "WORK").replace(str(args.work), "WORK")
     (args.results / f"{name}.json").write_text(text + "\n")
-    title = f"{args.shape}, 16 bits, {run.weight_bytes / 1e9:.1f} GB of random weights"
+    title = f"{args.shape}, {args.gguf or '16 bits'}, {run.weight_bytes / 1e9:.1f} GB of random weights"
     plot(points, title, args.results / f"{name}.png")
     if not args.keep:
         clean(run.folder)

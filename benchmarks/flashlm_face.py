@@ -11,11 +11,11 @@ from typing import Any
 from torch_runner import Spec, TorchRunner
 
 
-def convert_checkpoint(source: Path, pack: Path, dtype: str) -> None:
-    """Convert a checkpoint to a pack."""
+def convert_checkpoint(source: Path, pack: Path, dtype: str | None) -> None:
+    """Convert a checkpoint to a pack; None takes the dtype that suits the source."""
     from flashlm.conversion.convert import convert
 
-    convert(source, pack, dtype=dtype)
+    convert(source, pack, **({} if dtype is None else {"dtype": dtype}))
 
 
 def layer_files(pack: Path) -> list[Path]:
@@ -41,7 +41,8 @@ def load(spec: Spec) -> FlashRunner:
 
     import flashlm
 
-    model = flashlm.load(spec["pack"], dram=spec["dram_bytes"], mode=spec["mode"], context=spec["context"])
+    options = {"activations": spec["activations"]} if "activations" in spec else {}
+    model = flashlm.load(spec["pack"], dram=spec["dram_bytes"], mode=spec["mode"], context=spec["context"], **options)
     flash = model.flash
     placement = flash.placement
     facts = {

@@ -1,27 +1,42 @@
-"""A GGUF file with the matrices of a transformers config, in 16 bits, for llama.cpp.
+"""A GGUF file with the matrices of a transformers config, in 16 bits or quantised, for llama.cpp.
 
 llama.cpp knows Llama; it does not know OPT. GPT-2 stands in for it: learned positions, LayerNorm, biases everywhere, an
 ungated FFN of two matrices, the output tied to the embedding, so that every matrix is there once with the same size.
-Only the activation differs (GELU for ReLU), which is no work to speak of. Weights are random, written tensor by tensor.
+Only the activation differs (GELU for ReLU), which is no work to speak of. Weights are random, written tensor by tensor;
+quantised ones are cut from one pool of blocks that `gguf` has quantised from normals.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 import torch
-from random_weights import RandomPool, as_bytes, embedding_scale
+from random_weights import EMBEDDINGS, STD, RandomPool, as_bytes, embedding_scale
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 STAND_INS = {"opt": "gpt2", "llama": "llama", "olmoe": "olmoe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
-GGUF_TYPES = {torch.float16: gguf.GGMLQuantizationType.F16, torch.bfloat16: gguf.GGMLQuantizationType.BF16}
-FILE_TYPES = {torch.float16: gguf.LlamaFileType.MOSTLY_F16, torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}
+GGUF_TYPES = {
+    "float16": gguf.GGMLQuantizationType.F16,
+    "bfloat16": gguf.GGMLQuantizationType.BF16,
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+}
+FILE_TYPES = {
+    "float16": gguf.LlamaFileType.MOSTLY_F16,
+    "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+POOL_BLOCKS = (
+    1 << 19
+)  # of 32 values; odd once one is left out, so that a wrapped tensor's rows do not repeat each other
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -117,7 +132,7 @@ SHAPES_OF = {
 }
 
 
-def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig, dtype: torch.dtype) -> None:
+def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig, dtype: str) -> None:
     writer.add_name("random weights")
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_block_count(config.num_hidden_layers)
@@ -165,35 +180,66 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     writer.add_unk_token_id(0)
 
 
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+def _is_matrix(name: str, shape: tuple[int, ...], dtype: str) -> bool:
+    if dtype not in ("float16", "bfloat16") and "ffn_gate_inp" in name:
+        return False  # a router is never quantised
     return name.endswith(".weight") and len(shape) > 1  # biases of experts are vectors, side by side
 
 
-def write_gguf(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = torch.float16) -> int:
+class EncodedPool:
+    """Random blocks of an encoding, from which matrices of any size are cut."""
+
+    def __init__(self, kind: gguf.GGMLQuantizationType, *, embedding_scale: int = 1) -> None:
+        values = np.random.default_rng(0).standard_normal((POOL_BLOCKS - 1, 32), dtype=np.float32) * np.float32(STD)
+        self._blocks = {scale: gguf.quants.quantize(values * np.float32(scale), kind) for scale in {1, embedding_scale}}
+        self._embedding_scale = embedding_scale
+
+    def write(self, writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...]) -> None:
+        """Write the matrix `name` piece by piece."""
+        blocks = self._blocks[self._embedding_scale if name in EMBEDDINGS else 1]
+        start = zlib.crc32(name.encode()) % len(blocks)
+        indices = np.arange(start, start + math.prod(shape) // 32) % len(blocks)
+        writer.write_tensor_data(blocks[indices].reshape(-1))
+
+
+def matrix_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Return the bytes of a matrix in a file of `dtype`."""
+    elements, size = gguf.GGML_QUANT_SIZES[GGUF_TYPES[dtype]]
+    return math.prod(shape) // elements * size
+
+
+def write_gguf(path: Path, config: PretrainedConfig, *, dtype: str = "float16") -> int:
     """Write the twin of `config` and return its bytes; a file that is there is complete and stays.
 
-    Matrices are in `dtype`, vectors in float32, as llama.cpp wants them.
+    Matrices are in `dtype` (a key of `GGUF_TYPES`), vectors in float32, as llama.cpp wants them.
     """
     if path.exists():
         return path.stat().st_size
     architecture = STAND_INS[config.model_type]
     shapes = SHAPES_OF[architecture](config)
-    pool = RandomPool(dtype, embedding_scale=embedding_scale(config))
+    is_plain = dtype in ("float16", "bfloat16")
+    pool = RandomPool(getattr(torch, dtype) if is_plain else torch.float32, embedding_scale=embedding_scale(config))
+    encoded = None if is_plain else EncodedPool(GGUF_TYPES[dtype], embedding_scale=embedding_scale(config))
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, architecture)
     _add_settings(writer, config, dtype)
     _add_tokenizer(writer, config.vocab_size)
     for name, shape in shapes.items():
-        is_matrix = _is_matrix(name, shape)
-        size = math.prod(shape) * (2 if is_matrix else 4)
+        is_matrix = _is_matrix(name, shape, dtype)
+        size = matrix_bytes(shape, dtype) if is_matrix else math.prod(shape) * 4
         kind = GGUF_TYPES[dtype] if is_matrix else gguf.GGMLQuantizationType.F32
-        writer.add_tensor_info(name, shape, np.dtype(np.float16 if is_matrix else np.float32), size, raw_dtype=kind)
+        stored = gguf.quant_shape_to_byte_shape(shape, kind) if is_matrix and encoded else shape
+        element = np.float32 if not is_matrix else np.uint8 if encoded else np.float16
+        writer.add_tensor_info(name, stored, np.dtype(element), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, shape in shapes.items():
+        is_matrix = _is_matrix(name, shape, dtype)
+        if is_matrix and encoded is not None:
+            encoded.write(writer, name, shape)
+            continue
         tensor = pool.tensor(name, shape)
-        is_matrix = _is_matrix(name, shape)
         writer.write_tensor_data(as_bytes(tensor if is_matrix else tensor.float()))
     writer.close()
     partial.rename(path)

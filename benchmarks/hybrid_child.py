@@ -190,18 +190,18 @@ def convert(spec: Spec, recorder: Recorder) -> None:
     from flashlm_face import convert_checkpoint
 
     start_s = time.perf_counter()
-    convert_checkpoint(Path(spec["checkpoint"]), Path(spec["pack"]), spec["dtype"])
+    dtype = None if spec["checkpoint"].endswith(".gguf") else spec["dtype"]  # a GGUF file has its own
+    convert_checkpoint(Path(spec["checkpoint"]), Path(spec["pack"]), dtype)
     recorder.note(wall_s=time.perf_counter() - start_s, finished=True)
 
 
 def write_twin(spec: Spec, recorder: Recorder) -> None:
     """Write the GGUF of a shape."""
-    import torch
     from gguf_twin import STAND_INS, write_gguf
     from shapes import config_of
 
     config = config_of(spec["shape"])
-    size = write_gguf(Path(spec["gguf"]), config, dtype=getattr(torch, spec["dtype"]))
+    size = write_gguf(Path(spec["gguf"]), config, dtype=spec["dtype"])
     recorder.note(bytes=size, architecture=STAND_INS[config.model_type], dtype=spec["dtype"], finished=True)
 
 
