@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from experts import read_ahead
 from hybrid import (
     HERE,
     Run,
@@ -62,7 +63,13 @@ def measure_point(run: Run, system: str, cap_bytes: int) -> Record:
         measured |= {"mode": "auto"}  # without a calibration hybrid, of a mixture experts
         if run.args.activations:
             measured |= {"activations": run.args.activations}
-    record = child(run, name, measured, cap_bytes=cap_bytes, drop=True)
+    if system == "llama.cpp" and run.args.gguf:
+        measured |= {"repacks": cap_bytes > 2 * run.weight_bytes}  # a second copy, where there is room for it
+        measured |= {
+            "num_prefills": measured["num_prefills"] if measured["repacks"] else 0
+        }  # under the cap it takes hours
+    with read_ahead(run.folder, run.args.read_ahead if system == "llama.cpp" else None):
+        record = child(run, name, measured, cap_bytes=cap_bytes, drop=True)
     after = child(run, f"{name}-after", spec, drop=True)
     rates = [rate for each in (before, after) for rate in _reader_rates(each["result"])]
     samples = record["result"].get("decode", [])[1:]  # the first one fills caches
@@ -139,6 +146,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shape", choices=SHAPES, default="opt-6.7b", help="model shape (default: %(default)s)")
     add("--caps", type=sizes, default=sizes("3.3GiB,5GiB,7GiB,9GiB,11GiB,14GiB"), help="comma-separated")
     add("--peer-caps", type=sizes, default=sizes("3.3GiB,7GiB,14GiB"), help="of llama.cpp")
+    add("--read-ahead", type=int, help="KiB that the device reads ahead for llama.cpp (default: as it is set)")
     add("--gguf", default="", help="quantised type of the source: q4_0, q8_0 (default: 16 bits in safetensors)")
     add("--activations", default="", help="of flashlm: int8 computes with tokens in 8 bits (default: exact)")
     add("--prefill-tokens", type=int, default=32, help="tokens of a timed prompt (default: %(default)s)")

@@ -74,6 +74,7 @@ class LlamaCppRunner:
             n_threads_batch=spec["num_threads"],
             use_mmap=True,
             use_mlock=False,
+            use_extra_bufts=spec.get("repacks", True),
             logits_all=False,
             verbose=False,
         )
