@@ -57,6 +57,18 @@ def load_accelerate(spec: Spec) -> Runner:
     return TorchRunner(model.eval(), facts)
 
 
+def _keep_from_repacking(api: Any) -> None:
+    """Keep llama.cpp from a second copy of quantised weights in a layout of its own; its Python face has no such setting."""
+    make = api.llama_model_default_params
+
+    def without() -> Any:
+        params = make()
+        params.use_extra_bufts = False
+        return params
+
+    api.llama_model_default_params = without
+
+
 class LlamaCppRunner:
     """llama.cpp through llama-cpp-python, weights memory-mapped."""
 
@@ -65,6 +77,8 @@ class LlamaCppRunner:
             os.environ["OMP_WAIT_POLICY"] = spec["omp_wait_policy"]  # read when the library is loaded
         import llama_cpp
 
+        if not spec.get("repacks", True):
+            _keep_from_repacking(llama_cpp.llama_cpp)
         self.api = llama_cpp
         self.llama = llama_cpp.Llama(
             model_path=spec["gguf"],
@@ -74,7 +88,6 @@ class LlamaCppRunner:
             n_threads_batch=spec["num_threads"],
             use_mmap=True,
             use_mlock=False,
-            use_extra_bufts=spec.get("repacks", True),
             logits_all=False,
             verbose=False,
         )
