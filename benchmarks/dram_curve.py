@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def plot(points: list[Record], title: str, path: Path) -> None:
         gib = [point["cap_bytes"] / 2**30 for point in drawn]
         (line,) = axes.plot(gib, [point["s_per_token"] for point in drawn], marker="o", label=system)
         if system == "hybrid":
-            floors = [point["floor_s"] for point in drawn]
+            floors = [point["floor_s"] or math.nan for point in drawn]  # nothing is read: no floor on this axis
             axes.plot(gib, floors, linestyle=":", color=line.get_color(), label="bytes read / device rate (hybrid)")
     axes.set_xlabel("memory of the process, page cache included (GiB)")
     axes.set_ylabel("seconds a token")

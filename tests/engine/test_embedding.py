@@ -56,9 +56,13 @@ def test_rows_are_those_of_the_file(
     with Reader() as reader, patch.object(flash_embedding, "BATCH_BYTES", batch_bytes):
         file = reader.open(path, expected_bytes=layout.file_bytes)
         rows = TableRows(layout, torch.float32, reader, file, 0, BlockCheck(), counters)
-        found = rows.look_up(torch.tensor(ids))
-    assert torch.equal(found, table[ids].float())
-    assert 0 < counters.bytes_read <= layout.file_bytes + 2 * len(set(ids)) * 4096
+        for some in (ids, ids[:3], [*ids[::2], 5, 99], ids):  # rows looked up recently come from memory
+            assert torch.equal(rows.look_up(torch.tensor(some)), table[some].float())
+        assert 0 < counters.bytes_read <= 4 * (layout.file_bytes + 2 * len(set(ids)) * 4096)
+        before = counters.bytes_read
+        rows.look_up(torch.tensor([ids[0]]))
+        rows.look_up(torch.tensor([ids[0]]))
+        assert counters.bytes_read <= before + 2 * 4096
 
 
 def logits(model: nn.Module) -> torch.Tensor:

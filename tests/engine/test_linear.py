@@ -98,7 +98,7 @@ def test_a_token_reads_every_unit_once_and_never_jumps(
     record = model.flash.telemetry.records[-1]
     misses_bytes = record.miss_experts * model.flash.placement.expert_bytes
     row_bytes = record.bytes_read - model.flash.placement.ring_bytes - misses_bytes
-    assert 0 < row_bytes <= 2 * 4096  # of the embeddings, as the device gives it
+    assert row_bytes == 0  # of the embeddings: looked up before
 
 
 def test_dense_layers_and_shared_experts_are_streamed_beside_experts(whole_pack: Make) -> None:

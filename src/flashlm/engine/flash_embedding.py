@@ -3,6 +3,9 @@
 It is the model's own `nn.Embedding` (or a family's class that scales what it looks up), without its weight. A row is some
 kilobytes of a table of up to gigabytes, so the table is the last thing that deserves DRAM. Where the output layer shares it,
 rows come from the output layer's file, or from its pinned blocks.
+
+A read of a row stands in the device's queue behind what is read ahead, up to tens of milliseconds, so rows that were looked
+up recently are kept: text comes back to its words.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from flashlm.engine.forward_pass import counting
 from flashlm.engine.guards import StreamedModule
 from flashlm.engine.standin import StreamedWeight, refuse
 from flashlm.errors import ConfigError, PackError
+from flashlm.memory.needs import recent_bytes
 from flashlm.rows import kernels
 from flashlm.rows.layout import LayerLayout
 from flashlm.storage.reader import File, Reader, ReadRequest
@@ -81,6 +85,9 @@ class TableRows:
         self._check = check
         self._totals = counters
         self._pinned = pinned
+        # A row never changes, and each step on this is one of Python's own: threads and interrupts can do it no harm.
+        self._recent: dict[int, Bytes] = {}
+        self._num_recent = recent_bytes(layout.num_rows * layout.row_bytes) // layout.row_bytes
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """Return rows: (num_ids, hidden_size).
@@ -97,20 +104,41 @@ class TableRows:
             rows = kernels.rows_at(layout, self._pinned, len(ids), ids.to(torch.int32).contiguous())
             return _decoded(rows, layout, self._dtype)
         wanted, where = torch.unique(ids, return_inverse=True)  # ascending
-        content = np.empty((len(wanted), layout.row_bytes), dtype=np.uint8)
-        if self._pinned is not None:
-            held = self._pinned.numpy(layout.file_bytes)
-            for index, start in enumerate(self._offsets(wanted.to(torch.int64).numpy())):
-                content[index] = held[start : start + layout.row_bytes]
-        else:
-            for first, spans in self._batches(wanted.to(torch.int64).numpy()):
-                self._read(first, spans, content)
+        content = self._content(wanted.tolist())
         plain = None if layout.plain is None else layout.plain.dtype
         if plain is not None:
             return torch.from_numpy(content).view(plain).to(self._dtype)[where]
         memory = SlabAllocator().slab(content.nbytes, 1, huge_pages=False).slot(0)
         memory.numpy(content.nbytes)[:] = content.reshape(-1)
         return _decoded(kernels.rows_at(layout, memory, len(wanted)), layout, self._dtype)[where]
+
+    def _content(self, wanted: list[int]) -> Bytes:
+        """Return the bytes of rows, (num_rows, row_bytes): those looked up recently from memory."""
+        content = np.empty((len(wanted), self._layout.row_bytes), dtype=np.uint8)
+        if self._pinned is not None:  # of padded blocks
+            held = self._pinned.numpy(self._layout.file_bytes)
+            for index, start in enumerate(self._offsets(np.array(wanted, dtype=np.int64)).tolist()):
+                content[index] = held[start : start + self._layout.row_bytes]
+            return content
+        missing = []
+        for index, row in enumerate(wanted):
+            kept = self._recent.pop(row, None)
+            if kept is None:
+                missing.append(index)
+                continue
+            content[index] = kept
+            self._recent[row] = kept  # the last one to go now
+        if missing:
+            read = np.empty((len(missing), self._layout.row_bytes), dtype=np.uint8)
+            rows = [wanted[index] for index in missing]
+            for first, spans in self._batches(np.array(rows, dtype=np.int64)):
+                self._read(first, spans, read)
+            content[missing] = read
+            for row, each in zip(rows, read, strict=True):
+                self._recent[row] = each.copy()
+        for row in list(self._recent)[: max(len(self._recent) - self._num_recent, 0)]:
+            self._recent.pop(row, None)
+        return content
 
     def _offsets(self, rows: Numbers) -> Numbers:
         layout = self._layout

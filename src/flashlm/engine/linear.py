@@ -150,6 +150,11 @@ class RowLinear(nn.Linear):
                 f"a pack computes on the CPU, but an input is on {input.device}, a weight on {self.weight.device}"
             )
         way = choose_way(input, self.weight.dtype, widens=self.flash_widens)
+        if (
+            way == "torch"
+        ):  # as one matrix: for sequences that do not lie side by side torch copies the weights for each
+            output = F.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+            return output.view(*input.shape[:-1], self.out_features)
         if way == "rows" and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)
         tokens = prepare(way, input.detach().reshape(-1, self.in_features))

@@ -27,6 +27,7 @@ SLACK_BYTES = 160 << 20
 LIVE_VECTORS_PER_TOKEN = 12
 # Live fp32 vectors of a prompt's tokens in a layer of experts: input, sum, one expert's tokens, its output, and a copy.
 LIVE_EXPERT_VECTORS = 5
+MAX_RECENT_BYTES = 16 << 20  # of embeddings: some 2,000 rows of 8 KiB
 LIVE_ROW_VECTORS = 5  # of one product's rows: gate, up, both joined, the activation, their product
 # Settings with which a family makes a second copy of its logits.
 _LOGIT_SCALINGS = (
@@ -124,6 +125,11 @@ def _layers(text: Any) -> list[Any]:
     return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
 
 
+def recent_bytes(table_bytes: int) -> int:
+    """Return what is kept of a table of embeddings that is read by rows."""
+    return min(MAX_RECENT_BYTES, table_bytes // 8)
+
+
 def writes_scores(config: Any) -> bool:
     """Return whether attention holds all heads' scores: eager does, and sdpa where keys and values differ in width."""
     text = config.get_text_config(decoder=True)
@@ -155,15 +161,19 @@ def measure_needs(
     """
     kv_bytes_per_token = kv_cache_bytes_per_token(config, bytes_per_element(dtype))
     # transformers' dynamic cache grows a layer by copying it: one layer exists twice for a moment.
-    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    text = config.get_text_config(decoder=True)
+    num_layers = text.num_hidden_layers
+    table_bytes = int(text.vocab_size) * int(text.hidden_size) * bytes_per_element(dtype)
     kv_bytes = context * kv_bytes_per_token * (num_layers + 1) // num_layers
     return Needs(
         process_bytes=process_bytes(),
         resident_bytes=resident_bytes,
         kv_cache_bytes=kv_bytes,
-        working_bytes=SLACK_BYTES + working_bytes(pass_facts(config, units, dtype), context),
+        working_bytes=SLACK_BYTES
+        + recent_bytes(table_bytes)
+        + working_bytes(pass_facts(config, units, dtype), context),
         predictor_bytes=predictor_bytes,
-        slack_bytes=SLACK_BYTES,
+        slack_bytes=SLACK_BYTES + recent_bytes(table_bytes),
     )
 
 
