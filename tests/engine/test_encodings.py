@@ -209,12 +209,13 @@ def test_one_unit_may_be_quantised_beside_another(tmp_path: Path) -> None:
     assert torch.equal(*outputs)
 
 
-def test_all_rows_of_mode_sparse_give_hybrid_to_the_bit(q8_pack: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_all_rows_of_mode_sparse_give_hybrid_to_the_bit(activations: str, q8_pack: Make, tmp_path: Path) -> None:
     tiny = q8_pack("opt")
     pack = Path(shutil.copytree(tiny.pack, tmp_path / "pack"))
     write_calibration(pack, predicts_all=True)
-    sparse = flashlm.load(pack, dram="3GiB", mode="sparse", context=160)
-    hybrid = flashlm.load(pack, mode="hybrid", context=160)
+    sparse = flashlm.load(pack, dram="3GiB", mode="sparse", context=160, activations=activations)
+    hybrid = flashlm.load(pack, mode="hybrid", context=160, activations=activations)
     assert sparse.flash.mode == "sparse"
     assert torch.equal(*(torch.stack(greedy(model, prompt(1, 9), 8).logits) for model in (sparse, hybrid)))
     manifest = read_manifest(pack)

@@ -18,7 +18,8 @@ from tests.rows.encoded import GROUPED, reference, tame_groups
 
 EPS = 2.0**-24  # unit roundoff of fp32
 INTEGERS = tuple(name for name in GROUPED if name != "fp8_block")
-QUANTS_START = {"q4_1": 4, "q5_1": 4, "q4_k": 16, "q5_k": 16}  # bytes of a group with an offset that are not its quants
+# Where a group's quants start that are unsigned and have an offset, or are taken for such: in bytes.
+QUANTS_START = {"q4_0": 2, "q4_1": 4, "q5_0": 2, "q5_1": 4, "q4_k": 16, "q5_k": 16}
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

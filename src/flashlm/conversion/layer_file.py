@@ -306,9 +306,11 @@ def _fill_blocks(
             first = begin + placed.offset_bytes
             target = out[first : first + placed.num_bytes].view(placed.num_rows, placed.row_stride_bytes)
             dtype = placed.encoding.dtype
+            if dtype is None and placed.part == "down":
+                target.copy_(part[:, placed.encoding.bytes_of(low) : placed.encoding.bytes_of(low + num_rows)])
+                continue
             if dtype is None:
-                cut = slice(placed.encoding.bytes_of(low), placed.encoding.bytes_of(low + num_rows))
-                target.copy_(part[:, cut] if placed.part == "down" else part[low : low + num_rows])
+                target.copy_(part[low : low + num_rows])
                 continue
             elements = target.view(dtype)
             source = part[:, low : low + num_rows] if placed.part == "down" else part[low : low + num_rows]
