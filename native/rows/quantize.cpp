@@ -85,7 +85,7 @@ void quantize_tokens(const QuantizeTokensArgs& args) {
         float scale = from_bits(static_cast<std::uint32_t>(largest_bits)) / 127.0f;
         float inverse = 1.0f / scale;
         const bool is_finite = static_cast<std::uint32_t>(largest_bits) < INFINITE;
-        if (!is_finite || !std::isfinite(inverse)) {  // zeros, and what is next to nothing
+        if (!is_finite || scale < std::numeric_limits<float>::min()) {  // a subnormal one has no exact inverse: as zeros
             scale = is_finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
             inverse = 0.0f;
         }

@@ -16,7 +16,7 @@ struct QuantizeArgs {
 bool quantize_q8_0(const QuantizeArgs& args);
 
 // fp32 elements to 8 bits, each 32 with a scale of their own: their largest magnitude over 127; to nearest, ties to even.
-// Where one is infinite or NaN the scale is NaN.
+// Where one is infinite or NaN the scale is NaN; where the scale would be subnormal, it is 0.
 struct QuantizeTokensArgs {
     const float* source;          // [num_parts * 32]
     std::size_t num_parts;

@@ -7,6 +7,7 @@
 // - fp32 accumulation, no allocation, no alignment assumed, never a byte read outside the stated parts;
 // - `project`: every output is one dot product in one order, which depends on hidden_size and the instruction set only;
 // - `accumulate`: every y[t, k] takes its rows in ascending order, one multiply-add each, from the y that is stored.
+// - with tokens in 8 bits: 32 products are added up in integers, exactly, then scaled in fp32, parts in ascending order.
 // So neither the cutting into calls, nor the number of threads, nor the number of tokens changes a bit of a result.
 #pragma once
 

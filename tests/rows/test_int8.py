@@ -55,7 +55,7 @@ def test_tokens_are_rounded_to_the_nearest_multiple_of_their_scale(exponents, nu
     tokens = torch.from_numpy(x.reshape(num_tokens, -1))
     found = widened(kernels.quantize_tokens(tokens), tokens).numpy().reshape(x.shape)
     step = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64) / 127
-    bound = np.where(step > 2.0**-126, 0.5001 * step, 127 * step)  # below that a scale has no inverse: they count as 0
+    bound = np.where(step > 2.0**-126, 0.5001 * step, 127.1 * step)  # below that they count as 0
     assert (np.abs(found - x) <= bound).all()
 
 
@@ -114,6 +114,19 @@ def test_threads_batching_and_cuts_change_no_bit(name: str) -> None:
     kernels.project(kernels.quantize_tokens(x), last, 0, out)
     assert all(torch.equal(each, results[0][: len(each)]) for each in results)
     assert torch.equal(out, results[0][:, 60:])
+
+
+@pytest.mark.skipif(not {"avx2", "avx512"} <= set(_native.simd_levels()), reason="needs a processor with both")
+@pytest.mark.parametrize("name", INTEGERS)
+def test_avx512_gives_the_bits_of_avx2(name: str) -> None:
+    random, width = np.random.default_rng(6), 3 * 256
+    block = block_of(name, tame_groups(name, 11 * width // ENCODINGS[name].group_elements, random), 11, width)
+    tokens = kernels.quantize_tokens(torch.from_numpy(random.standard_normal((5, width)).astype(np.float32)))
+    outputs = torch.empty(5, 11), torch.empty(5, 11)
+    for level, out in zip(("avx2", "avx512"), outputs, strict=True):
+        _native.set_simd_level(level)
+        kernels.project(tokens, block, 0, out)
+    assert torch.equal(*outputs)
 
 
 def test_rows_of_other_elements_meet_the_tokens_as_they_were() -> None:
