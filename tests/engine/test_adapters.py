@@ -293,6 +293,50 @@ def test_streamed_attention_takes_adapters_unmerged(whole_pack: Make, tmp_path: 
     assert torch.equal(_logits(models[1], _tokens(2, 6)), _logits(models[0], _tokens(2, 6)))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # two tables, one that scales
+def test_embeddings_and_the_output_layer_take_adapters(family: str, whole_pack: Make, tmp_path: Path) -> None:
+    tiny, tokens = whole_pack(family, "float32"), _tokens(2, 9)
+    reference = _adapted(
+        tiny, tmp_path / "whole", LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    )
+    reference.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
+    theirs = _logits(reference, tokens)
+    for name, settings in (("plain", {}), ("plain", {"pin": None}), ("whole", {"pin": None})):
+        streamed = PeftModel.from_pretrained(_load(tiny.pack, **settings), tmp_path / name)
+        _assert_close(_logits(streamed, tokens), theirs, _logits(reference.double(), tokens))
+        reference.float()
+    streamed = PeftModel.from_pretrained(_load(tiny.pack), tmp_path / "plain")
+    with pytest.raises(ConfigError, match=r"can't be merged: model.embed_tokens is streamed"):
+        streamed.merge_adapter()
+
+
+def test_an_adapter_with_embeddings_of_its_own_leaves_streamed_ones_as_they_were(
+    whole_pack: Make, tmp_path: Path
+) -> None:
+    tiny, tokens = whole_pack("llama", "float32"), _tokens(2, 9)
+    _adapted(tiny, tmp_path, LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"]))
+    plain = _load(tiny.pack)
+    before = _logits(plain, tokens)
+    names = [name for name, _ in plain.named_parameters()]
+    for load in (plain.load_adapter, lambda path: PeftModel.from_pretrained(plain, path)):
+        with pytest.raises(ConfigError, match="save_embedding_layers=False"):
+            load(str(tmp_path))
+        assert torch.equal(_logits(plain, tokens), before)
+        assert [name for name, _ in plain.named_parameters()] == names
+        with pytest.raises(ValueError, match="No adapter loaded"):
+            plain.active_adapters()
+
+
+def test_an_output_layer_of_the_adapters_own(whole_pack: Make, tmp_path: Path) -> None:
+    tiny, tokens = whole_pack("llama", "float32"), _tokens(2, 9)
+    reference = _adapted(tiny, tmp_path, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    theirs = _logits(reference, tokens)
+    ours = _logits(PeftModel.from_pretrained(_load(tiny.pack, pin=None), tmp_path), tokens)
+    _assert_close(ours, theirs, _logits(reference.double(), tokens))
+    with pytest.raises(ConfigError, match="weights are on flash"):
+        PeftModel.from_pretrained(_load(tiny.pack), tmp_path)
+
+
 def test_sparse_takes_adapters_on_attention_only(tiny_pack: Make, tmp_path: Path) -> None:
     tiny = tiny_pack("llama", "float32")
     pack = Path(shutil.copytree(tiny.pack, tmp_path / "pack"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,7 +24,7 @@ from flashlm.errors import ConfigError, PackError
 from flashlm.pack.checkpoint import read_header
 from flashlm.pack.manifest import read_manifest, resident_path, unit_path
 from flashlm.rows.layout import MATRIX, LayerLayout
-from flashlm.storage.reader import Reader
+from flashlm.storage.reader import Reader, ReadRequest
 from tests.engine.conftest import TinyPack
 
 Make = Callable[[str, str], TinyPack]
@@ -53,7 +54,7 @@ def test_rows_are_those_of_the_file(
     path = tmp_path_factory.mktemp("table") / "table.rows"
     path.write_bytes(content.tobytes())
     counters = Counters()
-    with Reader() as reader, patch.object(flash_embedding, "BATCH_BYTES", batch_bytes):
+    with _Recording() as reader, patch.object(flash_embedding, "BATCH_BYTES", batch_bytes):
         file = reader.open(path, expected_bytes=layout.file_bytes)
         rows = TableRows(layout, torch.float32, reader, file, 0, BlockCheck(), counters)
         for some in (ids, ids[:3], [*ids[::2], 5, 99], ids):  # rows looked up recently come from memory
@@ -63,6 +64,35 @@ def test_rows_are_those_of_the_file(
         rows.look_up(torch.tensor([ids[0]]))
         rows.look_up(torch.tensor([ids[0]]))
         assert counters.bytes_read <= before + 2 * 4096
+    assert max(reader.sizes) <= max(batch_bytes, layout.row_bytes + 2 * 4096)
+
+
+class _Recording(Reader):
+    """Remembers how much was read at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def read(self, requests: Sequence[ReadRequest]) -> None:
+        self.sizes.append(sum(request.num_bytes for request in requests))
+        super().read(requests)
+
+
+def test_a_prompt_of_all_blocks_reads_a_few_at_a_time_also_where_they_are_checked(tmp_path: Path) -> None:
+    layout = LayerLayout(hidden_size=1024, num_rows=160, parts=MATRIX, encodings=("fp32",), block_rows=16)
+    path = tmp_path / "table.rows"
+    content = np.arange(160 * 1024, dtype=np.float32)
+    content.tofile(path)
+    checksums = [xxhash.xxh3_64_hexdigest(block) for block in np.split(content, 10)]
+    every = BlockCheck([(path, checksums)], always=True)
+    for check, ids in ((BlockCheck(), range(160)), (every, range(7, 160, 16))):
+        with _Recording() as reader, patch.object(flash_embedding, "BATCH_BYTES", 3 * 16 * 4096):
+            file = reader.open(path, expected_bytes=layout.file_bytes)
+            rows = TableRows(layout, torch.float32, reader, file, 0, check, Counters())
+            found = rows.look_up(torch.tensor(ids))
+        assert torch.equal(found[:, 0], torch.tensor(ids) * 1024.0)
+        assert reader.sizes == [3 * 16 * 4096] * 3 + [16 * 4096]
 
 
 def logits(model: nn.Module) -> torch.Tensor:

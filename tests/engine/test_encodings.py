@@ -195,6 +195,7 @@ def test_one_unit_may_be_quantised_beside_another(tmp_path: Path) -> None:
     assert "rows of 48 elements" in told
     assert told in manifest.source.notes
     assert "quantised to q8_0 from float32 by flashlm: 5 of 7 streamed units" in manifest.source.notes
+    assert "left in bfloat16, since a token reads one row of it: model.embed_tokens" in manifest.source.notes
     assert dict(describe(tmp_path / "pack").rows())["streamed rows"].count(" in ") == 2
     outputs = []
     for pin in (0, None):

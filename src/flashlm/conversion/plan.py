@@ -125,10 +125,17 @@ class ConversionPlan:
             return
         done = [file for file in self.streamed if file.layout.plain is None]
         names = sorted({name for file in done for name in file.source_types})
+        tables = [file.found.module for file in self.streamed if isinstance(file.found, EmbeddingLayer)]
         if done:
-            what = f"{len(done)} of {len(self.streamed)} streamed units"
+            what = f"{len(done)} of {len(self.streamed) - len(tables)} streamed units"
             yield f"quantised to {self.quantize} from {' and '.join(names)} by flashlm: {what}"
-        left = [file for file in self.streamed if file.layout.plain is not None]
+        if tables:
+            yield f"left in {self.dtype}, since a token reads one row of it: {', '.join(tables)}"
+        left = [
+            file
+            for file in self.streamed
+            if file.layout.plain is not None and not isinstance(file.found, EmbeddingLayer)
+        ]
         if left:
             widths = ", ".join(str(width) for width in sorted({part_width(file.found) for file in left}))
             yield (

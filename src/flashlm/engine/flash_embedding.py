@@ -155,16 +155,16 @@ class TableRows:
         spans: list[_Span] = []
         first = num_bytes = 0
         for index, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+            added = end - max(begin, spans[-1].end) if spans else end - begin  # rows that lie side by side share bytes
+            if spans and added > 0 and num_bytes + added > BATCH_BYTES:
+                yield (first, offsets[first:index]), spans
+                spans, first, num_bytes, added = [], index, 0, end - begin
             if spans and begin <= spans[-1].end:
                 last = spans[-1]
-                num_bytes += max(end - last.end, 0)
                 spans[-1] = _Span(last.begin, max(end, last.end), last.place)
-                continue
-            if spans and num_bytes + end - begin > BATCH_BYTES:
-                yield (first, offsets[first:index]), spans
-                spans, first, num_bytes = [], index, 0
-            spans.append(_Span(begin, end, num_bytes))
-            num_bytes += end - begin
+            else:
+                spans.append(_Span(begin, end, num_bytes))
+            num_bytes += max(added, 0)
         yield (first, offsets[first:]), spans
 
     def _read(self, rows: tuple[int, Numbers], spans: list[_Span], content: Bytes) -> None:

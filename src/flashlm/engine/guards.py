@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from flashlm.engine.seat import Seat
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WITHOUT_EMBEDDINGS = (
+    "Beside LoRA on embeddings or the output layer peft saves the layer itself: where that was not trained, save the adapter"
+    " with save_embedding_layers=False"
+)
 _ACCELERATORS = ("cuda", "mlu", "musa", "npu", "hpu", "xpu", "mps")  # that a pipeline looks for
 
 
@@ -221,9 +225,13 @@ def _adapters_kept(model: Any) -> Iterator[None]:
     was_loaded = are_adapters_loaded(model)
     try:
         yield
-    except FlashError:
+    except FlashError as error:
         note_adapters(model, are_loaded=was_loaded)
-        raise
+        if model.undo_adapter is None:
+            raise
+        model.undo_adapter()  # its layers are in the model, and one of its weights has no place
+        model.undo_adapter = None
+        raise ConfigError(f"the adapter can't be loaded: {error}. {_WITHOUT_EMBEDDINGS}") from error
 
 
 def is_streamed(module: nn.Module) -> bool:
@@ -255,9 +263,10 @@ def _refuse_keys(model: Any, keys: list[str], *, is_adapter: bool = False) -> No
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
     where = f"{keys[0]}{more} would go into a streamed layer"
     if is_adapter or ".lora_" in f".{keys[0]}":
+        remedy = f". {_WITHOUT_EMBEDDINGS}" if any(".base_layer." in key for key in keys) else ""
         raise ConfigError(
             f"{where}, which takes plain LoRA on its linear layers and nothing else: put other weights into the checkpoint"
-            " and convert it again"
+            f" and convert it again{remedy}"
         )
     raise ConfigError(
         f"{where}, whose weights are on flash and are not loaded from elsewhere: put them into the checkpoint and convert"

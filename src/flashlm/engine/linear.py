@@ -1,11 +1,13 @@
 """Linear layers (attention, output): how their products are made, whether the matrix is in memory or streamed.
 
-A matrix goes the same two ways as streamed rows. Tokens that are decoded or verified take our row kernels, in tiles: passes
-of so few tokens keep torch to one thread, which reads 12 GB/s where ours read 21 to 24 (AVX-512, bf16, 4096 x 4096), and
-elsewhere torch is slower still (AVX2: four tokens reach 5 GB/s). Prompts take torch's product, but where that is slow (16
-bits on processors without bf16 products: 21 GFLOP/s against 80 in fp32) or not to be had (encodings that torch does not
-know): then weights are widened to fp32 piece by piece and multiplied there, and short prompts take row kernels, too. Sums
-of ours are fp32, rounded once.
+A matrix goes the same two ways as streamed rows. Tokens that are decoded or verified take our row kernels: passes of so few
+tokens keep torch to one thread, which reads 12 GB/s where ours read 21 to 24 (AVX-512, bf16, 4096 x 4096). Prompts, and
+batches of more tokens than row kernels take at once, take torch's product, whose sums of a batch are ordered otherwise.
+
+Where torch's product is slow (16 bits on processors without bf16 products: 128 tokens at 21 GFLOP/s against 80 in fp32; four
+tokens reach 5 GB/s) or not to be had (encodings that torch does not know), weights are widened for prompts to fp32 piece by
+piece and multiplied there; short prompts and batches of any size take row kernels, in tiles. Sums of ours are fp32, rounded
+once.
 
 The rows of a matrix are multiplied apart without changing a bit of the result, as long as they are cut at multiples of
 `ROWS_PER_STEP`: `tests/engine/test_linear.py` holds torch's products and ours to that. So a matrix that is streamed in
@@ -59,11 +61,12 @@ def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool, 
         widens: Whether torch is slow at prompts, or can't.
         int8: Whether few tokens are to be rounded to 8 bits; of encoded matrices.
     """
-    if not _is_by_rows(input.shape):
-        if not widens:
-            return "torch"
-        if input.numel() > kernels.MAX_TOKENS * input.shape[-1]:
-            return "widened"
+    is_small = input.numel() <= kernels.MAX_TOKENS * input.shape[-1]
+    by_rows = _is_by_rows(input.shape)
+    if not widens and not (by_rows and is_small):
+        return "torch"
+    if not is_small and not by_rows:
+        return "widened"
     if int8:
         return "int8 rows"
     return "rows" if input.dtype == dtype else "fp32 rows"

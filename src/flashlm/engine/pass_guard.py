@@ -89,6 +89,10 @@ class PassGuard:
         self._dram_bytes = placement.dram_bytes
         self._room_seen = (float("-inf"), 0, 0)  # when, what the process held, and what the kernel had left
 
+    def __deepcopy__(self, memo: Any) -> PassGuard:
+        """Return itself: peft copies an output layer that an adapter replaces, and the copy is of the same model."""
+        return self
+
     @property
     def facts(self) -> PassFacts:
         """What passes depend on now: the attention implementation may change after loading."""

@@ -164,12 +164,15 @@ def _announce(pack: LoadedPack, num_bytes: int) -> None:
 
 
 def _adapted_on_flash(model: nn.Module) -> list[str]:
-    """Return the names of streamed linear layers that have an adapter."""
+    """Return the names of streamed layers that have an adapter."""
+    from flashlm.engine.flash_embedding import FlashEmbedding
     from flashlm.engine.flash_linear import FlashLinear
 
     names = [seat.path_of(role) for seat in _seats(model) for role, _ in seat.wrappers()]
     return names + [
-        name for name, module in model.named_modules() if isinstance(module._modules.get("base_layer"), FlashLinear)
+        name
+        for name, module in model.named_modules()
+        if isinstance(module._modules.get("base_layer"), FlashLinear | FlashEmbedding)
     ]
 
 
