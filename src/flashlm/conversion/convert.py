@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import xxhash
@@ -29,7 +29,7 @@ from flashlm.conversion.record import (
 )
 from flashlm.conversion.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
 from flashlm.conversion.source import open_source, resolve_source
-from flashlm.errors import ConfigError
+from flashlm.errors import ConfigError, StorageError
 from flashlm.pack.files import MAX_SMALL_FILE_BYTES
 from flashlm.pack.manifest import (
     CONFIG_NAME,
@@ -66,6 +66,7 @@ KIND_WORDS: dict[Kind, str] = {
     "linear": "linear layers",
     "embedding": "embeddings",
 }
+RECORD_EVERY_BYTES = 128 << 20  # of files written between two records: syncing one costs as much as a few MiB
 _SPARE_BYTES = 16 << 20  # manifest, progress record, file system overhead
 
 
@@ -171,16 +172,25 @@ def _write_files(plan: ConversionPlan, record: ProgressRecord, progress: Progres
     total = sum(sizes.values())
     casts = CastCounts()
     with WriteBehind() as writer, closing(_files(plan, record, writer, casts)) as files:
-        for name, steps in files:
-            casts.zeroed.clear()
-            with closing(steps):
-                for step_bytes, checksums in steps:
-                    progress(done + step_bytes, total, name)
-                    if checksums:
-                        record.finished[name] = checksums
-                        record.zeroed[name] = dict(casts.zeroed)
-                        save_record(plan.pack, record)
-            done += sizes[name]
+        try:
+            unsaved_bytes = 0
+            for name, steps in files:
+                casts.zeroed.clear()
+                with closing(steps):
+                    for step_bytes, checksums in steps:
+                        progress(done + step_bytes, total, name)
+                        if checksums:
+                            record.finished[name] = checksums
+                            record.zeroed[name] = dict(casts.zeroed)
+                            unsaved_bytes += sizes[name]
+                done += sizes[name]
+                if unsaved_bytes >= RECORD_EVERY_BYTES:
+                    save_record(plan.pack, record)
+                    unsaved_bytes = 0
+        except BaseException:
+            with suppress(StorageError):  # what went wrong is what is told
+                save_record(plan.pack, record)
+            raise
 
 
 def _is_there(plan: ConversionPlan, name: str) -> bool:
