@@ -2,7 +2,7 @@
 
 A conversion that is killed goes on with the next unfinished file when started again and ends with the same bytes; the
 manifest, without which nothing takes the folder for a pack, is written last. Memory does not grow with the model: the
-weights pass through a fixed set of buffers (about 0.6 GiB) in three overlapping steps, read, lay out, write.
+weights pass through a fixed set of buffers (about 0.7 GiB) in three overlapping steps, read, lay out, write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import xxhash
 
 from flashlm._version import __version__
 from flashlm.conversion.casts import CastCounts, describe_zeroed
-from flashlm.conversion.layer_file import LayerPools, write_layer
+from flashlm.conversion.layer_file import LayerPools, num_chunks_ahead, write_layer
 from flashlm.conversion.pipeline import BufferPool, ReadAhead, WriteBehind
 from flashlm.conversion.plan import ConversionPlan, StreamedFile, plan_conversion
 from flashlm.conversion.record import (
@@ -220,10 +220,11 @@ def _files(
             path = resident_path(plan.pack)
             yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer, casts)
     todo = [file for file in plan.streamed if file.name not in record.finished]
-    pools = LayerPools(num_column_parts=plan.num_column_parts)
+    num_chunks = num_chunks_ahead(file.layout for file in todo)
+    pools = LayerPools(num_column_parts=plan.num_column_parts, num_chunks=num_chunks)
     with RangeReader() as reader:
         chunks = (chunk for file in todo for chunk in file.read(reader, pools))
-        with ReadAhead(chunks, depth=2, pools=pools.reading) as ahead:
+        with ReadAhead(chunks, depth=num_chunks - 2, pools=pools.reading) as ahead:
             for file in todo:
                 path = plan.pack / FLASH_DIR / file.name
                 yield file.name, write_layer(path, file.layout, ahead, file.part_names, pools, writer, casts)
