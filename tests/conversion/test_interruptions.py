@@ -29,7 +29,8 @@ _CHILDREN = """
 import os, resource, signal, sys
 import torch, transformers
 from transformers import AutoModelForCausalLM
-from flashlm.conversion.convert import convert
+import flashlm.conversion.convert as conversion
+conversion.RECORD_EVERY_BYTES = 1  # tiny files are recorded as large ones are: each at once
 def run(source, pack, what, call):
     calls = 0
     def die_at(done, total, now):
@@ -37,7 +38,7 @@ def run(source, pack, what, call):
         calls += now == what
         if calls == int(call):
             os.kill(os.getpid(), signal.SIGKILL)
-    convert(source, pack, progress=die_at)
+    conversion.convert(source, pack, progress=die_at)
 for line in sys.argv[1:]:
     child = os.fork()
     if child == 0:

@@ -2,21 +2,21 @@
 
 A conversion that is killed goes on with the next unfinished file when started again and ends with the same bytes; the
 manifest, without which nothing takes the folder for a pack, is written last. Memory does not grow with the model: the
-weights pass through a fixed set of buffers (about 0.6 GiB) in three overlapping steps, read, lay out, write.
+weights pass through a fixed set of buffers (about 0.7 GiB) in three overlapping steps, read, lay out, write.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import xxhash
 
 from flashlm._version import __version__
 from flashlm.conversion.casts import CastCounts, describe_zeroed
-from flashlm.conversion.layer_file import LayerPools, write_layer
+from flashlm.conversion.layer_file import LayerPools, num_chunks_ahead, write_layer
 from flashlm.conversion.pipeline import BufferPool, ReadAhead, WriteBehind
 from flashlm.conversion.plan import ConversionPlan, StreamedFile, plan_conversion
 from flashlm.conversion.record import (
@@ -29,7 +29,7 @@ from flashlm.conversion.record import (
 )
 from flashlm.conversion.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
 from flashlm.conversion.source import open_source, resolve_source
-from flashlm.errors import ConfigError
+from flashlm.errors import ConfigError, StorageError
 from flashlm.pack.files import MAX_SMALL_FILE_BYTES
 from flashlm.pack.manifest import (
     CONFIG_NAME,
@@ -66,6 +66,7 @@ KIND_WORDS: dict[Kind, str] = {
     "linear": "linear layers",
     "embedding": "embeddings",
 }
+RECORD_EVERY_BYTES = 128 << 20  # of files written between two records: syncing one costs as much as a few MiB
 _SPARE_BYTES = 16 << 20  # manifest, progress record, file system overhead
 
 
@@ -171,16 +172,25 @@ def _write_files(plan: ConversionPlan, record: ProgressRecord, progress: Progres
     total = sum(sizes.values())
     casts = CastCounts()
     with WriteBehind() as writer, closing(_files(plan, record, writer, casts)) as files:
-        for name, steps in files:
-            casts.zeroed.clear()
-            with closing(steps):
-                for step_bytes, checksums in steps:
-                    progress(done + step_bytes, total, name)
-                    if checksums:
-                        record.finished[name] = checksums
-                        record.zeroed[name] = dict(casts.zeroed)
-                        save_record(plan.pack, record)
-            done += sizes[name]
+        try:
+            unsaved_bytes = 0
+            for name, steps in files:
+                casts.zeroed.clear()
+                with closing(steps):
+                    for step_bytes, checksums in steps:
+                        progress(done + step_bytes, total, name)
+                        if checksums:
+                            record.finished[name] = checksums
+                            record.zeroed[name] = dict(casts.zeroed)
+                            unsaved_bytes += sizes[name]
+                done += sizes[name]
+                if unsaved_bytes >= RECORD_EVERY_BYTES:
+                    save_record(plan.pack, record)
+                    unsaved_bytes = 0
+        except BaseException:
+            with suppress(StorageError):  # what went wrong is what is told
+                save_record(plan.pack, record)
+            raise
 
 
 def _is_there(plan: ConversionPlan, name: str) -> bool:
@@ -210,10 +220,11 @@ def _files(
             path = resident_path(plan.pack)
             yield RESIDENT_NAME, write_resident(path, plan.resident, pieces, (reading, writing), writer, casts)
     todo = [file for file in plan.streamed if file.name not in record.finished]
-    pools = LayerPools(num_column_parts=plan.num_column_parts)
+    num_chunks = num_chunks_ahead(file.layout for file in todo)
+    pools = LayerPools(num_column_parts=plan.num_column_parts, num_chunks=num_chunks)
     with RangeReader() as reader:
         chunks = (chunk for file in todo for chunk in file.read(reader, pools))
-        with ReadAhead(chunks, depth=2, pools=pools.reading) as ahead:
+        with ReadAhead(chunks, depth=num_chunks - 2, pools=pools.reading) as ahead:
             for file in todo:
                 path = plan.pack / FLASH_DIR / file.name
                 yield file.name, write_layer(path, file.layout, ahead, file.part_names, pools, writer, casts)

@@ -11,7 +11,7 @@ for models of up to some 10 B parameters, several passes over the file for large
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from flashlm.storage.writer import AtomicFile
 from flashlm.structure.families import PartSource
 
 CHUNK_BYTES = 16 << 20  # of the row file: one write
+AHEAD_BYTES = 128 << 20  # of chunks read while files are synced, where more than four fit
 PANEL_BYTES = 256 << 20
 PASS_BYTES = 16 << 20  # one read of a pass over a matrix that is held in panels
 TILE_COLUMNS = 64
@@ -74,10 +75,15 @@ class RowChunk:
 
 
 class LayerPools:
-    """The buffers of a conversion: a few chunks read, two panels, a few chunks to write."""
+    """The buffers of a conversion: some chunks read, two panels, a few chunks to write.
 
-    def __init__(self, *, num_column_parts: int) -> None:
-        self.rows = BufferPool(4)
+    Args:
+        num_column_parts: The most parts of a layer that are held in panels.
+        num_chunks: Chunks that may be read before they are used.
+    """
+
+    def __init__(self, *, num_column_parts: int, num_chunks: int = 4) -> None:
+        self.rows = BufferPool(num_chunks)
         self.panels = BufferPool(2 * max(num_column_parts, 1))
         self.passes = BufferPool(1)
         self.out = BufferPool(3)
@@ -86,6 +92,12 @@ class LayerPools:
     def reading(self) -> tuple[BufferPool, ...]:
         """The pools that the reading thread takes from."""
         return (self.rows, self.panels, self.passes)
+
+
+def num_chunks_ahead(layouts: Iterable[LayerLayout]) -> int:
+    """Return how many chunks to have buffers for: fewer where blocks, and so chunks, are large."""
+    largest = max((layout.block_stride_bytes for layout in layouts), default=0)
+    return min(max(AHEAD_BYTES // max(largest, CHUNK_BYTES), 4), 8)
 
 
 def read_layer(
