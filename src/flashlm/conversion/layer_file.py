@@ -282,10 +282,10 @@ def fill_rows(
     out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_names: tuple[str, ...], casts: CastCounts
 ) -> None:
     """Lay the rows of `chunk` into `out` (bytes, from the first block's start), padding with zeros."""
-    out.zero_()
     if layout.is_by_block:
         _fill_blocks(out, layout, chunk, part_names, casts)
         return
+    out.zero_()
     for start in range(chunk.rows.start, chunk.rows.stop, layout.block_rows):
         begin = layout.offset_of((start - chunk.rows.start) // layout.block_rows)
         num_rows = min(layout.block_rows, chunk.rows.stop - start)
@@ -309,13 +309,16 @@ def fill_rows(
 def _fill_blocks(
     out: torch.Tensor, layout: LayerLayout, chunk: RowChunk, part_names: tuple[str, ...], casts: CastCounts
 ) -> None:
-    """Lay blocks whose parts lie whole into `out`, zeroed."""
+    """Lay blocks whose parts lie whole into `out`; only what lies between and behind them is zeroed."""
     for start in range(chunk.rows.start, chunk.rows.stop, layout.block_rows):
         begin = layout.offset_of((start - chunk.rows.start) // layout.block_rows)
         num_rows = min(layout.block_rows, layout.num_rows - start)
         low = start - chunk.rows.start
+        end = begin
         for placed, part, name in zip(layout.block_parts(num_rows), chunk.parts, part_names, strict=True):
             first = begin + placed.offset_bytes
+            out[end:first].zero_()
+            end = first + placed.num_bytes
             target = out[first : first + placed.num_bytes].view(placed.num_rows, placed.row_stride_bytes)
             dtype = placed.encoding.dtype
             if dtype is None and placed.part == "down":
@@ -328,6 +331,7 @@ def _fill_blocks(
             source = part[:, low : low + num_rows] if placed.part == "down" else part[low : low + num_rows]
             elements.copy_(source)
             casts.check(elements, source, name)
+        out[end : begin + layout.read_bytes(start // layout.block_rows)].zero_()
 
 
 def _quantize(target: torch.Tensor, source: torch.Tensor, encoding: str, name: str) -> None:
