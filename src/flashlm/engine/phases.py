@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from flashlm.engine.counters import Counters
 from flashlm.engine.forward_pass import PHASES, Pass, PassWatch, Phase, running_pass
 from flashlm.engine.telemetry import Telemetry
+from flashlm.engine.turn import Turn
 from flashlm.errors import ConfigError
 from flashlm.transformers_seam import given_cache
 
@@ -83,7 +84,7 @@ class Passes:
     def __init__(self) -> None:
         self.totals = Counters()
         self.telemetry = Telemetry()
-        self._lock = threading.Lock()
+        self._adding = Turn()  # not a lock, which an interrupt at its end would leave shut
         self._prepared = threading.local()  # generate prepares inputs in the thread that it calls the model in
 
     @contextmanager
@@ -153,7 +154,7 @@ class Passes:
         try:
             output = mine.run(lambda: forward(*args, **kwargs), on_one_thread=size.is_small)
         finally:
-            with self._lock:
+            with self._adding.take(_nothing, _nothing):
                 self.totals.add(mine.counters)
         self.telemetry.add(mine)
         if mine.watch is not None:
@@ -227,6 +228,10 @@ def _packed_lengths(kwargs: dict[str, Any], num_tokens: int) -> list[int] | None
         return None
     lengths = [int(length) for length in bounds.diff().tolist() if length > 0]
     return lengths if sum(lengths) == num_tokens else None
+
+
+def _nothing(*_: object) -> None:
+    """Do nothing when a turn begins or ends."""
 
 
 def _replace_method(owner: Any, name: str, around: Around) -> None:
