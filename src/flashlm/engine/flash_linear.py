@@ -128,7 +128,7 @@ def bind_linear(
         raise ConfigError(f"{entry.module} is {type(module).__name__}: a linear layer expected")
     shape = (layout.num_rows, layout.hidden_size)
     pinned = stream.pinned_bytes(unit)
-    if pinned is not None and plain is not None:
+    if pinned is not None and plain is not None and layout.joins:  # rows of padded blocks are no matrix
         weight = pinned[: layout.num_rows * layout.row_bytes].view(plain).view(shape)
         module.weight = nn.Parameter(weight, requires_grad=False)
         return module.weight

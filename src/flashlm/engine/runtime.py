@@ -309,7 +309,8 @@ class UnboundRuntime:
             weight: StreamedWeight | nn.Parameter
             weight = StreamedWeight(f"{entry.module}.weight", (layout.num_rows, layout.hidden_size), dtype)
             is_pinned, plain = each.pinned_bytes > 0, None if layout.plain is None else layout.plain.dtype
-            plain = plain if plain == dtype else None  # elements of another dtype are decoded row by row
+            # Elements of another dtype, and rows of padded blocks, are no weight of torch's: they are decoded row by row.
+            plain = plain if plain == dtype and layout.joins else None
             # Of a table that stays on flash one block is held against its checksum: a file of another pack is noticed.
             blocks = range(layout.num_blocks if is_pinned else 1)
             num_bytes = each.pinned_bytes or layout.read_bytes(0)

@@ -173,10 +173,8 @@ class BlockStream:
 
         The tensor is a view that keeps the memory alive.
         """
-        sizes = self._pinned_bytes[unit]
-        if len(sizes) < self._num_blocks[unit]:
-            return None
-        return torch.from_numpy(self._pinned[unit][0].numpy(sum(sizes)))
+        place = self.pinned_place(unit)
+        return None if place is None else torch.from_numpy(place.numpy(sum(self._pinned_bytes[unit])))
 
     def pinned_place(self, unit: int) -> SlotRef | None:
         """Return where the first row of `unit` is where all its blocks are pinned; None where they are not."""
