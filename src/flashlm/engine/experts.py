@@ -28,7 +28,7 @@ from flashlm.errors import ConfigError
 from flashlm.memory.needs import rows_per_product
 from flashlm.rows import kernels
 from flashlm.rows.layout import LayerLayout, round_up
-from flashlm.rows.neurons import accumulate_blocks, neurons_at, operand, project_blocks
+from flashlm.rows.neurons import accumulate_blocks, block_at, neurons_at, operand, project_blocks
 from flashlm.rows.products import BlockGemm
 from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
 
@@ -276,7 +276,7 @@ def _run_together(
     Alone, an expert's calls from Python take as long as its weights do in small models.
     """
     layout = bound.layout
-    blocks = [neurons_at(layout, place, layout.block_rows, int8=bound.int8) for _, place in group]
+    blocks = [block_at(layout, place, layout.block_rows, int8=bound.int8) for _, place in group]
     x = operand(token, layout.encodings[:-1], int8=bound.int8)
     biases = [_biases(module, expert) for expert, _ in group]
     parts = [torch.empty(len(group), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]
