@@ -13,7 +13,7 @@ The order of summation depends on nothing that the cache does:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -162,7 +162,8 @@ def _run_tokens(
     output = torch.zeros(tokens.shape, dtype=torch.float32)
     is_small = len(tokens) <= MAX_KERNEL_TOKENS
     shares: dict[int, torch.Tensor] = {}
-    with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as groups:
+    experts = bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small)
+    with experts as groups, nullcontext() if is_small else bound.gemm.held(bound.layout):
         for group in groups:
             for expert, place in group:
                 mine = routing.tokens[expert]
