@@ -24,7 +24,7 @@ from flashlm.conversion.sources.gguf_header import GgufHeader, GgufTensor
 from flashlm.conversion.sources.gguf_names import FAMILIES, GgufFamily
 from flashlm.conversion.sources.safetensors import Checkpoint
 from flashlm.conversion.sources.tensors import EncodedTensor, ForeignTensor, InterleavedTensor, StoredTensor
-from flashlm.errors import PackError, UnsupportedModelError
+from flashlm.errors import FlashError, PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.pack.manifest import CONFIG_NAME, MAX_LAYERS
 from flashlm.pack.pack_config import MAX_EXPERTS
@@ -116,13 +116,15 @@ def family_of(header: GgufHeader) -> GgufFamily:
 
 
 def _check_metadata(header: GgufHeader) -> None:
-    for key, most in (("block_count", MAX_LAYERS), ("expert_count", MAX_EXPERTS)):
+    for key, most in (("block_count", MAX_LAYERS), ("nextn_predict_layers", MAX_LAYERS), ("expert_count", MAX_EXPERTS)):
         value = header.of_model(key)
         if value is not None and (type(value) is not int or not 0 <= value <= most):
             raise PackError(f"{header.files[0]} says {header.architecture}.{key} is {value}, at most {most} expected")
     for key, value in header.metadata.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise PackError(f"{header.files[0]} says {key} is {value}")
+        if key.endswith("_token_id") and type(value) is not int:
+            raise PackError(f"{header.files[0]} says {key} is {value!r}, a number expected")
 
 
 def _bare(header: GgufHeader, *, for_config: bool) -> bytes:
@@ -155,18 +157,19 @@ def _config(header: GgufHeader, folder: Path) -> dict[str, Any]:
 
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=_HEADER_NAME)
+        content: dict[str, Any] = config.to_diff_dict() | {"model_type": config.model_type} | _completed(header, config)
+    except FlashError:
+        raise
     except ImportError as error:
         raise UnsupportedModelError(f"GGUF files are read with the package gguf: pip install gguf ({error})") from error
     except Exception as error:  # each family's reader and config have ways of their own to stumble
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnsupportedModelError(
-            f"transformers makes no config of {header.files[0]}, of architecture {header.architecture!r}: {reason}"
+            f"no config can be made of {header.files[0]}, of architecture {header.architecture!r}: {reason}"
         ) from error
-    content: dict[str, Any] = config.to_diff_dict()
     for name in ("_model_name_or_path", "_name_or_path", "transformers_version"):
         content.pop(name, None)
-    content["model_type"] = config.model_type
-    return content | _completed(header, config)
+    return content
 
 
 def _completed(header: GgufHeader, config: Any) -> dict[str, Any]:
@@ -212,7 +215,10 @@ def _rope(header: GgufHeader, config: Any) -> dict[str, Any] | None:
 
 def _rope_scaling(header: GgufHeader, rope: dict[str, Any]) -> dict[str, Any]:
     """Return how the file stretches rotary angles: by its metadata, or by factors that are tensors."""
-    kind, factor = header.of_model("rope.scaling.type"), header.of_model("rope.scaling.factor")
+    factor = header.of_model("rope.scaling.factor") or header.of_model(
+        "rope.scale_linear"
+    )  # as files had it until 2023
+    kind = header.of_model("rope.scaling.type") or "linear"
     original = header.of_model("rope.scaling.original_context_length")
     factors = _floats(header, "rope_freqs.weight")
     if factors is not None:
@@ -226,8 +232,13 @@ def _rope_scaling(header: GgufHeader, rope: dict[str, Any]) -> dict[str, Any]:
             | {"original_max_position_embeddings": original}
             | ({"attention_factor": attention} if attention else {})
         )
-    if kind not in ("linear", "yarn") or not factor:
+    if kind == "none" or (kind == "linear" and (not factor or factor == 1)):
         return {}
+    if kind not in ("linear", "yarn") or not factor:
+        raise UnsupportedModelError(
+            f"{header.files[0]} stretches rotary angles in a way that is not known here: {kind!r} by {factor}. Convert the"
+            " model's safetensors instead"
+        )
     scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         values = {name: header.of_model(f"rope.scaling.{key}") for key, name in _YARN.items()}
@@ -276,7 +287,9 @@ def _write_tokenizer(header: GgufHeader, folder: Path) -> tuple[str, ...]:
         return ("no tokenizer: the file holds none",)
     try:
         PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=_HEADER_NAME).save_pretrained(folder)
-    except Exception as error:  # each kind of tokenizer has ways of its own to stumble
+    except BaseException as error:  # each kind of tokenizer has ways of its own to stumble
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the library in Rust
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return (f"no tokenizer: transformers makes none of the file ({reason}); put the model's own into the pack",)
     path = folder / "tokenizer_config.json"
@@ -344,7 +357,7 @@ def map_gguf_names(
     found = NameMap()
     parts: dict[str, dict[str, GgufTensor]] = {}
     unknown, left_out = [], []
-    beyond = f"blk.{model.config.get_text_config(decoder=True).num_hidden_layers}."  # what predicts further tokens
+    beyond = _layers_beyond(header, model.config.get_text_config(decoder=True).num_hidden_layers)
     for name, tensor in header.tensors.items():
         expert = family.experts_of(name)
         if family.ignored.search(name) or name.startswith(beyond):
@@ -375,9 +388,21 @@ def map_gguf_names(
     return found
 
 
+def _layers_beyond(header: GgufHeader, num_layers: int) -> tuple[str, ...]:
+    """Return what the names of layers begin with that predict further tokens: transformers builds none."""
+    count = header.of_model("nextn_predict_layers")
+    return tuple(f"blk.{num_layers + index}." for index in range(count if type(count) is int else 0))
+
+
 def _order(family: GgufFamily, tensor: GgufTensor, config: Any) -> torch.Tensor | None:
     num_rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.shape[0]
-    return family.order_of(tensor.name, config, num_rows)
+    order = family.order_of(tensor.name, config, num_rows)
+    if order is not None and len(tensor.shape) == 1 and tensor.type.name not in _PLAIN:
+        raise UnsupportedModelError(
+            f"{tensor.path} holds {tensor.name} in {tensor.type.name}, grouped across rows that change places: convert the"
+            " model's safetensors instead"
+        )
+    return order
 
 
 def _grown(stored: tuple[int, ...], wanted: tuple[int, ...], *, is_transposed: bool) -> tuple[int, ...]:
