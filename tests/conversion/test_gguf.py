@@ -27,12 +27,14 @@ from tests.gguf_files import ARCHITECTURES, Extra, q4_0, save_gguf
 # transformers 5.23 makes neither config nor experts of files of gpt-oss.
 _NOT_OF_TRANSFORMERS = ("gpt-oss",)
 TOKENS = torch.tensor([[3, 17, 42, 5, 90, 8, 23, 11]])
+MORE_TOKENS = torch.cat([TOKENS, TOKENS + 1, TOKENS + 2], dim=1)  # than a sliding window has
 
 
 def check_same(wanted: PreTrainedModel, found: PreTrainedModel) -> None:
-    with torch.no_grad():
-        logits, mine = wanted(TOKENS).logits, found(TOKENS).logits
-    torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+    for tokens in (TOKENS, MORE_TOKENS):
+        with torch.no_grad():
+            logits, mine = wanted(tokens).logits, found(tokens).logits
+        torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
     asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(found.generate(TOKENS, **asked), wanted.generate(TOKENS, **asked))
 

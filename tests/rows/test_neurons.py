@@ -63,7 +63,7 @@ def test_products_are_those_of_the_matrices(layout: LayerLayout, num_tokens: int
 @given(layout=layouts_by_block(most=3), data=st.data())
 def test_parts_are_widened_to_what_they_mean(layout: LayerLayout, data: st.DataObject) -> None:
     places, values = placed(layout, 0)
-    gemm = Gemms().of(layout)
+    gemm = Gemms(torch.float32).of(layout)
     group = ENCODINGS[layout.encodings[-1]].group_elements
     for block, place in enumerate(places):
         span = layout.rows_of(block)

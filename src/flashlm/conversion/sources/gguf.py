@@ -50,12 +50,17 @@ _COMPLETED: dict[str, dict[str, str]] = {
     "qwen3moe": _MOE_SIZES,
     "qwen3": {"attention.key_length": "head_dim"},
     "qwen2": {"attention.key_length": "head_dim"},
-    "gpt-oss": {"attention.key_length": "head_dim"},
+    "gpt-oss": {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
+    "gemma2": {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")},
     "gpt2": {"context_length": "n_positions", "feed_forward_length": "n_inner"},
     "starcoder2": {"rope.freq_base": "rope_theta"},
     "stablelm": {"rope.freq_base": "rope_theta"},
     "phi3": {"attention.sliding_window": "sliding_window"},
-    "falcon": {"attention.layer_norm_epsilon": "layer_norm_epsilon", "feed_forward_length": "ffn_hidden_size"},
+    "falcon": {
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "feed_forward_length": "ffn_hidden_size",
+        "rope.freq_base": "rope_theta",
+    },
     "nemotron": {"attention.layer_norm_epsilon": "norm_eps"},
 }
 _YARN = {
