@@ -56,11 +56,7 @@ _COMPLETED: dict[str, dict[str, str]] = {
     "starcoder2": {"rope.freq_base": "rope_theta"},
     "stablelm": {"rope.freq_base": "rope_theta"},
     "phi3": {"attention.sliding_window": "sliding_window"},
-    "falcon": {
-        "attention.layer_norm_epsilon": "layer_norm_epsilon",
-        "feed_forward_length": "ffn_hidden_size",
-        "rope.freq_base": "rope_theta",
-    },
+    "falcon": {"attention.layer_norm_epsilon": "layer_norm_epsilon", "feed_forward_length": "ffn_hidden_size"},
     "nemotron": {"attention.layer_norm_epsilon": "norm_eps"},
 }
 _YARN = {
