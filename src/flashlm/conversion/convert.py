@@ -129,7 +129,12 @@ def _convert(plan: ConversionPlan, progress: ProgressCallback, announce: Announc
         if record is None:
             announce(f"{target} is already finished: nothing to do")
             return read_manifest(target)
-        _check_space(plan, record)
+        try:
+            _check_space(plan, record)
+        except StorageError:
+            if not record.finished:
+                discard(target, (), with_folder=is_new)
+            raise
         announce(_describe(plan, record))
         for note in plan.notes:
             announce(note)
