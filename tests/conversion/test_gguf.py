@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,30 @@ def test_scales_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> No
     with pytest.raises(PackError, match=f"{name} holds a scale that is no finite number"):
         convert(tmp_path / "tiny.gguf", tmp_path / "pack")
     assert not (tmp_path / "pack").exists()
+
+
+def test_scales_of_types_that_are_decoded_are_looked_at(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama", lambda name: "q3_k" if "k_proj" in name else "q4_0", **WIDE)
+    found = read_gguf_header(tmp_path / "tiny.gguf").tensors["blk.1.attn_k.weight"]
+    raw = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    raw[found.offset + 108 : found.offset + 110] = np.array(np.inf, dtype=np.float16).tobytes()
+    (tmp_path / "tiny.gguf").write_bytes(raw)
+    with pytest.raises(PackError, match=r"blk\.1\.attn_k\.weight holds a scale that is no finite number"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_list_in_groups_whose_elements_change_places_is_refused(tmp_path: Path) -> None:
+    """No program writes one; read as rows it would be another list."""
+    save_gguf(tmp_path / "tiny.gguf", "qwen35", linear_num_value_heads=32, linear_num_key_heads=2)
+    header = read_gguf_header(tmp_path / "tiny.gguf")
+    dt = header.tensors["blk.0.ssm_dt.bias"]
+    raw = (tmp_path / "tiny.gguf").read_bytes()
+    info = struct.pack("<Q", len(dt.name)) + dt.name.encode() + struct.pack("<IQI", 1, 32, 0)
+    assert info in raw
+    (tmp_path / "tiny.gguf").write_bytes(raw.replace(info, info[:-4] + struct.pack("<I", 8)))
+    with pytest.raises(UnsupportedModelError, match=r"ssm_dt\.bias in Q8_0, grouped across rows that change places"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
 
 
 def test_a_conversion_that_was_broken_off_goes_on(tmp_path: Path) -> None:
