@@ -293,6 +293,20 @@ def test_scales_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> No
     assert not (tmp_path / "pack").exists()
 
 
+@pytest.mark.parametrize("used", [0, 5])
+def test_more_experts_for_a_token_than_there_are_are_refused(used: int, tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "qwen3moe", extra={"qwen3moe.expert_used_count": used})
+    with pytest.raises(PackError, match=f"says that a token uses {used} of 4 experts"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+
+
+def test_a_gguf_file_is_told_from_a_pack(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama")
+    for path in (tmp_path, tmp_path / "tiny.gguf"):
+        with pytest.raises(PackError, match=rf"Convert .*: flashlm convert {path} PACK"):
+            flashlm.load(path)
+
+
 def test_scales_of_types_that_are_decoded_are_looked_at(tmp_path: Path) -> None:
     save_gguf(tmp_path / "tiny.gguf", "llama", lambda name: "q3_k" if "k_proj" in name else "q4_0", **WIDE)
     found = read_gguf_header(tmp_path / "tiny.gguf").tensors["blk.1.attn_k.weight"]

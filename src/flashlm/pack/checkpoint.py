@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from flashlm.documents import without_twins
 from flashlm.errors import PackError
 from flashlm.storage.outside import check_regular, open_regular
 
@@ -77,7 +78,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise PackError(f"{path} can't be read: {error.strerror}") from error
     try:
-        header = json.loads(text, object_pairs_hook=_without_twins)
+        header = json.loads(text, object_pairs_hook=without_twins)
     except (ValueError, RecursionError) as error:
         raise PackError(f"{path} has a damaged header: {error}") from error
     if not isinstance(header, dict):
@@ -89,15 +90,6 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if before.offset + before.num_bytes > after.offset:
             raise PackError(f"{path} has a damaged header: {before.name} and {after.name} overlap")
     return tensors
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"{name} stands there twice")
-        content[name] = value
-    return content
 
 
 def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) -> TensorEntry:

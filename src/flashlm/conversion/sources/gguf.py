@@ -121,6 +121,9 @@ def _check_metadata(header: GgufHeader) -> None:
         value = header.of_model(key)
         if value is not None and (type(value) is not int or not 0 <= value <= most):
             raise PackError(f"{header.files[0]} says {header.architecture}.{key} is {value}, at most {most} expected")
+    count, used = (header.of_model(f"expert_{key}") for key in ("count", "used_count"))
+    if count and used is not None and (type(used) is not int or not 0 < used <= count):
+        raise PackError(f"{header.files[0]} says that a token uses {used} of {count} experts")
     for key, value in header.metadata.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise PackError(f"{header.files[0]} says {key} is {value}")
@@ -378,7 +381,7 @@ def map_gguf_names(
                 is_transposed=family.is_transposed(name),
             )
     found.left_out = tuple(left_out)
-    found.experts = tuple(_experts(layer, _of_layer(parts, layer, header), found) for layer in layers)
+    found.experts = tuple(_experts(layer, _of_layer(parts, layer, header), found, header.files[0]) for layer in layers)
     unknown += [each.name for rest in parts.values() for each in rest.values()]
     if unknown:
         raise UnsupportedModelError(
@@ -420,7 +423,7 @@ def _of_layer(parts: dict[str, dict[str, GgufTensor]], layer: ExpertLayer, heade
     raise PackError(f"{header.files[0]} lacks the experts of {layer.module}")
 
 
-def _experts(layer: ExpertLayer, parts: dict[str, GgufTensor], found: NameMap) -> EncodedExperts:
+def _experts(layer: ExpertLayer, parts: dict[str, GgufTensor], found: NameMap, file: Path) -> EncodedExperts:
     """Return one layer's experts; their biases go into `found`, as the model has them."""
     wanted = ("gate", "up", "down") if layer.has_gate else ("up", "down")
     weights: list[ExpertRows] = []
@@ -429,7 +432,7 @@ def _experts(layer: ExpertLayer, parts: dict[str, GgufTensor], found: NameMap) -
         joined = parts.get("gate_up.weight") if part != "down" else None
         tensor = joined or parts.get(f"{part}.weight")
         if tensor is None:
-            raise PackError(f"the file lacks the {part} of the experts of {layer.module}")
+            raise PackError(f"{file} lacks {part} of the experts of {layer.module}")
         stored_rows = rows if joined is None else 2 * rows
         if tensor.shape != (layer.num_experts, stored_rows, width):
             raise PackError(
