@@ -72,7 +72,7 @@ def test_products_are_those_of_the_matrices(layout: LayerLayout, num_tokens: int
 @given(layout=layouts_by_block(most=3), data=st.data())
 def test_parts_are_widened_to_what_they_mean(layout: LayerLayout, data: st.DataObject) -> None:
     places, values = placed(layout, 0)
-    gemm = Gemms().of(layout)
+    gemm = Gemms(torch.float32).of(layout)
     group = ENCODINGS[layout.encodings[-1]].group_elements
     for block, place in enumerate(places):
         span = layout.rows_of(block)
@@ -90,7 +90,7 @@ def test_parts_are_widened_to_what_they_mean(layout: LayerLayout, data: st.DataO
 def test_products_of_many_tokens_in_8_bits_are_near(layout: LayerLayout, seed: int) -> None:
     """Parts whose encoding this processor does not multiply so are widened, and exact."""
     places, values = placed(layout, seed)
-    gemm = Gemms(int8=True).of(layout)
+    gemm = Gemms(torch.float32, int8=True).of(layout)
     x = torch.randn(40, layout.hidden_size, generator=torch.Generator().manual_seed(seed))
     for block, place in enumerate(places):
         span = layout.rows_of(block)

@@ -2,7 +2,8 @@
 
 Three ways, chosen by encoding and processor, all summing over blocks in fp32:
 
-* `native`: torch's product in bf16 straight on the rows. Only where the processor multiplies bf16 (AVX-512-BF16, AMX);
+* `native`: torch's product straight on the rows, of the model's own dtype. bf16 only where the processor multiplies it
+  (AVX-512-BF16, AMX);
 * `widen`: the block's parts are copied to fp32 and multiplied there. So are encodings that torch does not know; and where
   the processor does not multiply 16 bits, torch's products of these are several times slower (bf16 without AVX-512: 21
   against 80 GFLOP/s; fp16 through strided rows: 0.6);
@@ -202,16 +203,18 @@ class Gemms:
     """The products of a model's units: each by the way that suits its encodings, all that widen with one scratch.
 
     Args:
+        dtype: What the model computes in.
         int8: Round tokens to 8 bits for their products with what is encoded.
     """
 
-    def __init__(self, *, int8: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, *, int8: bool = False) -> None:
+        self._dtype = dtype
         self._int8 = int8
         self._made: dict[torch.dtype | None, BlockGemm] = {}
 
     def of(self, layout: LayerLayout) -> BlockGemm:
         """Return the products for rows of `layout`."""
-        dtype = layout.plain.dtype if layout.plain and choose_strategy(layout) == "native" else None
+        dtype = self._dtype if choose_strategy(layout, self._dtype) == "native" else None
         return self._made.setdefault(dtype, BlockGemm(dtype, int8=self._int8))
 
 
