@@ -10,8 +10,6 @@ product, and so do the kernels', so a model that changes between the two loses a
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import nn
 
 from flashlm.pru.observers import has_tangents, is_in_memory, is_recorded, is_transformed
 from flashlm.rows import kernels
+from flashlm.rows.onednn import mkl_is_slow, onednn_product
 
 # Tokens of a call up to which the row kernel is the faster one in a model (docs/experiments.md).
 FEW_TOKENS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
@@ -47,7 +46,7 @@ def batched_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a @ b of (g, n, k) and (g, k, m) as `torch.bmm`; outside autograd."""
     if not _is_for_onednn(a[0], b[0].t()):
         return torch.bmm(a, b)
-    return torch.stack([_onednn_product(one, other.t()) for one, other in zip(a, b, strict=True)])
+    return torch.stack([onednn_product(one, other.t()) for one, other in zip(a, b, strict=True)])
 
 
 class RepeatedProduct:
@@ -95,7 +94,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(a, b)
-        return _onednn_product(a, b)
+        return onednn_product(a, b)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -103,13 +102,6 @@ class _Product(torch.autograd.Function):
         grad_a = _Product.apply(grad, b.t()) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
         grad_b = _Product.apply(grad.t(), a.t()) if ctx.needs_input_grad[1] else None  # type: ignore[no-untyped-call]
         return grad_a, grad_b
-
-
-def _onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # rows with gaps between them send oneDNN to its reference code, a hundred times slower
-    a, b = (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous() for x in (a, b))
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return product
 
 
 def _is_for_row_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -149,15 +141,3 @@ def _is_onednn_better(weight: torch.Tensor) -> bool:
 def _is_unobserved() -> bool:
     """Whether nothing must see torch's own operations, and none would change their dtype."""
     return not (is_recorded() or is_transformed() or has_tangents() or torch.is_autocast_enabled("cpu"))
-
-
-@cache
-def mkl_is_slow() -> bool:
-    """Whether this is a processor of the kind on which oneDNN was measured to be twice as fast as MKL."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        return False
-    try:
-        vendor = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return False
-    return vendor and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))

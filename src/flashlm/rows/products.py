@@ -22,25 +22,23 @@ from flashlm.rows import kernels
 from flashlm.rows.encodings import ENCODINGS
 from flashlm.rows.kernels import choose_strategy
 from flashlm.rows.layout import BlockPart, LayerLayout
+from flashlm.rows.onednn import mkl_is_slow, onednn_product
 
-_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_LEAST_ELEMENTS = 1 << 14  # of tokens: below, a call costs more than it saves
 
 
 def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return x·weightᵀ + bias in fp32; inference only, else as `F.linear`.
+    """Return x·weightᵀ + bias as `F.linear`, in fp32 by whoever is faster. Inference only.
 
-    By oneDNN where there is one: torch takes MKL for fp32, which on AMD's processors leaves AVX-512 alone (two Zen 5 cores,
-    128 tokens: 184 against 430 GFLOP/s; held to AVX2 187 against 234). Rows may be cut at multiples of 16 without
-    changing a bit, as with `F.linear`.
+    Rows may be cut at multiples of 16 without changing a bit: who multiplies is chosen by the tokens.
 
     Args:
         x: (num_tokens, in_features).
         weight: (out_features, in_features), any strides.
         bias: (out_features,).
     """
-    if _HAS_ONEDNN and _is_plain(x) and _is_plain(weight) and len(x):
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
+    if x.numel() >= _LEAST_ELEMENTS and _is_plain(x) and _is_plain(weight) and mkl_is_slow():
+        return onednn_product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -50,7 +48,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.dtype == torch.float32
         and tensor.is_cpu
         and not (tensor.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
