@@ -143,7 +143,7 @@ def _evaluate(model: PreTrainedModel, ids: torch.Tensor, window: int, progress: 
     piece = PIECE_TOKENS
     if flash.mode == "sparse":
         phase, piece = "decode", 1
-    elif flash.decision.activations != "exact":  # prompts are exact; a verified token has the bits of a decoded one
+    elif flash.decision.activations != "exact":  # a verified token has the bits of a decoded one
         phase, piece = "verify", VERIFIED_TOKENS
     total_nll, num_tokens = 0.0, 0
     started_s = time.perf_counter()
