@@ -38,7 +38,8 @@ def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         weight: (out_features, in_features), any strides.
         bias: (out_features,).
     """
-    if _HAS_ONEDNN and _is_plain(x) and _is_plain(weight) and len(x):
+    if _HAS_ONEDNN and all(map(_is_plain, (x, weight) if bias is None else (x, weight, bias))):
+        bias = None if bias is None else bias.contiguous()  # its stride is ignored there
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return F.linear(x, weight, bias)
@@ -51,6 +52,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and tensor.is_cpu
         and not (tensor.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and tensor.numel() > 0
     )
 
 

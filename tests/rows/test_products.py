@@ -1,0 +1,53 @@
+"""Matrix products in fp32: what oneDNN takes, and what torch's own product takes in its place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from flashlm.rows.products import fp32_linear
+
+
+def is_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    return torch.allclose(found, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("cut", [lambda both: both[::2], lambda both: both[:1].expand(48), lambda both: both[48:]])
+def test_a_bias_may_lie_in_any_way(cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """oneDNN reads the elements of a bias side by side, whatever its stride says."""
+    x, weight, bias = torch.randn(20, 64), torch.randn(48, 64), cut(torch.randn(96))
+    assert is_product(fp32_linear(x, weight, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 48), (20, 0, 48), (20, 64, 0)])
+def test_there_may_be_nothing_to_multiply(shape: tuple[int, int, int]) -> None:
+    num_tokens, num_inputs, num_outputs = shape
+    x, weight, bias = (
+        torch.randn(num_tokens, num_inputs),
+        torch.randn(num_outputs, num_inputs),
+        torch.randn(num_outputs),
+    )
+    assert torch.equal(fp32_linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_whatever_wants_a_gradient_gets_one(which: int) -> None:
+    given = [torch.randn(20, 64), torch.randn(48, 64), torch.randn(48)]
+    given[which] = nn.Parameter(given[which])
+    fp32_linear(*given).sum().backward()
+    assert given[which].grad is not None
+    with torch.no_grad():
+        assert is_product(fp32_linear(*given), *given)
+
+
+def test_it_is_traced_as_torchs_own_product() -> None:
+    x, weight, bias = torch.randn(20, 64), torch.randn(48, 64), torch.randn(48)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit's
+        traced = torch.jit.trace(lambda tokens: fp32_linear(tokens, weight, bias), x)
+    assert is_product(traced(x[:7]), x[:7], weight, bias)
