@@ -24,6 +24,15 @@ def test_a_bias_may_lie_in_any_way(cut: Callable[[torch.Tensor], torch.Tensor]) 
     assert is_product(fp32_linear(x, weight, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_rows_that_lie_apart_take_torchs_own_product(is_transposed: bool) -> None:
+    """As blocks of plain rows do: oneDNN has only its reference loop for them."""
+    rows = torch.randn(64, 3 * 256)[:, 256:512]
+    weight = rows.t() if is_transposed else rows
+    x = torch.randn(40, weight.shape[1])
+    assert torch.equal(fp32_linear(x, weight), F.linear(x, weight))
+
+
 @pytest.mark.parametrize("shape", [(0, 64, 48), (20, 0, 48), (20, 64, 0)])
 def test_there_may_be_nothing_to_multiply(shape: tuple[int, int, int]) -> None:
     num_tokens, num_inputs, num_outputs = shape

@@ -38,7 +38,8 @@ def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         weight: (out_features, in_features), any strides.
         bias: (out_features,).
     """
-    if _HAS_ONEDNN and all(map(_is_plain, (x, weight) if bias is None else (x, weight, bias))):
+    is_dense = weight.is_contiguous() or weight.t().is_contiguous()  # rows apart take oneDNN a thousand times as long
+    if _HAS_ONEDNN and is_dense and all(map(_is_plain, (x, weight) if bias is None else (x, weight, bias))):
         bias = None if bias is None else bias.contiguous()  # its stride is ignored there
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
