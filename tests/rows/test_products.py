@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flashlm.memory.limits import process_bytes
 from flashlm.rows.products import fp32_linear
 
 
@@ -31,6 +32,23 @@ def test_rows_that_lie_apart_take_torchs_own_product(is_transposed: bool) -> Non
     weight = rows.t() if is_transposed else rows
     x = torch.randn(40, weight.shape[1])
     assert torch.equal(fp32_linear(x, weight), F.linear(x, weight))
+
+
+def test_prompts_of_many_lengths_leave_no_memory_behind() -> None:
+    """oneDNN keeps code of every shape."""
+    weight, x = torch.randn(80, 600), torch.randn(300, 600)
+    for num_tokens in (32, 64, 96, 300):
+        fp32_linear(x[:num_tokens], weight)
+    before = process_bytes()
+    for num_tokens in range(40, 120):
+        fp32_linear(x[:num_tokens], weight)
+    assert process_bytes() - before < 16 << 20
+
+
+@pytest.mark.parametrize("num_tokens", [1, 32, 127, 128, 129, 300])
+def test_any_number_of_tokens_is_multiplied(num_tokens: int) -> None:
+    weight, x, bias = torch.randn(80, 600), torch.randn(num_tokens, 600), torch.randn(80)
+    assert is_product(fp32_linear(x, weight, bias), x, weight, bias)
 
 
 @pytest.mark.parametrize("shape", [(0, 64, 48), (20, 0, 48), (20, 64, 0)])

@@ -23,6 +23,8 @@ from flashlm.rows.encodings import ENCODINGS
 from flashlm.rows.kernels import choose_strategy
 from flashlm.rows.layout import BlockPart, LayerLayout
 
+# oneDNN makes code for every shape that it meets, and keeps it: 0.7 MB each. So it meets few numbers of tokens.
+TOKENS_AT_ONCE, TOKENS_STEP = 128, 32
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
@@ -41,9 +43,21 @@ def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     is_dense = weight.is_contiguous() or weight.t().is_contiguous()  # rows apart take oneDNN a thousand times as long
     if _HAS_ONEDNN and is_dense and all(map(_is_plain, (x, weight) if bias is None else (x, weight, bias))):
         bias = None if bias is None else bias.contiguous()  # its stride is ignored there
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
+        if len(x) <= TOKENS_AT_ONCE:
+            return _by_onednn(x, weight, bias)
+        output = torch.empty(len(x), len(weight), dtype=torch.float32)
+        for start in range(0, len(x), TOKENS_AT_ONCE):
+            tokens = slice(start, start + TOKENS_AT_ONCE)
+            output[tokens] = _by_onednn(x[tokens], weight, bias)
+        return output
     return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    missing = -len(x) % TOKENS_STEP
+    filled = F.pad(x, (0, 0, 0, missing)) if missing else x
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")
+    return product[: len(x)]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
