@@ -20,7 +20,9 @@ from flashlm.calibration.dense import calibrate
 from flashlm.calibration.evaluate import evaluate
 from flashlm.calibration.experts import calibrate_experts
 from flashlm.conversion.verify import verify
+from flashlm.engine.experts import observed
 from flashlm.errors import ConfigError, PackError
+from flashlm.memory import needs
 from flashlm.pack.description import describe
 from flashlm.pack.manifest import Manifest, read_manifest, unit_path
 from flashlm.pack.reorder import reorder
@@ -30,6 +32,7 @@ from flashlm.planner.plan_document import load_plan
 from flashlm.planner.published import assume_sparsity
 from flashlm.planner.shape import read_shape
 from flashlm.probe.device_profile import EncodedRates, profile_path, save_profile
+from flashlm.rows import kernels
 from flashlm.rows.products import multiplies_int8
 from tests.cli.test_cli import flashlm as command
 from tests.encoded_packs import save_encoded_pack
@@ -300,6 +303,38 @@ def test_activations_of_8_bits_are_near_and_as_independent(name: str, encoded: M
         with torch.no_grad():  # a prompt
             rounded, unit = model.get_submodule(first)(hidden), exact.get_submodule(first)(hidden)
         assert 0 < (rounded - unit).norm() / unit.norm() < 0.02
+
+
+class _Activations:
+    """Looks on: how many tokens and rows an expert multiplies at once."""
+
+    def __init__(self) -> None:
+        self.shapes: set[tuple[int, int]] = set()
+
+    def routed(self, layer: int, index: torch.Tensor) -> None:
+        pass
+
+    def activated(self, layer: int, activations: torch.Tensor) -> None:
+        self.shapes.add((len(activations), activations.shape[1]))
+
+
+@pytest.mark.parametrize("piece_bytes", [kernels.WIDEN_PIECE_BYTES, 64 << 10, 1])
+def test_large_experts_in_8_bits_are_multiplied_some_rows_at_a_time(
+    piece_bytes: int, encoded: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is live of a long prompt's tokens stays within what passes are planned with."""
+    monkeypatch.setattr(needs, "WIDEN_PIECE_BYTES", piece_bytes)
+    pack, seen = encoded("experts q4_1").pack, _Activations()
+    ids, outputs = prompt(2, 150), []
+    for activations in ("exact", "int8"):
+        model = flashlm.load(pack, activations=activations)
+        with torch.no_grad(), observed(model, seen):
+            outputs.append(model(ids).logits)
+    counted = needs.rows_per_product(read_manifest(pack).experts[0].layout)
+    for num_tokens, num_rows in seen.shapes:
+        live_bytes = needs.LIVE_ROW_VECTORS * 4 * num_tokens * num_rows
+        assert num_tokens <= kernels.MAX_TOKENS or num_rows <= counted or live_bytes <= piece_bytes
+    assert (outputs[1] - outputs[0]).norm() < 0.1 * outputs[0].norm()
 
 
 def test_activations_of_8_bits_are_refused_where_nothing_takes_them(tiny_pack: Callable[..., Any]) -> None:

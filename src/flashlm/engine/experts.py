@@ -25,7 +25,7 @@ from flashlm.engine.expert_store import ExpertStore
 from flashlm.engine.forward_pass import Where, check_wanted, split_tokens, tiles
 from flashlm.engine.guards import check_hidden_states
 from flashlm.errors import ConfigError
-from flashlm.memory.needs import rows_per_product
+from flashlm.memory.needs import rows_per_product, rows_per_rounded_product
 from flashlm.rows import kernels
 from flashlm.rows.layout import LayerLayout, round_up
 from flashlm.rows.neurons import accumulate_blocks, block_at, neurons_at, operand, project_blocks
@@ -256,7 +256,8 @@ def _add_by_products(
     """Add an expert's products, without outer bias and norm, by matrix products: for many tokens at once."""
     layout = bound.layout
     prepared = bound.gemm.prepare(tokens, layout)
-    step = layout.block_rows if bound.gemm.rounds(layout) else rows_per_product(layout)
+    rounds = bound.gemm.rounds(layout)
+    step = rows_per_rounded_product(layout, len(tokens)) if rounds else rows_per_product(layout)
     for first in range(0, layout.block_rows, step):
         num_rows = min(step, layout.block_rows - first)
         span = slice(first, first + num_rows)

@@ -66,6 +66,13 @@ def rows_per_product(layout: LayerLayout) -> int:
     return min(max(WIDEN_PIECE_BYTES // row_bytes // step, 1) * step, layout.block_rows)
 
 
+def rows_per_rounded_product(layout: LayerLayout, num_tokens: int) -> int:
+    """Return the same for tokens in 8 bits, where there is no copy: as many as what is live of them leaves its memory."""
+    step = math.lcm(ROWS_PER_STEP, layout.down_group)
+    rows = WIDEN_PIECE_BYTES // (4 * LIVE_ROW_VECTORS * num_tokens) // step * step
+    return min(max(rows, rows_per_product(layout)), layout.block_rows)
+
+
 def pass_facts(config: Any, units: Sequence[Unit], dtype: str) -> PassFacts:
     """Return what the memory of a model's passes depends on.
 

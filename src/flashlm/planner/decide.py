@@ -30,7 +30,7 @@ class Decision:
     Attributes:
         mode: The mode.
         context: Tokens that the KV cache may hold, of all sequences and beams together.
-        activations: What a few tokens are multiplied as with encoded weights.
+        activations: What tokens are multiplied as with encoded weights.
         placement: Where every block or expert lives.
         piece_bytes, queue_depth: Size of a read and reads in flight.
         max_gap: Rows between two missing ones that are read through (mode `sparse`).

@@ -80,7 +80,7 @@ def make_plan(
         dram_bytes: Bound on the whole process.
         context: Tokens of the KV cache; None means `DEFAULT_CONTEXT`.
         mode: "auto" or the one mode to plan for.
-        activations: What a few tokens are multiplied as with encoded weights: as the rates were taken.
+        activations: What tokens are multiplied as with encoded weights: as the rates were taken.
 
     Raises:
         BudgetError: Below the floor; it says what is needed.

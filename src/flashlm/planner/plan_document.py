@@ -24,7 +24,7 @@ class Plan(Strict):
         outline: Its streamed layers, by which a plan of another model is known.
         dram_bytes, context: The budget and the KV cache's tokens that it was made for.
         mode: To run in.
-        activations: What a few tokens are multiplied as with encoded weights.
+        activations: What tokens are multiplied as with encoded weights.
         is_exact: Whether every weight takes part in every token, and activations are not rounded.
         max_gap: Rows between two missing ones that are read through (mode `sparse`).
         window: Tokens whose rows the neuron cache holds in the median layer (mode `sparse`; the paper's k); else 0.

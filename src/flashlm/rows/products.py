@@ -24,7 +24,9 @@ from flashlm.rows.kernels import choose_strategy
 from flashlm.rows.layout import BlockPart, LayerLayout
 from flashlm.rows.onednn import mkl_is_slow, onednn_product
 
-_LEAST_ELEMENTS = 1 << 14  # of tokens: below, a call costs more than it saves
+# oneDNN makes code for every shape that it meets, and keeps it: 0.7 MB each. So it meets few numbers of tokens.
+TOKENS_AT_ONCE, TOKENS_STEP = 128, 32
+LEAST_ELEMENTS = 1 << 14  # of tokens: below, a call costs more than it saves
 
 
 def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -37,9 +39,25 @@ def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         weight: (out_features, in_features), any strides.
         bias: (out_features,).
     """
-    if x.numel() >= _LEAST_ELEMENTS and _is_plain(x) and _is_plain(weight) and mkl_is_slow():
-        return onednn_product(x, weight, bias)
+    # rows apart take oneDNN a thousand times as long
+    is_dense = weight.is_contiguous() or weight.t().is_contiguous()
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if x.numel() >= LEAST_ELEMENTS and is_dense and all(map(_is_plain, given)) and mkl_is_slow():
+        bias = None if bias is None else bias.contiguous()  # its stride is ignored there
+        if len(x) <= TOKENS_AT_ONCE:
+            return _by_onednn(x, weight, bias)
+        output = torch.empty(len(x), len(weight), dtype=torch.float32)
+        for start in range(0, len(x), TOKENS_AT_ONCE):
+            tokens = slice(start, start + TOKENS_AT_ONCE)
+            output[tokens] = _by_onednn(x[tokens], weight, bias)
+        return output
     return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    missing = -len(x) % TOKENS_STEP
+    filled = F.pad(x, (0, 0, 0, missing)) if missing else x
+    return onednn_product(filled, weight, bias)[: len(x)]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -51,6 +69,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and bool(torch.backends.mkldnn.enabled)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and tensor.numel() > 0
     )
 
 
