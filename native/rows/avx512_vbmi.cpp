@@ -2,8 +2,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <array>
-
 #include "row_kernels.h"
 
 namespace flashlm {
