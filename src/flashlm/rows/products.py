@@ -42,7 +42,7 @@ def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     # rows apart take oneDNN a thousand times as long
     is_dense = weight.is_contiguous() or weight.t().is_contiguous()
     given = (x, weight) if bias is None else (x, weight, bias)
-    if x.numel() >= LEAST_ELEMENTS and is_dense and all(map(_is_plain, given)) and mkl_is_slow():
+    if is_dense and all(map(_is_plain, given)) and x.numel() >= LEAST_ELEMENTS and mkl_is_slow():
         bias = None if bias is None else bias.contiguous()  # its stride is ignored there
         if len(x) <= TOKENS_AT_ONCE:
             return _by_onednn(x, weight, bias)
