@@ -181,9 +181,9 @@ def measure(spec: Spec, recorder: Recorder) -> None:
         recorder.note(decode=decode)
     np.save(recorder.path.with_suffix(".npy"), np.stack(kept))
     prefill: list[dict[str, Any]] = []
-    for _ in range(spec["num_prefills"]):
+    for num_tokens in spec.get("prefill_lengths", [spec["prefill_tokens"]]) * spec["num_prefills"]:
         runner.reset()
-        record, _ = timed_forward(runner, ids[: spec["prefill_tokens"]])
+        record, _ = timed_forward(runner, ids[:num_tokens])
         prefill.append(record | watch())
         recorder.note(prefill=prefill)
     recorder.note(facts=runner.facts(), finished=True)
@@ -251,8 +251,16 @@ def arithmetic(spec: Spec, recorder: Recorder) -> None:
     recorder.note(**time_layers(runner, ids, num_layers=spec["full_layers"], repeats=spec["repeats"]), finished=True)
 
 
+def measure_bigmoe(spec: Spec, recorder: Recorder) -> None:
+    """Measure BigMoeOnEdge, a program of its own: it is a child of this process, under the same cap."""
+    import bigmoe
+
+    bigmoe.measure(spec, recorder)
+
+
 JOBS = {
     "measure": measure,
+    "bigmoe": measure_bigmoe,
     "convert": convert,
     "gguf": write_twin,
     "checkpoint": write_weights,
