@@ -45,6 +45,7 @@ from hybrid import (
     make_gguf,
 )
 from machine import block_queue, describe_block_device, describe_commit, describe_machine, today
+from random_weights import MIXTURE_EMBEDDING_SCALE
 from shapes import SHAPES
 
 from flashlm.planner.choices import Activations
@@ -57,7 +58,7 @@ from flashlm.sizes import format_size, parse_size_bytes
 
 PEERS = ("llama.cpp", "accelerate")
 MIB = 1 << 20
-BIGMOE_BESIDE_BYTES = 448 * MIB  # beside weights, cache and KV cache: its buffers for a prompt, and programs
+BIGMOE_BESIDE_BYTES = 256 * MIB  # beside weights, cache and KV cache: its buffers for a prompt, and programs
 PEER_MARKS = ("C2P", "C5X", "C6*", "C7v")
 STEPS = ("checkpoint", "convert", "probe", "accelerate", "gguf", "measure", "publish")
 
@@ -392,7 +393,8 @@ def publish(run: Run, rows: list[Record]) -> None:
         "date": today(),
         **describe_commit(HERE.parent),
         "machine": describe_machine() | {"block_device": describe_block_device(run.folder)},
-        "simulated": "random weights, embeddings 64 times as large; random token ids; skew-*: drawn routing",
+        "simulated": f"random weights, embeddings {run.args.embeddings_larger or MIXTURE_EMBEDDING_SCALE} times as large;"
+        " random token ids; skew-*: drawn routing",
         "source": f"GGUF in {run.args.gguf}, the same file for every system"
         if run.args.gguf
         else "safetensors in bfloat16",
@@ -493,6 +495,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--peers", type=words, default=list(PEERS))
     add("--peer-caps", type=sizes, help="caps of the peers, and of timed prompts (default: the cap)")
     add("--gguf", default="", help="quantised type of the source, like q4_0, mxfp4 (default: 16 bits in safetensors)")
+    add("--embeddings-larger", type=int, help="than other weights, in a GGUF: the more, the less tokens are alike")
     add("--activations", type=words, default=["exact"], help="of flashlm: exact, int8 or both (default: exact)")
     add("--bigmoe", type=Path, help="program of BigMoeOnEdge, another peer of a GGUF source")
     add("--bigmoe-options", type=words, default=["--io-threads 4"],

@@ -228,16 +228,19 @@ def stored_bytes(config: PretrainedConfig, dtype: str) -> dict[str, int]:
     return {name: tensor_bytes(name, shape, dtype) for name, shape in shapes.items()}
 
 
-def write_gguf(path: Path, config: PretrainedConfig, *, dtype: str = "float16") -> int:
+def write_gguf(
+    path: Path, config: PretrainedConfig, *, dtype: str = "float16", embeddings_larger: int | None = None
+) -> int:
     """Write the twin of `config` and return its bytes; a file that is there is complete and stays.
 
-    Matrices are in `dtype` (a key of `GGUF_TYPES`), vectors in float32, as llama.cpp wants them (see `type_of`).
+    Matrices are in `dtype` (a key of `GGUF_TYPES`), vectors in float32, as llama.cpp wants them (see `type_of`). Embeddings
+    are `embeddings_larger` times as large as other weights; None: as in a checkpoint.
     """
     if path.exists():
         return path.stat().st_size
     architecture = STAND_INS[config.model_type]
     shapes = SHAPES_OF[architecture](config)
-    scale = embedding_scale(config)
+    scale = embeddings_larger or embedding_scale(config)
     is_plain = dtype in PLAIN_TYPES
     pool = RandomPool(getattr(torch, dtype) if is_plain else torch.float32, embedding_scale=scale)
     encoded = {

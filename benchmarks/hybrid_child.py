@@ -215,7 +215,8 @@ def write_twin(spec: Spec, recorder: Recorder) -> None:
     from shapes import config_of
 
     config = config_of(spec["shape"])
-    size = write_gguf(Path(spec["gguf"]), config, dtype=spec["dtype"])
+    larger = spec.get("embeddings_larger")
+    size = write_gguf(Path(spec["gguf"]), config, dtype=spec["dtype"], embeddings_larger=larger)
     recorder.note(bytes=size, architecture=STAND_INS[config.model_type], dtype=spec["dtype"], finished=True)
 
 
