@@ -56,7 +56,7 @@ from flashlm.probe.device_profile import DeviceProfile, profile_path
 from flashlm.probe.probe import probe
 from flashlm.sizes import format_size, parse_size_bytes
 
-PEERS = ("llama.cpp", "accelerate")
+PEERS = ("llama.cpp", "llama.cpp-asleep", "accelerate")
 MIB = 1 << 20
 BIGMOE_BESIDE_BYTES = 256 * MIB  # beside weights, cache and KV cache: its buffers for a prompt, and programs
 PEER_MARKS = ("C2P", "C5X", "C6*", "C7v")
@@ -151,13 +151,14 @@ def peer_systems(run: Run, cap_bytes: int) -> dict[str, tuple[Record, int]]:
     """Return spec and cap of every peer under one cap by name."""
     args = run.args
     found = {}
+    spec, _ = llama_system(run, cap_bytes)
     if "llama.cpp" in args.peers:
-        spec, _ = llama_system(run, cap_bytes)
-        # Its OpenMP threads spin where they wait for each other; asleep they leave the core to whoever reads.
         found["llama.cpp"] = (spec, cap_bytes)
+    if "llama.cpp-asleep" in args.peers:
+        # Its OpenMP threads spin where they wait for each other; asleep they leave the core to whoever reads.
         found["llama.cpp-asleep"] = (spec | {"omp_wait_policy": "passive"}, cap_bytes)
-        for kib in args.read_aheads:  # how much more the kernel reads at a page fault is the device's setting
-            found[f"llama.cpp-ahead-{kib}KiB"] = (spec | {"read_ahead_kib": kib}, cap_bytes)
+    for kib in args.read_aheads:  # how much more the kernel reads at a page fault is the device's setting
+        found[f"llama.cpp-ahead-{kib}KiB"] = (spec | {"read_ahead_kib": kib}, cap_bytes)
     if args.bigmoe:
         for options in args.bigmoe_options:
             name = "".join(["BigMoeOnEdge", *options.replace(" --", "-").replace("--", "-").split()])
@@ -563,7 +564,7 @@ def start(args: argparse.Namespace) -> Run:
 
 def write_gguf(run: Run, clock: Clock) -> None:
     """Write the GGUF twin, in the place of the checkpoint where the disk is tight."""
-    if "llama.cpp" not in run.args.peers:
+    if not {"llama.cpp", "llama.cpp-asleep"} & {*run.args.peers}:
         return
     if run.args.tight_disk:
         for name in ("checkpoint", "offload"):
