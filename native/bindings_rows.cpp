@@ -230,16 +230,22 @@ class QuantizedTokens {
             throw Refused("tokens must be contiguous float32 (num_tokens, width) of whole groups of " + to_string(PART) +
                           ", got " + array.described());
         }
-        check_tokens(array.size(0));
         num_tokens_ = array.size(0), width_ = array.size(1);
         const size_t num_parts = array.num_elements() / PART;
-        quants_.resize(array.num_elements()), scales_.resize(num_parts), sums_.resize(num_parts);
-        quantize_tokens({array.data<const float>(), num_parts, quants_.data(), scales_.data(), sums_.data()});
+        quants_ = std::make_unique_for_overwrite<std::int8_t[]>(array.num_elements());
+        scales_ = std::make_unique_for_overwrite<float[]>(num_parts);
+        sums_ = std::make_unique_for_overwrite<float[]>(num_parts);
+        const QuantizeTokensArgs args{array.data<const float>(), num_parts, quants_.get(), scales_.get(), sums_.get()};
+        nb::gil_scoped_release release;
+        run_quantize_tokens(args);
     }
 
     void project(const RowBlock& block, size_t part, nb::handle out, nb::handle bias) const {
         const EncodingCode encoding = block.encoding(part);
-        if (!has_int8(encoding)) return flashlm::project(tokens_, block, part, out, bias);
+        const bool are_many = num_tokens_ > MAX_TOKENS;
+        if (!(are_many ? has_int8_matrix(encoding) : has_int8(encoding))) {
+            return flashlm::project(tokens_, block, part, out, bias);
+        }
         const Array outputs(out, "out");
         const size_t num_rows = block.num_rows();
         if (width_ != block.width()) {
@@ -247,14 +253,18 @@ class QuantizedTokens {
         }
         const size_t stride = checked_stride("out", outputs, num_tokens_, num_rows);
         const Int8ProjectArgs args{block.part(part),
-                                   {quants_.data(), scales_.data(), sums_.data(), num_tokens_},
+                                   {quants_.get(), scales_.get(), sums_.get(), num_tokens_},
                                    outputs.data<float>(),
                                    stride,
                                    checked_bias(bias, num_rows)};
         if (!num_tokens_ || !num_rows) return;
         nb::gil_scoped_release release;
-        run_project_int8(encoding, args);
+        (are_many ? run_multiply_int8 : run_project_int8)(encoding, args);
     }
+
+    // As `project_blocks`.
+    void project_blocks(const std::vector<const RowBlock*>& blocks, size_t part, nb::handle out,
+                        const std::vector<nb::handle>& biases) const;
 
     void widen(nb::handle out) const {
         const Array target(out, "out");
@@ -262,15 +272,15 @@ class QuantizedTokens {
             throw Refused("out must be contiguous float32 " + shape_text({num_tokens_, width_}) + ", got " +
                           target.described());
         }
-        for (size_t i = 0; i < quants_.size(); ++i) target.data<float>()[i] = scales_[i / PART] * quants_[i];
+        for (size_t i = 0; i < num_tokens_ * width_; ++i) target.data<float>()[i] = scales_[i / PART] * quants_[i];
     }
 
   private:
     static constexpr size_t PART = 32;
     nb::object tokens_;
     size_t num_tokens_, width_;
-    std::vector<std::int8_t> quants_;
-    std::vector<float> scales_, sums_;
+    std::unique_ptr<std::int8_t[]> quants_;
+    std::unique_ptr<float[]> scales_, sums_;  // of each part
 };
 
 void accumulate(nb::handle h, const RowBlock& block, nb::handle y) {
@@ -378,23 +388,51 @@ void check_blocks(const std::vector<const RowBlock*>& blocks, const Array& vecto
     check(activations, blocks.size(), first.num_rows());
 }
 
+std::vector<const float*> checked_biases(const std::vector<nb::handle>& biases, size_t num_blocks, size_t num_rows) {
+    if (!biases.empty() && biases.size() != num_blocks) {
+        throw Refused(to_string(biases.size()) + " biases for " + to_string(num_blocks) + " blocks");
+    }
+    std::vector<const float*> found(num_blocks, nullptr);
+    for (size_t i = 0; i < biases.size(); ++i) found[i] = checked_bias(biases[i], num_rows);
+    return found;
+}
+
 void project_blocks(nb::handle x, const std::vector<const RowBlock*>& blocks, size_t part, nb::handle out,
-                    const std::vector<nb::handle>& biases) {
+                    const std::vector<nb::handle>& bias) {
     const Array tokens(x, "x"), outputs(out, "out");
     const bool is_shared = tokens.num_dims() != 2 || tokens.size(0) == 1;  // else each block has a token of its own
     check_blocks(blocks, tokens, is_shared ? 1 : blocks.size(), outputs);
     const size_t num_rows = blocks.front()->num_rows(), step = is_shared ? 0 : blocks.front()->width();
-    if (!biases.empty() && biases.size() != blocks.size()) {
-        throw Refused(to_string(biases.size()) + " biases for " + to_string(blocks.size()) + " blocks");
-    }
+    const auto biases = checked_biases(bias, blocks.size(), num_rows);
     std::vector<ProjectArgs> products;
     products.reserve(blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i) {
         products.push_back({blocks[i]->part(part), tokens.data<const float>() + i * step, 1,
-                            outputs.data<float>() + i * num_rows, num_rows, biases.empty() ? nullptr : checked_bias(biases[i], num_rows)});
+                            outputs.data<float>() + i * num_rows, num_rows, biases[i]});
     }
     nb::gil_scoped_release release;
     run_projects(blocks.front()->encoding(part), products.data(), products.size());
+}
+
+void QuantizedTokens::project_blocks(const std::vector<const RowBlock*>& blocks, size_t part, nb::handle out,
+                                     const std::vector<nb::handle>& bias) const {
+    const Array outputs(out, "out");
+    const size_t num_tokens = num_tokens_ == 1 ? 1 : blocks.size();
+    check_blocks(blocks, Array(tokens_, "x"), num_tokens, outputs);
+    const EncodingCode encoding = blocks.front()->encoding(part);
+    if (!has_int8(encoding)) return flashlm::project_blocks(tokens_, blocks, part, out, bias);
+    const size_t num_rows = blocks.front()->num_rows(), step = num_tokens_ == 1 ? 0 : 1;
+    const auto biases = checked_biases(bias, blocks.size(), num_rows);
+    std::vector<Int8ProjectArgs> products;
+    products.reserve(blocks.size());
+    for (size_t i = 0; i < blocks.size(); ++i) {
+        const size_t token = i * step, first = token * width_ / PART;
+        products.push_back({blocks[i]->part(part),
+                            {quants_.get() + token * width_, scales_.get() + first, sums_.get() + first, 1},
+                            outputs.data<float>() + i * num_rows, num_rows, biases[i]});
+    }
+    nb::gil_scoped_release release;
+    run_projects_int8(encoding, products.data(), products.size());
 }
 
 void accumulate_blocks(nb::handle h, const std::vector<const RowBlock*>& blocks, nb::handle y) {
@@ -562,6 +600,9 @@ void bind_rows(nb::module_& m) {
         .def_prop_ro("width", &RowBlock::width)
         .def_prop_ro("row_stride_bytes", &RowBlock::stride_bytes)
         .def_prop_ro("num_parts", &RowBlock::num_parts);
+    m.def("has_int8_matrix",
+          [](unsigned code) { return code < NUM_ENCODINGS && has_int8_matrix(static_cast<EncodingCode>(code)); }, "encoding"_a,
+          "Whether more than MAX_TOKENS tokens in 8 bits can be multiplied with parts of an encoding.");
     m.def("matrix_rows", &RowBlock::of_matrix, "matrix"_a, "num_parts"_a, "slots"_a.none(), "The rows of a matrix.");
     m.def("project", &project, "x"_a, "rows"_a, "part"_a, "out"_a, "bias"_a.none() = nb::none(),
           "out[t, r] = x[t] . row[r].part (+ bias[r])");
@@ -569,6 +610,8 @@ void bind_rows(nb::module_& m) {
         .def(nb::init<nb::handle>(), "x"_a)
         .def("project", &QuantizedTokens::project, "rows"_a, "part"_a, "out"_a, "bias"_a.none() = nb::none(),
              "out[t, r] = token t . row[r].part (+ bias[r])")
+        .def("project_blocks", &QuantizedTokens::project_blocks, "blocks"_a, "part"_a, "out"_a, "biases"_a,
+             "As `project_blocks`.")
         .def("widen", &QuantizedTokens::widen, "out"_a, "out[t] = token t as float32");
     m.def("accumulate", &accumulate, "h"_a, "rows"_a, "y"_a, "y[t] += sum over r of h[t, r] * row[r].down");
     m.def("widen", &widen, "rows"_a, "part"_a, "dst"_a, "dst[r] = row[r].part as float32");

@@ -17,5 +17,6 @@ namespace {
 
 const RowKernels generic_row_kernels = row_kernels();
 const Int8Kernels generic_int8_kernels = int8_kernels();
+const Int8Matrices no_int8_matrices{};
 
 }  // namespace flashlm

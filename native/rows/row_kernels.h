@@ -91,11 +91,36 @@ struct Int8Kernels {
     void (*of[NUM_ENCODINGS])(const Int8ProjectArgs&, std::size_t row_begin, std::size_t row_end);
 };
 
+// The same for more tokens, with what their sums in integers start at: what a row's quants are lifted by is taken off again.
+struct Int8MatrixArgs {
+    Rows rows;                    // without slots or with
+    Int8Tokens x;
+    float* out;
+    std::size_t out_stride;
+    const float* bias;
+    const std::int32_t* starts;   // [num_tokens, width / scaled_elements]: -lift * sum of the quants
+};
+
+// A matrix product in int8; `multiply` is null where there is none.
+struct Int8Matrix {
+    void (*multiply)(const Int8MatrixArgs&, std::size_t row_begin, std::size_t row_end);
+    std::size_t scaled_elements;  // that have one scale
+    int lift;                     // is added to quants so that they are not negative
+};
+
+// By `EncodingCode`. A range of rows begins at a multiple of `unit`.
+struct Int8Matrices {
+    Int8Matrix of[NUM_ENCODINGS];
+    std::size_t unit;
+};
+
 extern const RowKernels generic_row_kernels;
 extern const Int8Kernels generic_int8_kernels;
+extern const Int8Matrices no_int8_matrices;
 #if defined(__x86_64__)
 extern const RowKernels avx2_row_kernels, avx512_row_kernels;
 extern const Int8Kernels avx2_int8_kernels, vnni_int8_kernels;
+extern const Int8Matrices avx2_int8_matrices, vnni_int8_matrices;
 #elif defined(__aarch64__)
 extern const RowKernels neon_row_kernels;
 extern const Int8Kernels neon_int8_kernels;

@@ -1,6 +1,7 @@
 #include "run.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "../simd/levels.h"
@@ -56,6 +57,10 @@ struct Range {
     std::size_t length, unit;
 };
 
+std::size_t tokens_of(const ProjectArgs& args) { return args.num_tokens; }
+std::size_t tokens_of(const AccumulateArgs& args) { return args.num_tokens; }
+std::size_t tokens_of(const Int8ProjectArgs& args) { return args.x.num_tokens; }
+
 // Several products in one job, in as many tasks as one product of their joint cost would have; each product its share.
 template <class Args, class RangeOf>
 void run_many(EncodingCode code, const Args* products, std::size_t num_products,
@@ -65,7 +70,7 @@ void run_many(EncodingCode code, const Args* products, std::size_t num_products,
         std::size_t begin, end;
     };
     std::size_t total = 0;
-    for (std::size_t i = 0; i < num_products; ++i) total += cost_bytes(products[i].rows, code, products[i].num_tokens);
+    for (std::size_t i = 0; i < num_products; ++i) total += cost_bytes(products[i].rows, code, tokens_of(products[i]));
     const std::size_t threads = num_threads(), most = std::max<std::size_t>(total / TASK_BYTES, 1);
     const std::size_t share =
         std::max<std::size_t>(total / (threads == 1 ? 1 : std::min(most, threads * tasks_per_thread)), 1);
@@ -73,7 +78,7 @@ void run_many(EncodingCode code, const Args* products, std::size_t num_products,
     for (std::size_t i = 0; i < num_products; ++i) {
         const Args& product = products[i];
         const Range range = range_of(product);
-        const std::size_t pieces = ceil_div(cost_bytes(product.rows, code, product.num_tokens), share);
+        const std::size_t pieces = ceil_div(cost_bytes(product.rows, code, tokens_of(product)), share);
         const std::size_t length =
             ceil_div(ceil_div(range.length, std::max<std::size_t>(pieces, 1)), range.unit) * range.unit;
         for (std::size_t begin = 0; begin < range.length; begin += length) {
@@ -117,6 +122,49 @@ void run_project_int8(EncodingCode code, const Int8ProjectArgs& args) {
     if (num_rows == 0) return;
     const std::size_t cost = cost_bytes(args.rows, code, args.x.num_tokens);
     run(Job<Int8ProjectArgs>{args, level().int8.of[code], num_rows, task_length(num_rows, 4, cost, ROW_TASKS_PER_THREAD)});
+}
+
+void run_projects_int8(EncodingCode code, const Int8ProjectArgs* products, std::size_t num_products) {
+    run_many(code, products, num_products, level().int8.of[code], ROW_TASKS_PER_THREAD,
+             [](const Int8ProjectArgs& each) { return Range{each.rows.num_rows, 4}; });
+}
+
+void run_quantize_tokens(const QuantizeTokensArgs& args) {
+    constexpr std::size_t PARTS = 1024;  // of 32 elements: some 10 us
+    run(Job<QuantizeTokensArgs>{args,
+                                [](const QuantizeTokensArgs& all, std::size_t begin, std::size_t end) {
+                                    quantize_tokens({all.source + begin * 32, end - begin, all.quants + begin * 32,
+                                                     all.scales + begin, all.sums + begin});
+                                },
+                                args.num_parts, PARTS});
+}
+
+bool has_int8_matrix(EncodingCode code) { return level().matrices.of[code].multiply != nullptr; }
+
+void run_multiply_int8(EncodingCode code, const Int8ProjectArgs& args) {
+    const Int8Matrices& matrices = level().matrices;
+    const Int8Matrix& matrix = matrices.of[code];
+    if (args.rows.num_rows == 0) return;
+    const std::size_t num_starts = args.x.num_tokens * args.rows.hidden_size / matrix.scaled_elements;
+    const auto starts = std::make_unique_for_overwrite<std::int32_t[]>(num_starts);
+    struct Starts {
+        const std::int8_t* quants;
+        std::int32_t* starts;
+        std::size_t scaled_elements;
+        int lift;
+    };
+    const Starts summed{args.x.quants, starts.get(), matrix.scaled_elements, matrix.lift};
+    run(Job<Starts>{summed,
+                    [](const Starts& s, std::size_t begin, std::size_t end) {
+                        for (std::size_t i = begin; i < end; ++i) {
+                            std::int32_t sum = 0;
+                            for (std::size_t k = 0; k < s.scaled_elements; ++k) sum += s.quants[i * s.scaled_elements + k];
+                            s.starts[i] = -s.lift * sum;
+                        }
+                    },
+                    num_starts, TASK_BYTES / matrix.scaled_elements});
+    const Int8MatrixArgs all{args.rows, args.x, args.out, args.out_stride, args.bias, starts.get()};
+    run(Job<Int8MatrixArgs>{all, matrix.multiply, args.rows.num_rows, matrices.unit});
 }
 
 void run_accumulate(EncodingCode code, const AccumulateArgs& args) {

@@ -22,14 +22,15 @@ const std::vector<Built>& levels() {
             __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
         const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                 __builtin_cpu_supports("avx512vl");
-        // with or without: the same bits
-        const Int8Kernels& int8 = __builtin_cpu_supports("avx512vnni") ? vnni_int8_kernels : avx2_int8_kernels;
-        found.push_back({{"avx512", avx512_row_kernels, int8, avx512_gate_kernels}, has_avx512});
-        found.push_back({{"avx2", avx2_row_kernels, avx2_int8_kernels, avx2_gate_kernels}, has_avx2});
+        const bool has_vnni = __builtin_cpu_supports("avx512vnni");  // with or without: the same bits
+        const Int8Kernels& int8 = has_vnni ? vnni_int8_kernels : avx2_int8_kernels;
+        const Int8Matrices& matrices = has_vnni ? vnni_int8_matrices : avx2_int8_matrices;
+        found.push_back({{"avx512", avx512_row_kernels, int8, matrices, avx512_gate_kernels}, has_avx512});
+        found.push_back({{"avx2", avx2_row_kernels, avx2_int8_kernels, avx2_int8_matrices, avx2_gate_kernels}, has_avx2});
 #elif defined(__aarch64__)
-        found.push_back({{"neon", neon_row_kernels, neon_int8_kernels, neon_gate_kernels}, true});
+        found.push_back({{"neon", neon_row_kernels, neon_int8_kernels, no_int8_matrices, neon_gate_kernels}, true});
 #endif
-        found.push_back({{"generic", generic_row_kernels, generic_int8_kernels, generic_gate_kernels}, true});
+        found.push_back({{"generic", generic_row_kernels, generic_int8_kernels, no_int8_matrices, generic_gate_kernels}, true});
         return found;
     }();
     return all;

@@ -14,6 +14,7 @@ struct Level {
     const char* name;
     const RowKernels& rows;
     const Int8Kernels& int8;
+    const Int8Matrices& matrices;
     const GateKernels& gates;
 };
 

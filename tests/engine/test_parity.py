@@ -123,7 +123,7 @@ def test_both_matrix_products_agree_with_float64(strategy, dtype, tiny_pack):
     with layer._bound.stream.unit(0) as runs:
         place = next(runs).place
         gate, up, down = (part.clone() for part in gemm.parts(layer.layout, place, layer.layout.block_rows))
-        hidden = gemm.project(gemm.prepare(tokens), up, None)
+        hidden = gemm.project(gemm.prepare(tokens, layer.layout), up, None)
         output = torch.zeros(tokens.shape)
         gemm.accumulate(hidden, down, output)
     assert gate.shape == up.shape

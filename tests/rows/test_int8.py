@@ -63,8 +63,8 @@ def test_tokens_are_rounded_to_the_nearest_multiple_of_their_scale(exponents, nu
 @given(
     name=st.sampled_from(INTEGERS),
     num_groups=st.integers(1, 3),
-    num_rows=st.integers(1, 21),
-    num_tokens=st.integers(1, 16),
+    num_rows=st.integers(1, 40),
+    num_tokens=st.one_of(st.integers(1, 16), st.integers(17, 40)),
     with_bias=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -84,7 +84,12 @@ def test_products_are_within_the_rounding_of_their_sums(
     x = torch.from_numpy(random.standard_normal((num_tokens, width)).astype(np.float32))
     bias = torch.from_numpy(random.standard_normal(num_rows).astype(np.float32)) if with_bias else None
     tokens, out = kernels.quantize_tokens(x), torch.full((num_tokens, num_rows), float("nan"))
-    kernels.project(tokens, block_of(name, groups, num_rows, width), 0, out, bias)
+    block = block_of(name, groups, num_rows, width)
+    if num_tokens > kernels.MAX_TOKENS and not kernels.multiplies_int8(ENCODINGS[name].code):
+        with pytest.raises(ConfigError, match="at most 16 tokens"):
+            kernels.project(tokens, block, 0, out, bias)
+        return
+    kernels.project(tokens, block, 0, out, bias)
     x_8 = widened(tokens, x)
     exact = x_8 @ weights.T + (0 if bias is None else bias.double())
     magnitude = x_8.abs() @ ((weights - offsets).abs() + offsets.abs()).T + (0 if bias is None else bias.double().abs())
@@ -116,17 +121,64 @@ def test_threads_batching_and_cuts_change_no_bit(name: str) -> None:
     assert torch.equal(out, results[0][:, 60:])
 
 
-@pytest.mark.skipif(not {"avx2", "avx512"} <= set(_native.simd_levels()), reason="needs a processor with both")
 @pytest.mark.parametrize("name", INTEGERS)
-def test_avx512_gives_the_bits_of_avx2(name: str) -> None:
+def test_of_many_tokens_threads_batching_and_cuts_change_no_bit(name: str) -> None:
+    """A panel's rows and tokens do not meet; 2,304 elements take two panels."""
+    if not kernels.multiplies_int8(ENCODINGS[name].code):
+        pytest.skip("none here for this encoding")
+    random, before = np.random.default_rng(5), _native.num_threads()
+    num_rows, width, num_tokens = 103, 9 * 256, 37
+    groups = tame_groups(name, num_rows * width // ENCODINGS[name].group_elements, random)
+    block = block_of(name, groups, num_rows, width)
+    x = torch.from_numpy(random.standard_normal((num_tokens, width)).astype(np.float32))
+    bias = torch.from_numpy(random.standard_normal(num_rows).astype(np.float32))
+    results = []
+    for num_threads, some in ((1, 37), (2, 37), (3, 37), (2, 17), (2, 23)):
+        _native.set_num_threads(num_threads)
+        out = torch.empty(some, num_rows)
+        kernels.project(kernels.quantize_tokens(x[:some]), block, 0, out, bias)
+        results.append(out)
+    _native.set_num_threads(before)
+    wide = torch.full((num_tokens, num_rows + 5), float("nan"))  # a longer stride
+    last = block_of(name, groups.reshape(num_rows, -1)[61:], num_rows - 61, width)
+    kernels.project(kernels.quantize_tokens(x), last, 0, wide[:, 2 : 2 + num_rows - 61], bias[61:])
+    assert all(torch.equal(each, results[0][: len(each)]) for each in results)
+    assert torch.equal(wide[:, 2 : 2 + num_rows - 61], results[0][:, 61:])
+    assert wide[:, :2].isnan().all()
+    assert wide[:, 2 + num_rows - 61 :].isnan().all()
+
+
+@pytest.mark.skipif(not {"avx2", "avx512"} <= set(_native.simd_levels()), reason="needs a processor with both")
+@pytest.mark.parametrize("num_tokens", [5, 23])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_avx512_gives_the_bits_of_avx2(name: str, num_tokens: int) -> None:
     random, width = np.random.default_rng(6), 3 * 256
     block = block_of(name, tame_groups(name, 11 * width // ENCODINGS[name].group_elements, random), 11, width)
-    tokens = kernels.quantize_tokens(torch.from_numpy(random.standard_normal((5, width)).astype(np.float32)))
-    outputs = torch.empty(5, 11), torch.empty(5, 11)
+    tokens = kernels.quantize_tokens(torch.from_numpy(random.standard_normal((num_tokens, width)).astype(np.float32)))
+    outputs = torch.empty(num_tokens, 11), torch.empty(num_tokens, 11)
     for level, out in zip(("avx2", "avx512"), outputs, strict=True):
         _native.set_simd_level(level)
+        if num_tokens > kernels.MAX_TOKENS and not kernels.multiplies_int8(ENCODINGS[name].code):
+            pytest.skip("AVX2 has none of many tokens for this encoding")
         kernels.project(tokens, block, 0, out)
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q6_k", "fp8_block"])
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_several_blocks_in_one_job_give_the_bits_of_each(name: str, num_tokens: int) -> None:
+    random, width, num_rows = np.random.default_rng(7), 2 * 256, 45
+    num_groups = num_rows * width // ENCODINGS[name].group_elements
+    blocks = [block_of(name, tame_groups(name, num_groups, random), num_rows, width) for _ in range(3)]
+    biases = [torch.from_numpy(random.standard_normal(num_rows).astype(np.float32)) for _ in blocks]
+    x = torch.from_numpy(random.standard_normal((num_tokens, width)).astype(np.float32))
+    together = torch.empty(3, num_rows)
+    kernels.project_blocks(kernels.quantize_tokens(x), blocks, 0, together, biases)
+    for index, block in enumerate(blocks):
+        alone = torch.empty(1, num_rows)
+        token = x[index : index + 1] if num_tokens > 1 else x
+        kernels.project(kernels.quantize_tokens(token), block, 0, alone, biases[index])
+        assert torch.equal(alone[0], together[index])
 
 
 def test_rows_of_other_elements_meet_the_tokens_as_they_were() -> None:
@@ -140,14 +192,17 @@ def test_rows_of_other_elements_meet_the_tokens_as_they_were() -> None:
         assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("num_tokens", [2, 20])
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
-def test_what_is_not_finite_shows(value: float) -> None:
-    x = torch.ones(2, 64)
+def test_what_is_not_finite_shows(value: float, num_tokens: int) -> None:
+    if num_tokens > kernels.MAX_TOKENS and not kernels.multiplies_int8(ENCODINGS["q4_1"].code):
+        pytest.skip("none here")
+    x = torch.ones(num_tokens, 64)
     x[0, 40] = value
-    out = torch.empty(2, 3)
+    out = torch.empty(num_tokens, 3)
     kernels.project(kernels.quantize_tokens(x), block_of("q4_1", np.full((6, 20), 17, np.uint8), 3, 64), 0, out)
     assert out[0].isnan().all()
-    assert out[1].isfinite().all()
+    assert out[1:].isfinite().all()
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -156,7 +211,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for call, message in (
         (lambda: kernels.quantize_tokens(torch.ones(2, 48)), "whole groups of 32"),
         (lambda: kernels.quantize_tokens(torch.ones(2, 64).double()), "contiguous float32"),
-        (lambda: kernels.quantize_tokens(torch.ones(17, 64)), "at most 16 tokens"),
+        (lambda: kernels.project_blocks(tokens, [block], 0, out[:1]), r"\(1, 64\) expected"),
         (lambda: kernels.project(tokens, block_of("q4_0", np.zeros((3, 18), np.uint8), 3, 32), 0, out), "64 wide"),
         (lambda: kernels.project(tokens, block, 1, out), "part must be"),
         (lambda: kernels.project(tokens, block, 0, out[:1]), "out must be"),

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from flashlm.rows import kernels
 from flashlm.rows.encodings import ENCODINGS
@@ -31,6 +32,14 @@ def close(found: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> bool:
     """Whether found is x·weightsᵀ but for the rounding of sums in fp32."""
     bound = (len(weights[0]) + 8) * EPS * (x.double().abs() @ weights.abs().T)
     return bool(((found.double() - x.double() @ weights.T).abs() <= bound).all())
+
+
+def near(found: torch.Tensor, exact: torch.Tensor, x: torch.Tensor, weights: torch.Tensor) -> bool:
+    """Whether found is exact but for the rounding of each 32 elements of x to 127 steps."""
+    largest = F.pad(x.double().abs(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32)).amax(-1)
+    steps = largest.repeat_interleave(32, dim=1)[:, : x.shape[1]] / 127
+    bound = 0.51 * steps @ weights.abs().T + 1e-4 * (x.double().abs() @ weights.abs().T) + 1e-6
+    return bool(((found.double() - exact).abs() <= bound).all())
 
 
 @settings(deadline=None, max_examples=40)
@@ -74,6 +83,27 @@ def test_parts_are_widened_to_what_they_mean(layout: LayerLayout, data: st.DataO
         for part, weights in zip(dots, values, strict=False):
             assert torch.equal(part.double(), weights[cut])
         assert torch.equal(down.double(), values[-1][:, cut].T)
+
+
+@settings(deadline=None, max_examples=30)
+@given(layout=layouts_by_block(most=3), seed=st.integers(0, 2**16))
+def test_products_of_many_tokens_in_8_bits_are_near(layout: LayerLayout, seed: int) -> None:
+    """Parts whose encoding this processor does not multiply so are widened, and exact."""
+    places, values = placed(layout, seed)
+    gemm = Gemms(int8=True).of(layout)
+    x = torch.randn(40, layout.hidden_size, generator=torch.Generator().manual_seed(seed))
+    for block, place in enumerate(places):
+        span = layout.rows_of(block)
+        *dots, down = (part for part in gemm.parts(layout, place, len(span)) if part is not None)
+        assert gemm.rounds(layout) == all(isinstance(part, tuple) for part in (*dots, down))
+        for part, weights in zip(dots, values, strict=False):
+            h = gemm.project(gemm.prepare(x, layout), part, None)
+            assert near(h, x.double() @ weights[span.start : span.stop].T, x, weights[span.start : span.stop])
+        y = torch.ones_like(x)
+        gemm.accumulate(h, down, y)
+        assert near(
+            y - 1, h.double() @ values[-1][:, span.start : span.stop].T, h, values[-1][:, span.start : span.stop]
+        )
 
 
 @settings(deadline=None, max_examples=30)

@@ -39,8 +39,8 @@ ContextOption = Annotated[
 ActivationsOption = Annotated[
     Activations | None,
     typer.Option(
-        help="int8: tokens are rounded to 8 bits for their products with encoded weights while text is generated; faster,"
-        " and not exact. Default: exact.",
+        help="int8: tokens are rounded to 8 bits for their products with encoded weights; faster, and not exact."
+        " Default: exact.",
         show_default=False,
     ),
 ]

@@ -20,7 +20,7 @@ from flashlm.sparsity.routing import Routing, read_routing
 logger = logging.getLogger(__name__)
 
 _EXACT = "exact: every weight takes part in every token; the placement changes no bit"
-_ROUNDED = "approximate: generated tokens are rounded to 8 bits for their products with encoded weights"
+_ROUNDED = "approximate: tokens are rounded to 8 bits for their products with encoded weights"
 
 
 def exactness(manifest: Manifest, calibration: Calibration | None, activations: Activations) -> str:

@@ -56,7 +56,7 @@ class BoundExperts:
         layout: Geometry of its experts: block e is expert e.
         store: Gives experts.
         gemm: Products for many tokens.
-        int8: Round few tokens to 8 bits for their products with encoded weights.
+        int8: Round tokens to 8 bits for their products with encoded weights.
         observer: Looks on; None in normal use.
     """
 
@@ -254,8 +254,8 @@ def _add_by_products(
 ) -> None:
     """Add an expert's products, without outer bias and norm, by matrix products: for many tokens at once."""
     layout = bound.layout
-    prepared = bound.gemm.prepare(tokens)
-    step = rows_per_product(layout)
+    prepared = bound.gemm.prepare(tokens, layout)
+    step = layout.block_rows if bound.gemm.rounds(layout) else rows_per_product(layout)
     for first in range(0, layout.block_rows, step):
         num_rows = min(step, layout.block_rows - first)
         span = slice(first, first + num_rows)

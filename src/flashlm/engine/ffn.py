@@ -37,7 +37,7 @@ from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.layout import LayerLayout, round_up
 from flashlm.rows.neurons import Operand, neurons_at, operand
-from flashlm.rows.products import BlockGemm
+from flashlm.rows.products import BlockGemm, Tokens
 
 ACTIVATION_STEP = 64  # a multiple of what torch takes at a time with any instruction set
 
@@ -200,7 +200,7 @@ class FlashFFN(StreamedModule):
             stream: Gives whole blocks.
             unit: The layer's number there.
             gemm: Products for many tokens.
-            int8: Round few tokens to 8 bits for their products with encoded weights.
+            int8: Round tokens to 8 bits for their products with encoded weights.
             sparse: Gives scattered rows; None outside mode `sparse`.
             predict: The rows that tokens need; goes with `sparse`.
             order: int64 (num_rows,): which neuron each row is; None where rows lie in the checkpoint's order.
@@ -286,7 +286,7 @@ class FlashFFN(StreamedModule):
             operands = [self._operand(bound, _cut(rows_tokens, part)) for part in tiles(len(rows_tokens))]
             rows_allowed = None if self.selection is None else self.selection(rows_tokens)
         if by_products is not None:
-            prepared = bound.gemm.prepare(by_products.tokens)
+            prepared = bound.gemm.prepare(by_products.tokens, self.layout)
             is_watched = self.observer is not None or self.selection is not None
             plain = by_products.tokens.to(torch.float32).contiguous() if is_watched else by_products.tokens
             allowed = None if self.selection is None else self.selection(plain)
@@ -344,7 +344,7 @@ class FlashFFN(StreamedModule):
         self,
         bound: _Bound,
         block: BlockRun,
-        prepared: torch.Tensor,
+        prepared: Tokens,
         plain: torch.Tensor,
         allowed: torch.Tensor | None,
         share: _Share,

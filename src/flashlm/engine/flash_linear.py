@@ -20,6 +20,7 @@ from flashlm.engine.stream import BlockRun, BlockStream
 from flashlm.errors import ConfigError, PackError
 from flashlm.rows.kernels import choose_plain_strategy
 from flashlm.rows.layout import LayerLayout
+from flashlm.rows.products import multiplies_int8
 from flashlm.transformers_seam import forget_tie, keep_from_initialising
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class FlashLinear(StreamedModule, nn.Linear):
         check_hidden_states(self, input)
         if input.shape[-1] != self.in_features:
             raise ConfigError(f"(..., {self.in_features}) expected, got {tuple(input.shape)}")
-        way = choose_way(input, bound.dtype, widens=bound.widens, int8=bound.int8)
+        int8_matrix = bound.int8 and multiplies_int8(bound.layout.encodings[0])
+        way = choose_way(input, bound.dtype, widens=bound.widens, int8=bound.int8, int8_matrix=int8_matrix)
         tokens = prepare(way, input.detach().reshape(-1, self.in_features))
         output = torch.empty(input.shape[:-1].numel(), self.out_features, dtype=input.dtype)
         with bound.stream.unit(bound.unit) as runs:
@@ -115,7 +117,7 @@ def bind_linear(
         stream: Gives its blocks.
         unit: The layer's number there.
         dtype: Element type of the model's weights.
-        int8: Round few tokens to 8 bits for their products with an encoded matrix.
+        int8: Round tokens to 8 bits for their products with an encoded matrix.
 
     Returns:
         The layer's weight, or what stands for it.

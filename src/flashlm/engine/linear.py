@@ -6,8 +6,8 @@ batches of more tokens than row kernels take at once, take torch's product, whos
 
 Where torch's product is slow (16 bits on processors without bf16 products: 128 tokens at 21 GFLOP/s against 80 in fp32; four
 tokens reach 5 GB/s) or not to be had (encodings that torch does not know), weights are widened for prompts to fp32 piece by
-piece and multiplied there; short prompts and batches of any size take row kernels, in tiles. Sums of ours are fp32, rounded
-once.
+piece and multiplied there, or, where that is asked for, meet tokens in 8 bits as they lie; short prompts and batches of any
+size take row kernels, in tiles. Sums of ours are fp32, rounded once.
 
 The rows of a matrix are multiplied apart without changing a bit of the result, as long as they are cut at multiples of
 `ROWS_PER_STEP`: `tests/engine/test_linear.py` holds torch's products and ours to that. So a matrix that is streamed in
@@ -20,7 +20,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from flashlm.engine.forward_pass import running_pass, tiles
 from flashlm.engine.guards import COMPUTE_DTYPES
@@ -28,9 +27,11 @@ from flashlm.errors import ConfigError
 from flashlm.rows import kernels
 from flashlm.rows.layout import ROWS_PER_STEP, LayerLayout
 from flashlm.rows.neurons import Operand
+from flashlm.rows.products import fp32_linear
 
-# torch's own product; our row kernels, in the weights' dtype, in fp32 or with tokens in 8 bits; widened pieces.
-Way = Literal["torch", "rows", "fp32 rows", "int8 rows", "widened"]
+# torch's own product; our row kernels, in the weights' dtype, in fp32 or with tokens in 8 bits; widened pieces; our product
+# of many tokens in 8 bits.
+Way = Literal["torch", "rows", "fp32 rows", "int8 rows", "widened", "int8 matrix"]
 
 
 class EncodedMatrix:
@@ -52,21 +53,24 @@ class EncodedMatrix:
         return kernels.rows_at(self._layout, self._place.at(start * self._layout.row_stride_bytes), stop - start)
 
 
-def choose_way(input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool, int8: bool = False) -> Way:
+def choose_way(
+    input: torch.Tensor, dtype: torch.dtype | None, *, widens: bool, int8: bool = False, int8_matrix: bool = False
+) -> Way:
     """Return how a matrix multiplies `input` (..., in_features).
 
     Args:
         input: The tokens.
         dtype: Of the matrix; None where torch does not know its elements.
         widens: Whether torch is slow at prompts, or can't.
-        int8: Whether few tokens are to be rounded to 8 bits; of encoded matrices.
+        int8: Whether tokens are to be rounded to 8 bits; of encoded matrices.
+        int8_matrix: Whether many are, too.
     """
     is_small = input.numel() <= kernels.MAX_TOKENS * input.shape[-1]
     by_rows = _is_by_rows(input.shape)
     if not widens and not (by_rows and is_small):
         return "torch"
     if not is_small and not by_rows:
-        return "widened"
+        return "int8 matrix" if int8_matrix else "widened"
     if int8:
         return "int8 rows"
     return "rows" if input.dtype == dtype else "fp32 rows"
@@ -79,6 +83,8 @@ def prepare(way: Way, tokens: torch.Tensor) -> torch.Tensor | list[Operand]:
     wide = tokens.detach().to(torch.float32).contiguous()
     if way == "widened":
         return wide
+    if way == "int8 matrix":
+        return [kernels.quantize_tokens(wide)]
     some = [wide[tile] for tile in tiles(len(wide))]
     return [kernels.quantize_tokens(each) for each in some] if way == "int8 rows" else list(some)
 
@@ -103,12 +109,13 @@ def multiply(
         num_rows = weight.shape[0]
         rows = _some_rows(weight, 0, num_rows)
         product = torch.empty(len(output), num_rows, dtype=torch.float32)
-        for x, tile in zip(tokens, tiles(len(output)), strict=True):
+        spans = [slice(len(output))] if way == "int8 matrix" else tiles(len(output))
+        for x, tile in zip(tokens, spans, strict=True):
             kernels.project(x, rows, 0, product[tile])
         output.copy_(product if bias is None else product.add_(bias))
     elif way in ("torch", "rows") and not isinstance(weight, EncodedMatrix):
         if way == "torch":
-            output.copy_(F.linear(tokens, weight, bias))
+            output.copy_(fp32_linear(tokens, weight, bias))
             return
         for tile in tiles(len(tokens)):
             output[tile] = kernels.linear(tokens[tile], weight, bias)
@@ -131,7 +138,7 @@ def _multiply_widened(
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
         kernels.widen(_some_rows(weight, start, stop), 0, scratch[: stop - start])
-        piece = F.linear(tokens, scratch[: stop - start])
+        piece = fp32_linear(tokens, scratch[: stop - start])
         if bias is not None:
             piece += bias[start:stop]
         output[:, start:stop] = piece
@@ -156,7 +163,7 @@ class RowLinear(nn.Linear):
         if (
             way == "torch"
         ):  # as one matrix: for sequences that do not lie side by side torch copies the weights for each
-            output = F.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+            output = fp32_linear(input.reshape(-1, self.in_features), self.weight, self.bias)
             return output.view(*input.shape[:-1], self.out_features)
         if way == "rows" and input.numel() <= kernels.MAX_TOKENS * self.in_features:
             return kernels.linear(input, self.weight, self.bias)

@@ -42,8 +42,8 @@ def load(
             what a calibration found best for the cache's size; without one lru. The output is the same with each.
         check: What is held against the pack's checksums: "load" (the default) what is read while loading, "all" what is
             streamed later too, "none" nothing.
-        activations: "exact" (the default), or "int8": a few tokens at a time, as in decoding, are rounded to 8 bits for
-            their products with weights in q8_0, q4_0 and the like, which is faster and not exact.
+        activations: "exact" (the default), or "int8": tokens are rounded to 8 bits for their products with weights in
+            q8_0, q4_0 and the like, which is faster and not exact.
         **from_pretrained: Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Returns:

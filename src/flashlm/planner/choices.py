@@ -14,7 +14,7 @@ Mode = Literal["auto", ResolvedMode]
 ExpertPolicyChoice = Literal["auto", "lru", "lfu", "pinned"]
 CheckChoice = Literal["load", "all", "none"]
 Activations = Literal["exact", "int8"]
-"""What a few tokens are multiplied as with encoded weights: in fp32, or rounded to 8 bits."""
+"""What tokens are multiplied as with encoded weights: in fp32, or rounded to 8 bits."""
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 EXPERT_POLICIES: tuple[ExpertPolicyChoice, ...] = get_args(ExpertPolicyChoice)

@@ -65,8 +65,8 @@ class Asked(TypedDict, total=False):
             what a calibration found best for the cache's size; without one lru. The output is the same with each.
         check: What is held against the pack's checksums: "load" what is read while loading, "all" what is streamed later
             too, "none" nothing. Else `FLASHLM_CHECK`, or "load".
-        activations: "exact", or "int8": a few tokens at a time, as in decoding, are rounded to 8 bits for their products
-            with weights in q8_0, q4_0 and the like, which is faster and not exact. Else the plan's, or "exact".
+        activations: "exact", or "int8": tokens are rounded to 8 bits for their products with weights in q8_0, q4_0 and
+            the like, which is faster and not exact. Else the plan's, or "exact".
     """
 
     dram: str | int | None
@@ -100,7 +100,7 @@ class Settings:
             cache's size, `lru` without one. No choice changes a bit of the output.
         check: What is held against the pack's checksums: `load` everything that is read while loading (resident weights,
             pinned blocks, the first rows and experts of a cache), `all` what is streamed later too, `none` nothing.
-        activations: What a few tokens are multiplied as with encoded weights: `exact` in fp32, `int8` rounded to 8 bits.
+        activations: What tokens are multiplied as with encoded weights: `exact` in fp32, `int8` rounded to 8 bits.
         plan: The plan that some of this comes from, and what of it does not count; None without one.
     """
 

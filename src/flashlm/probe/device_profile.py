@@ -85,7 +85,7 @@ class EncodedRates(Strict):
 
     Attributes:
         encoding: Its name.
-        is_int8: Whether the one token is rounded to 8 bits.
+        is_int8: Whether tokens are rounded to 8 bits.
         matrix_gb_per_s: One token, whole matrices, or the gate or up part of a block: rows of hidden_size elements.
         down_gb_per_s: One token, the down part of a block: rows of its neurons.
         expert_gb_per_s: One token, groups of experts.

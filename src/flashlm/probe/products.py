@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
 
 from flashlm.probe.device_profile import EncodedRates, ProductRates
 from flashlm.probe.timing import median_s
@@ -16,6 +15,7 @@ from flashlm.rows import kernels
 from flashlm.rows.encodings import Encoding
 from flashlm.rows.layout import GATED, LayerLayout, same_encoding
 from flashlm.rows.neurons import accumulate_blocks, neurons_at, operand, project_blocks
+from flashlm.rows.products import fp32_linear, multiplies_int8
 from flashlm.sparsity.calibration_document import PredictorEntry
 from flashlm.sparsity.predictor import Predictor
 from flashlm.storage.slab import SlabAllocator
@@ -175,12 +175,12 @@ def _gemm(dtype: str, weights: torch.Tensor) -> Callable[[], object]:
     block = weights[:BLOCK_ROWS, :HIDDEN]
     if kernels.choose_plain_strategy(weights.dtype) == "native":
         tokens = torch.randn(GEMM_TOKENS, HIDDEN).to(weights.dtype)
-        return lambda: F.linear(tokens, block)
+        return lambda: fp32_linear(tokens, block)
     wide, tokens = torch.empty(BLOCK_ROWS, HIDDEN), torch.randn(GEMM_TOKENS, HIDDEN)
 
     def widened() -> None:
         kernels.widen(_rows(weights, 0, BLOCK_ROWS), 0, wide)
-        F.linear(tokens, wide)
+        fp32_linear(tokens, wide)
 
     return widened
 
@@ -193,14 +193,7 @@ def encoded_rates(encoding: Encoding, *, int8: bool) -> EncodedRates:
         matrix_s, matrix_bytes = _encoded_matrices(memory, encoding, HIDDEN, HIDDEN, int8=int8)
         down_s, down_bytes = _encoded_matrices(memory, encoding, HIDDEN, DOWN_ROWS, int8=int8)
         expert_s, expert_bytes = _encoded_experts(encoding, int8=int8)
-    block = _encoded(memory, encoding, 0, BLOCK_ROWS, HIDDEN)
-    wide, tokens = torch.empty(BLOCK_ROWS, HIDDEN), torch.randn(GEMM_TOKENS, HIDDEN)
-
-    def multiply() -> None:
-        kernels.widen(block, 0, wide)
-        F.linear(tokens, wide)
-
-    gemm_s = median_s(multiply)
+    gemm_s = median_s(_encoded_gemm(_encoded(memory, encoding, 0, BLOCK_ROWS, HIDDEN), encoding, int8=int8))
     return EncodedRates(
         encoding=encoding.name,
         is_int8=int8,
@@ -209,6 +202,19 @@ def encoded_rates(encoding: Encoding, *, int8: bool) -> EncodedRates:
         expert_gb_per_s=expert_bytes / expert_s / 1e9,
         gemm_gflop_per_s=2 * GEMM_TOKENS * BLOCK_ROWS * HIDDEN / gemm_s / 1e9,
     )
+
+
+def _encoded_gemm(block: kernels.RowBlock, encoding: Encoding, *, int8: bool) -> Callable[[], object]:
+    wide, tokens = torch.empty(BLOCK_ROWS, HIDDEN), torch.randn(GEMM_TOKENS, HIDDEN)
+    if int8 and multiplies_int8(encoding.name):
+        product = torch.empty(GEMM_TOKENS, BLOCK_ROWS)
+        return lambda: kernels.project(kernels.quantize_tokens(tokens), block, 0, product)
+
+    def widened() -> None:
+        kernels.widen(block, 0, wide)
+        fp32_linear(tokens, wide)
+
+    return widened
 
 
 def _encoded(memory: torch.Tensor, encoding: Encoding, number: int, num_rows: int, width: int) -> kernels.RowBlock:

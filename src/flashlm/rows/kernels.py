@@ -35,6 +35,7 @@ __all__ = [
     "choose_strategy",
     "linear",
     "matrix_rows",
+    "multiplies_int8",
     "on_one_torch_thread",
     "one_torch_thread",
     "part_at",
@@ -152,12 +153,18 @@ def quantize_tokens(x: torch.Tensor) -> QuantizedTokens:
     is kept.
 
     Args:
-        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens, whole groups of 32 elements.
+        x: fp32 (num_tokens, width), contiguous; whole groups of 32 elements. More than `MAX_TOKENS` tokens meet only what
+            `multiplies_int8` says.
 
     Raises:
         ConfigError: A shape, dtype, layout or device is not as stated.
     """
     return QuantizedTokens(x)
+
+
+def multiplies_int8(code: int) -> bool:
+    """Return whether more than `MAX_TOKENS` tokens in 8 bits can be multiplied with parts of the encoding of this code."""
+    return _native.has_int8_matrix(code)
 
 
 def project(
@@ -168,7 +175,8 @@ def project(
     Reads the part of every row once, whatever the number of tokens.
 
     Args:
-        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens. Or the same in 8 bits.
+        x: fp32 (num_tokens, width), contiguous; at most `MAX_TOKENS` tokens. Or in 8 bits, any number: more are matrix
+            products, which add up in another order.
         rows: The rows.
         part: Index of the part within a row.
         out: fp32 (num_tokens, num_rows), any token stride.
@@ -227,12 +235,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def project_blocks(
-    x: torch.Tensor, blocks: Sequence[RowBlock], part: int, out: torch.Tensor, biases: Sequence[torch.Tensor] = ()
+    x: torch.Tensor | QuantizedTokens,
+    blocks: Sequence[RowBlock],
+    part: int,
+    out: torch.Tensor,
+    biases: Sequence[torch.Tensor] = (),
 ) -> None:
     """Write out[b, r] = x · row[r].part (+ bias[r]) for several blocks in one job, with the bits that `project` gives.
 
     Args:
-        x: fp32 (1, width), contiguous, for all; or (number of blocks, width), x[b] for each.
+        x: fp32 (1, width), contiguous, for all; or (number of blocks, width), x[b] for each. Or the same in 8 bits.
         blocks: Of one encoding and shape, and without slots.
         part: Index of the part within a row.
         out: fp32 (number of blocks, num_rows), contiguous.
@@ -241,7 +253,10 @@ def project_blocks(
     Raises:
         ConfigError: A shape, dtype, layout or device is not as stated.
     """
-    _native.project_blocks(x, blocks, part, out, biases)
+    if isinstance(x, QuantizedTokens):
+        x.project_blocks(blocks, part, out, biases)
+    else:
+        _native.project_blocks(x, blocks, part, out, biases)
 
 
 def accumulate_blocks(h: torch.Tensor, blocks: Sequence[RowBlock], y: torch.Tensor) -> None:

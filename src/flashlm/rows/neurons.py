@@ -123,12 +123,8 @@ def project_blocks(
         out: fp32 (number of blocks, neurons), contiguous.
         biases: Of each block, fp32 (neurons,), contiguous; none: no biases.
     """
-    if isinstance(x, torch.Tensor):
-        found = [block.part(part) for block in blocks]
-        kernels.project_blocks(x, [rows for rows, _ in found], found[0][1], out, biases)
-        return
-    for index, block in enumerate(blocks):  # in 8 bits, a job each
-        block.project(x, part, out[index : index + 1], biases[index] if biases else None)
+    found = [block.part(part) for block in blocks]
+    kernels.project_blocks(x, [rows for rows, _ in found], found[0][1], out, biases)
 
 
 def accumulate_blocks(h: torch.Tensor, blocks: Sequence[Neurons], y: torch.Tensor) -> None:
@@ -141,10 +137,8 @@ def accumulate_blocks(h: torch.Tensor, blocks: Sequence[Neurons], y: torch.Tenso
     """
     if not isinstance(blocks[0], _Parts):
         kernels.accumulate_blocks(h, [block.part(0)[0] for block in blocks], y)
-    elif not blocks[0].rounds:
-        product = torch.empty_like(y)
-        kernels.project_blocks(h, [block.part(-1)[0] for block in blocks], 0, product)
-        y += product
     else:
-        for index, block in enumerate(blocks):
-            block.accumulate(h[index : index + 1], y[index : index + 1])
+        product = torch.empty_like(y)
+        x = kernels.quantize_tokens(h) if blocks[0].rounds else h
+        kernels.project_blocks(x, [block.part(-1)[0] for block in blocks], 0, product)
+        y += product
