@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from expert_state import state_bytes
 from hybrid import (
@@ -386,6 +387,24 @@ def result_name(run: Run) -> str:
     return "-".join(filter(None, ("experts", run.args.shape, run.args.gguf)))
 
 
+def short(record: Record) -> Record:
+    """Return a record with its samples as columns: a line of numbers for what changes, a value for what does not."""
+    for name in ("decode", "prefill"):
+        samples = record.get("result", {}).get(name)
+        if samples:
+            flat = [sample | sample.pop("device", {}) for sample in samples]
+            columns = {key: [_rounded(sample[key]) for sample in flat] for key in flat[0]}
+            record["result"][name] = {
+                key: values[0] if values.count(values[0]) == len(values) else " ".join(map(str, values))
+                for key, values in columns.items()
+            }
+    return record
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def publish(run: Run, rows: list[Record]) -> None:
     """Write the JSON and print the table."""
     whole = {
@@ -406,7 +425,9 @@ def publish(run: Run, rows: list[Record]) -> None:
         },
         "systems": rows,
         "predicted": (predicted := predict(run, rows)),
-        "records": {path.stem: json.loads(path.read_text()) for path in sorted(run.path("steps").glob("*.json"))},
+        "records": {
+            path.stem: short(json.loads(path.read_text())) for path in sorted(run.path("steps").glob("*.json"))
+        },
     }
     text = json.dumps(whole, indent=1).replace(str(run.folder), "WORK").replace(str(run.args.work), "WORK")
     if run.args.bigmoe:
