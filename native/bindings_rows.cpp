@@ -235,7 +235,12 @@ class QuantizedTokens {
         quants_ = std::make_unique_for_overwrite<std::int8_t[]>(array.num_elements());
         scales_ = std::make_unique_for_overwrite<float[]>(num_parts);
         sums_ = std::make_unique_for_overwrite<float[]>(num_parts);
-        const QuantizeTokensArgs args{array.data<const float>(), num_parts, quants_.get(), scales_.get(), sums_.get()};
+        if (num_tokens_ <= MAX_TOKENS) {
+            wide_scales_ = std::make_unique_for_overwrite<float[]>(num_parts * 8);
+            fours_ = std::make_unique_for_overwrite<std::int32_t[]>(num_parts * 8);
+        }
+        const QuantizeTokensArgs args{array.data<const float>(), num_parts,          quants_.get(), scales_.get(),
+                                      sums_.get(),               wide_scales_.get(), fours_.get()};
         nb::gil_scoped_release release;
         run_quantize_tokens(args);
     }
@@ -253,7 +258,7 @@ class QuantizedTokens {
         }
         const size_t stride = checked_stride("out", outputs, num_tokens_, num_rows);
         const Int8ProjectArgs args{block.part(part),
-                                   {quants_.get(), scales_.get(), sums_.get(), num_tokens_},
+                                   tokens(0, num_tokens_),
                                    outputs.data<float>(),
                                    stride,
                                    checked_bias(bias, num_rows)};
@@ -276,11 +281,24 @@ class QuantizedTokens {
     }
 
   private:
+    Int8Tokens tokens(size_t first, size_t count) const {
+        const size_t part = first * width_ / PART;
+        const bool are_few = wide_scales_ != nullptr;
+        return {quants_.get() + first * width_,
+                scales_.get() + part,
+                sums_.get() + part,
+                are_few ? wide_scales_.get() + part * 8 : nullptr,
+                are_few ? fours_.get() + part * 8 : nullptr,
+                count};
+    }
+
     static constexpr size_t PART = 32;
     nb::object tokens_;
     size_t num_tokens_, width_;
     std::unique_ptr<std::int8_t[]> quants_;
     std::unique_ptr<float[]> scales_, sums_;  // of each part
+    std::unique_ptr<float[]> wide_scales_;    // Int8Tokens
+    std::unique_ptr<std::int32_t[]> fours_;
 };
 
 void accumulate(nb::handle h, const RowBlock& block, nb::handle y) {
@@ -426,9 +444,9 @@ void QuantizedTokens::project_blocks(const std::vector<const RowBlock*>& blocks,
     std::vector<Int8ProjectArgs> products;
     products.reserve(blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i) {
-        const size_t token = i * step, first = token * width_ / PART;
+        const size_t token = i * step;
         products.push_back({blocks[i]->part(part),
-                            {quants_.get() + token * width_, scales_.get() + first, sums_.get() + first, 1},
+                            tokens(token, 1),
                             outputs.data<float>() + i * num_rows, num_rows, biases[i]});
     }
     nb::gil_scoped_release release;

@@ -38,6 +38,7 @@ _DENSE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _LONG = {"head_dim": 32, "sliding_window": 16, "tie_word_embeddings": True}
 
 
@@ -85,10 +86,14 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
 
 
 def _gemma(config: Any) -> dict[str, Any]:
-    return _rms(config) | {
-        "attention.key_length": config.head_dim,
-        "attention.sliding_window": config.sliding_window,
-    }
+    return (
+        _rms(config)
+        | {
+            "attention.key_length": config.head_dim,
+            "attention.sliding_window": config.sliding_window,
+        }
+        | {name: getattr(config, name) for name in SOFTCAPS if getattr(config, name)}
+    )
 
 
 def _qwen35(config: Any) -> dict[str, Any]:
@@ -150,7 +155,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _gpt_oss,
     ),
     "phi3": Architecture("phi3", {}, lambda config: _rms(config) | {"rope.dimension_count": 16}),
-    "gemma2": Architecture("gemma2", _LONG, _gemma),
+    "gemma2": Architecture("gemma2", _LONG | dict(zip(SOFTCAPS, (3.0, 2.0), strict=True)), _gemma),
     "gemma3": Architecture("gemma3_text", _LONG, _gemma),
     "nemotron": Architecture(
         "nemotron",
@@ -160,7 +165,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": Architecture("stablelm", {"use_parallel_residual": False}, _partial("layer_norm_eps")),
     "starcoder2": Architecture("starcoder2", {}, lambda config: {"attention.layer_norm_epsilon": config.norm_epsilon}),
     "falcon": Architecture(
-        "falcon", {"tie_word_embeddings": True}, lambda config: {"attention.layer_norm_epsilon": 1e-5}
+        "falcon",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
+        lambda config: {"attention.layer_norm_epsilon": 1e-5},
     ),
     "bloom": Architecture(
         "bloom",
@@ -284,7 +291,7 @@ def _write_metadata(writer: gguf.GGUFWriter, architecture: str, config: Any, abo
     if architecture == "lfm2":
         heads = [text.num_key_value_heads * (kind == "full_attention") for kind in text.layer_types]
         keys["attention.head_count_kv"] = heads
-    if architecture not in ("bloom", "gpt2", "falcon"):
+    if architecture not in ("bloom", "gpt2"):
         rope = text.rope_parameters
         keys["rope.freq_base"] = float(rope.get("full_attention", rope)["rope_theta"])
     writer.add_name("tiny")

@@ -98,6 +98,11 @@ void quantize_tokens(const QuantizeTokensArgs& args) {
         }
         args.scales[part] = scale;
         args.sums[part] = scale * static_cast<float>(sum);
+        if (!args.wide_scales) continue;
+        for (std::size_t i = 0; i < PART / 4; ++i) {
+            args.wide_scales[part * PART / 4 + i] = scale;
+            args.fours[part * PART / 4 + i] = -(to[4 * i] + to[4 * i + 1] + to[4 * i + 2] + to[4 * i + 3]);
+        }
     }
 }
 

@@ -23,6 +23,8 @@ struct QuantizeTokensArgs {
     std::int8_t* quants;          // [num_parts * 32]
     float* scales;                // [num_parts]
     float* sums;                  // [num_parts]: scale * sum of the quants
+    float* wide_scales;           // [num_parts * 8]: the scales, eight times each; null: not wanted
+    std::int32_t* fours;          // [num_parts * 8]: of each four quants the sum, negative; null with wide_scales
 };
 void quantize_tokens(const QuantizeTokensArgs& args);
 

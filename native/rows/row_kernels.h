@@ -74,6 +74,8 @@ struct Int8Tokens {
     const std::int8_t* quants;    // [num_tokens, width], -127 to 127
     const float* scales;          // [num_tokens, width / 32]
     const float* sums;            // [num_tokens, width / 32]: of the elements, which offsets of rows are multiplied by
+    const float* wide_scales;     // [num_tokens, width / 4]: the scales, eight times each. Of at most MAX_TOKENS tokens, else null
+    const std::int32_t* fours;    // [num_tokens, width / 4]: of each four quants the sum, negative. As wide_scales
     std::size_t num_tokens;
 };
 
@@ -120,6 +122,7 @@ extern const Int8Matrices no_int8_matrices;
 #if defined(__x86_64__)
 extern const RowKernels avx2_row_kernels, avx512_row_kernels;
 extern const Int8Kernels avx2_int8_kernels, vnni_int8_kernels;
+extern const Int8Kernels vbmi_int8_kernels;  // of some encodings only
 extern const Int8Matrices avx2_int8_matrices, vnni_int8_matrices;
 #elif defined(__aarch64__)
 extern const RowKernels neon_row_kernels;

@@ -16,6 +16,8 @@ foreach(FOLDER rows gates)
       COMPILE_OPTIONS "${FLASHLM_KERNEL_FLAGS};-mavx512f;-mavx512bw;-mavx512vl;-mfma;-mf16c;-Wno-uninitialized;-Wno-maybe-uninitialized")
     set_source_files_properties(${KERNELS}/vnni.cpp PROPERTIES
       COMPILE_OPTIONS "${FLASHLM_KERNEL_FLAGS};-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mprefer-vector-width=256")
+    set_source_files_properties(${KERNELS}/avx512_vbmi.cpp PROPERTIES
+      COMPILE_OPTIONS "${FLASHLM_KERNEL_FLAGS};-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mavx512vbmi;-mfma;-mf16c;-Wno-uninitialized;-Wno-maybe-uninitialized")
     set_source_files_properties(${KERNELS}/avx512_vnni.cpp PROPERTIES
       COMPILE_OPTIONS "${FLASHLM_KERNEL_FLAGS};-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mfma;-mf16c;-Wno-uninitialized;-Wno-maybe-uninitialized")
   endif()

@@ -22,8 +22,13 @@ const std::vector<Built>& levels() {
             __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
         const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                 __builtin_cpu_supports("avx512vl");
-        const bool has_vnni = __builtin_cpu_supports("avx512vnni");  // with or without: the same bits
-        const Int8Kernels& int8 = has_vnni ? vnni_int8_kernels : avx2_int8_kernels;
+        const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+        static Int8Kernels int8 = has_vnni ? vnni_int8_kernels : avx2_int8_kernels;  // of both the same bits
+        if (has_vnni && __builtin_cpu_supports("avx512vbmi")) {
+            for (std::size_t code = 0; code < NUM_ENCODINGS; ++code) {
+                if (vbmi_int8_kernels.of[code]) int8.of[code] = vbmi_int8_kernels.of[code];
+            }
+        }
         const Int8Matrices& matrices = has_vnni ? vnni_int8_matrices : avx2_int8_matrices;
         found.push_back({{"avx512", avx512_row_kernels, int8, matrices, avx512_gate_kernels}, has_avx512});
         found.push_back({{"avx2", avx2_row_kernels, avx2_int8_kernels, avx2_int8_matrices, avx2_gate_kernels}, has_avx2});

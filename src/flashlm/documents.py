@@ -78,7 +78,7 @@ class DocumentKind(Generic[Document]):
     def parse(self, text: bytes, path: Path) -> Document:
         """Return the document that `text` is, which was found in `path`; raises like `read`."""
         try:
-            content = json.loads(text, object_pairs_hook=_without_twins, parse_constant=_no_number)
+            content = json.loads(text, object_pairs_hook=without_twins, parse_constant=_no_number)
         except (ValueError, RecursionError) as problem:
             raise self._refused(path, f"is not JSON ({problem})") from problem
         self._check_version(content, path)
@@ -127,7 +127,12 @@ def describe_versions(versions: Sequence[int]) -> str:
     return f"version{'s' * (len(versions) > 1)} {' and '.join(map(str, versions))}"
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's pairs as a dict, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: A key comes twice.
+    """
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:

@@ -169,3 +169,16 @@ def test_a_plan_that_does_not_fit_is_a_row_and_an_exit_code(source):  # noqa: F8
     report = flashlm_command("plan", source, "--dram", "8MiB", "--json")
     assert report.returncode == 3
     assert [budget["fits"] for budget in json.loads(report.stdout)["budgets"]] == [False]
+
+
+def test_a_tokenizer_that_is_missing_or_of_another_model_is_named_before_loading(copy):
+    path = copy / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["w3"] = 5000
+    path.write_text(json.dumps(content))
+    done = flashlm_command("generate", copy, *ASKED)
+    one_line_error(done, 2, r"the prompt has token 5000, the model \d+ tokens: the pack's tokenizer is that of another")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    one_line_error(flashlm_command("generate", copy, *ASKED), 4, "has no tokenizer: none could be made of its source")
+    assert "mode hybrid" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flashlm.cli.plan import source_shape
 from flashlm.conversion.convert import convert
 from flashlm.conversion.sources.gguf_header import read_gguf_header
 from flashlm.conversion.verify import verify
-from flashlm.errors import ConfigError, PackError, UnsupportedModelError
+from flashlm.errors import ConfigError, FlashError, PackError, UnsupportedModelError
 from flashlm.pack.manifest import UnitEntry, read_manifest, unit_path
 from flashlm.planner.shape import read_shape
 from flashlm.rows.encodings import ENCODINGS
@@ -27,12 +28,14 @@ from tests.gguf_files import ARCHITECTURES, Extra, q4_0, save_gguf
 # transformers 5.23 makes neither config nor experts of files of gpt-oss.
 _NOT_OF_TRANSFORMERS = ("gpt-oss",)
 TOKENS = torch.tensor([[3, 17, 42, 5, 90, 8, 23, 11]])
+MORE_TOKENS = torch.cat([TOKENS, TOKENS + 1, TOKENS + 2], dim=1)  # than a sliding window has
 
 
 def check_same(wanted: PreTrainedModel, found: PreTrainedModel) -> None:
-    with torch.no_grad():
-        logits, mine = wanted(TOKENS).logits, found(TOKENS).logits
-    torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+    for tokens in (TOKENS, MORE_TOKENS):
+        with torch.no_grad():
+            logits, mine = wanted(tokens).logits, found(tokens).logits
+        torch.testing.assert_close(mine, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
     asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(found.generate(TOKENS, **asked), wanted.generate(TOKENS, **asked))
 
@@ -213,10 +216,69 @@ def test_rotary_scaling_that_transformers_leaves_out_is_taken(kind: str, tmp_pat
     check_same(model, found)
 
 
-def test_rotary_factors_of_no_known_kind_are_refused(tmp_path: Path) -> None:
-    save_gguf(tmp_path / "tiny.gguf", "llama", extra={"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)})
-    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight\) that are not those of Llama 3\.1 or 3\.2"):
+def test_linear_scaling_by_its_old_name_is_taken(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    model = save_gguf(tmp_path / "tiny.gguf", "llama", extra={"llama.rope.scale_linear": 4.0}, rope_parameters=rope)
+    convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    check_same(model, flashlm.load(tmp_path / "pack"))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)},
+            r"rope_freqs\.weight\) that are not those of Llama 3\.1 or 3\.2",
+        ),
+        ({"llama.rope.scaling.type": "dynamic", "llama.rope.scaling.factor": 2.0}, "not known here: 'dynamic' by 2.0"),
+        ({"llama.rope.scaling.type": "yarn"}, "not known here: 'yarn' by None"),
+    ],
+)
+def test_rotary_scaling_of_no_known_kind_is_refused(extra: Extra, message: str, tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama", extra=extra)
+    with pytest.raises(UnsupportedModelError, match=message):
         convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+
+
+def test_layers_for_further_tokens_are_left_out_only_where_the_file_states_them(tmp_path: Path) -> None:
+    beyond = {"blk.2.ffn_norm.weight": np.ones(64, dtype=np.float32)}
+    save_gguf(tmp_path / "tiny.gguf", "qwen35", extra=beyond)
+    with pytest.raises(UnsupportedModelError, match=r"1 tensors that have no place .* first blk\.2\.ffn_norm\.weight"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    stated = {"qwen35.block_count": 3, "qwen35.nextn_predict_layers": 1}
+    save_gguf(tmp_path / "tiny.gguf", "qwen35", extra=beyond | stated)
+    manifest = convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    assert any(
+        "1 tensors that transformers ignores too, first blk.2.ffn_norm" in note for note in manifest.source.notes
+    )
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_left_out(tmp_path: Path) -> None:
+    """Its errors are no `Exception`."""
+    tokenizer = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["t1 t2"]}
+    save_gguf(tmp_path / "tiny.gguf", "llama", extra=tokenizer)
+    manifest = convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    assert any(note.startswith("no tokenizer: transformers makes none") for note in manifest.source.notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "phi3.rope.dimension_count",
+            "16",
+            r"no config can be made of .*tiny\.gguf, of architecture 'phi3': TypeError",
+        ),
+        ("phi3.block_count", 0, "one list of 0 layers expected, got none"),
+        ("phi3.attention.head_count", 1 << 31, "no config can be made of"),
+        ("tokenizer.ggml.eos_token_id", [2, 3], r"eos_token_id is \[2, 3\], a number expected"),
+    ],
+)
+def test_metadata_that_no_model_has_is_refused(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "phi3", extra={key: value})
+    with pytest.raises(FlashError, match=message):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
 
 
 @pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.ffn_up.weight", "token_embd.weight"])
@@ -228,7 +290,45 @@ def test_scales_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> No
     (tmp_path / "tiny.gguf").write_bytes(raw)
     with pytest.raises(PackError, match=f"{name} holds a scale that is no finite number"):
         convert(tmp_path / "tiny.gguf", tmp_path / "pack")
-    assert not (tmp_path / "pack" / "flash" / "manifest.json").exists()
+    assert not (tmp_path / "pack").exists()
+
+
+@pytest.mark.parametrize("used", [0, 5])
+def test_more_experts_for_a_token_than_there_are_are_refused(used: int, tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "qwen3moe", extra={"qwen3moe.expert_used_count": used})
+    with pytest.raises(PackError, match=f"says that a token uses {used} of 4 experts"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+
+
+def test_a_gguf_file_is_told_from_a_pack(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama")
+    for path in (tmp_path, tmp_path / "tiny.gguf"):
+        with pytest.raises(PackError, match=rf"Convert .*: flashlm convert {path} PACK"):
+            flashlm.load(path)
+
+
+def test_scales_of_types_that_are_decoded_are_looked_at(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "tiny.gguf", "llama", lambda name: "q3_k" if "k_proj" in name else "q4_0", **WIDE)
+    found = read_gguf_header(tmp_path / "tiny.gguf").tensors["blk.1.attn_k.weight"]
+    raw = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    raw[found.offset + 108 : found.offset + 110] = np.array(np.inf, dtype=np.float16).tobytes()
+    (tmp_path / "tiny.gguf").write_bytes(raw)
+    with pytest.raises(PackError, match=r"blk\.1\.attn_k\.weight holds a scale that is no finite number"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_list_in_groups_whose_elements_change_places_is_refused(tmp_path: Path) -> None:
+    """No program writes one; read as rows it would be another list."""
+    save_gguf(tmp_path / "tiny.gguf", "qwen35", linear_num_value_heads=32, linear_num_key_heads=2)
+    header = read_gguf_header(tmp_path / "tiny.gguf")
+    dt = header.tensors["blk.0.ssm_dt.bias"]
+    raw = (tmp_path / "tiny.gguf").read_bytes()
+    info = struct.pack("<Q", len(dt.name)) + dt.name.encode() + struct.pack("<IQI", 1, 32, 0)
+    assert info in raw
+    (tmp_path / "tiny.gguf").write_bytes(raw.replace(info, info[:-4] + struct.pack("<I", 8)))
+    with pytest.raises(UnsupportedModelError, match=r"ssm_dt\.bias in Q8_0, grouped across rows that change places"):
+        convert(tmp_path / "tiny.gguf", tmp_path / "pack")
 
 
 def test_a_conversion_that_was_broken_off_goes_on(tmp_path: Path) -> None:

@@ -203,7 +203,10 @@ def test_any_part_of_a_split_model_stands_for_all(tmp_path: Path) -> None:
     (tmp_path / "away.gguf").rename(parts[2])
     with pytest.raises(PackError, match=r"says that it is part 1 of 3, by its name it is 2 of 3"):
         convert(parts[0], tmp_path / "p4")
-    parts[0].rename(tmp_path / "whole" / "renamed.gguf")
+    parts[0].rename(tmp_path / "x-00001-of-00003.gguf")
+    with pytest.raises(PackError, match=r"one of 3 files of a model, 1 are missing, first x-00001-of-00003\.gguf"):
+        convert(tmp_path / "whole", tmp_path / "p4")
+    (tmp_path / "x-00001-of-00003.gguf").rename(tmp_path / "whole" / "renamed.gguf")
     with pytest.raises(PackError, match=r"one of 3 files of a model: give them the names"):
         convert(tmp_path / "whole" / "renamed.gguf", tmp_path / "p4")
     assert not (tmp_path / "p4").exists()

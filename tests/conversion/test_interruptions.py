@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flashlm.conversion.convert import convert
 from flashlm.conversion.verify import verify
@@ -235,3 +236,25 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert larger_kib < smaller_kib + 3 * (24 << 10)  # six layers more, less than three in memory
     assert larger_kib < 1 << 20
     assert verify(tmp_path / "pack10").problems == ()
+
+
+def test_a_source_found_damaged_while_its_weights_pass_leaves_nothing(whole: Path, tmp_path: Path) -> None:
+    source, pack = shutil.copytree(whole / "source", tmp_path / "source"), tmp_path / "pack"
+    state = load_file(source / "model.safetensors")
+    state["model.layers.3.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    damaged = pytest.raises(PackError, match=r"layers\.3\.mlp\.up_proj\.weight holds 100000, too large for float16")
+    with damaged:
+        convert(source, pack, dtype="fp16")
+    assert not pack.exists()
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "layer-00002.rows":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, pack, dtype="fp16", progress=stop)
+    assert len(list((pack / "flash").iterdir())) > 2
+    with damaged:  # goes on where it was
+        convert(source, pack, dtype="fp16")
+    assert list(pack.iterdir()) == []

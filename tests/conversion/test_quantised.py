@@ -248,10 +248,17 @@ def test_mxfp4_without_scales_or_with_one_that_is_no_number_is_refused(tmp_path:
         state[name][3, 5, 1] = 255
 
     change_weights(tmp_path / "source", no_number)
-    with pytest.raises(PackError, match=r"mlp\.experts\.down_proj holds a scale that is no finite number"):
+    with pytest.raises(PackError, match=r"mlp\.experts\.down_proj_scales holds the scale nan"):
         convert(tmp_path / "source", tmp_path / "pack")
-    assert not (tmp_path / "pack" / "flash" / "manifest.json").exists()
     change_weights(tmp_path / "source", lambda state: state.pop(name))
     with pytest.raises(PackError, match=r"down_proj_blocks without its scales"):
-        convert(tmp_path / "source", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+        convert(tmp_path / "source", tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
+
+
+def test_mxfp4_beside_the_same_weight_in_plain_elements_is_refused(tmp_path: Path) -> None:
+    save_mxfp4(tmp_path / "source")
+    name = "model.layers.1.mlp.experts.down_proj"
+    change_weights(tmp_path / "source", lambda state: state.update({name: torch.zeros(4, 96, 64)}))
+    with pytest.raises(PackError, match=rf"holds {name} in two ways, the second as {name}_blocks"):
+        convert(tmp_path / "source", tmp_path / "pack")

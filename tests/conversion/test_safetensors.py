@@ -26,6 +26,9 @@ def _tensor(**changes: object) -> dict[str, object]:
     return {"x": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]} | changes}
 
 
+BYTES = b'"x": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}'
+
+
 def test_header_is_read_as_safetensors_writes_it(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(2, dtype=torch.int64)}, tmp_path / "model.safetensors")
     tensors = open_checkpoint(tmp_path).tensors
@@ -50,6 +53,10 @@ def test_header_is_read_as_safetensors_writes_it(tmp_path: Path) -> None:
         _tensor(data_offsets=[64, 0]),
         _tensor(data_offsets=[0]),
         _tensor(dtype="F8_E4M3"),
+        _tensor(dtype="U8", shape=[1], data_offsets=[False, True]),
+        _tensor() | {"y": {"dtype": "U8", "shape": [1], "data_offsets": [63, 64]}},
+        _tensor() | {"y": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}},
+        b"{" + BYTES + b"," + BYTES + b"}",
         b"[" * 100_000,
     ],
 )

@@ -9,7 +9,8 @@ import pytest
 from flashlm.engine.stream import BlockStream
 from flashlm.errors import StorageError
 from flashlm.memory.budget import Blocks, Needs, Placement
-from flashlm.rows.layout import RUN_BYTES, UNGATED, LayerLayout
+from flashlm.rows import layout as layout_module
+from flashlm.rows.layout import UNGATED, LayerLayout
 from flashlm.storage.reader import Reader
 
 NEEDS = Needs(process_bytes=0, resident_bytes=0, kv_cache_bytes=0, working_bytes=0)
@@ -42,12 +43,16 @@ def placement(num_pinned: tuple[int, ...], num_slots: int) -> Placement:
     )
 
 
+RUN_BYTES = 1 << 20
+
+
 @pytest.mark.parametrize("num_slots", [2, 16, 70])
 @pytest.mark.parametrize("num_pinned", [(0, 0, 0), (20, 16, 3)])
 @pytest.mark.parametrize("read_ahead", [True, False])
 def test_runs_hold_the_files_bytes_in_order(
-    tmp_path: Path, num_pinned: tuple[int, ...], num_slots: int, read_ahead: bool
+    tmp_path: Path, num_pinned: tuple[int, ...], num_slots: int, read_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(layout_module, "RUN_BYTES", RUN_BYTES)
     contents = []
     for index, layout in enumerate(LAYERS):
         words = bytes((index * 89 + position * 7 + position // 4096) % 251 for position in range(layout.file_bytes))

@@ -215,7 +215,7 @@ def test_each_part_of_a_row_has_an_encoding_of_its_own(names: list[str], num_gro
     kernels.accumulate(h, rows, mine)
     kernels.accumulate(h, single, expected)  # of the last part
     assert torch.equal(mine, expected)
-    gemm = Gemms().of(layout)
+    gemm = Gemms(torch.float32).of(layout)
     assert gemm.dtype is None
     down = gemm.parts(layout, place, num_stored)[2]
     wide = torch.empty(num_stored, width)

@@ -160,6 +160,8 @@ def test_avx512_gives_the_bits_of_avx2(name: str, num_tokens: int) -> None:
         _native.set_simd_level(level)
         if num_tokens > kernels.MAX_TOKENS and not kernels.multiplies_int8(ENCODINGS[name].code):
             pytest.skip("AVX2 has none of many tokens for this encoding")
+        if num_tokens <= kernels.MAX_TOKENS and name in ("q4_0", "iq4_nl", "mxfp4"):
+            pytest.skip("two groups at a time where AVX-512 can: other partial sums")
         kernels.project(tokens, block, 0, out)
     assert torch.equal(*outputs)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from flashlm.rows import kernels
 from flashlm.rows.encodings import ENCODINGS
 from flashlm.rows.layout import LayerLayout
-from flashlm.rows.neurons import accumulate_blocks, neurons_at, project_blocks
+from flashlm.rows.neurons import accumulate_blocks, block_at, neurons_at, operand, project_blocks
 from flashlm.rows.products import Gemms
 from flashlm.storage.slab import SlabAllocator
 from tests.encoded_packs import random_unit
@@ -72,7 +72,7 @@ def test_products_are_those_of_the_matrices(layout: LayerLayout, num_tokens: int
 @given(layout=layouts_by_block(most=3), data=st.data())
 def test_parts_are_widened_to_what_they_mean(layout: LayerLayout, data: st.DataObject) -> None:
     places, values = placed(layout, 0)
-    gemm = Gemms().of(layout)
+    gemm = Gemms(torch.float32).of(layout)
     group = ENCODINGS[layout.encodings[-1]].group_elements
     for block, place in enumerate(places):
         span = layout.rows_of(block)
@@ -90,7 +90,7 @@ def test_parts_are_widened_to_what_they_mean(layout: LayerLayout, data: st.DataO
 def test_products_of_many_tokens_in_8_bits_are_near(layout: LayerLayout, seed: int) -> None:
     """Parts whose encoding this processor does not multiply so are widened, and exact."""
     places, values = placed(layout, seed)
-    gemm = Gemms(int8=True).of(layout)
+    gemm = Gemms(torch.float32, int8=True).of(layout)
     x = torch.randn(40, layout.hidden_size, generator=torch.Generator().manual_seed(seed))
     for block, place in enumerate(places):
         span = layout.rows_of(block)
@@ -106,6 +106,37 @@ def test_products_of_many_tokens_in_8_bits_are_near(layout: LayerLayout, seed: i
         )
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    layout=layouts_by_block(most=5),
+    num_tokens=st.integers(1, 3),
+    int8=st.booleans(),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_a_run_of_blocks_gives_the_bits_of_one_after_the_other(
+    layout: LayerLayout, num_tokens: int, int8: bool, with_bias: bool, seed: int
+) -> None:
+    places, _ = placed(layout, seed)
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, layout.hidden_size, generator=random)
+    bias = torch.randn(layout.num_rows, generator=random) if with_bias else None
+    run = neurons_at(layout, places[0], layout.num_rows, int8=int8)
+    h, y = torch.empty(num_tokens, layout.num_rows), torch.ones(num_tokens, layout.hidden_size)
+    alone, output = torch.empty_like(h), y.clone()
+    run.project(operand(x, layout.encodings[:-1], int8=int8), 0, h, bias)
+    run.accumulate(h, y)
+    for block, place in enumerate(places):
+        span = slice(layout.rows_of(block).start, layout.rows_of(block).stop)
+        one = block_at(layout, place, span.stop - span.start, int8=int8)
+        one.project(
+            operand(x, layout.encodings[:-1], int8=int8), 0, alone[:, span], None if bias is None else bias[span]
+        )
+        one.accumulate(alone[:, span], output)
+    assert torch.equal(h, alone)
+    assert torch.equal(y, output)
+
+
 @settings(deadline=None, max_examples=30)
 @given(layout=layouts_by_block(most=3), seed=st.integers(0, 2**16))
 def test_several_blocks_in_one_job_give_the_bits_of_each(layout: LayerLayout, seed: int) -> None:
@@ -113,7 +144,7 @@ def test_several_blocks_in_one_job_give_the_bits_of_each(layout: LayerLayout, se
     whole = [block for block in range(layout.num_blocks) if len(layout.rows_of(block)) == layout.block_rows]
     if not whole:
         return
-    blocks = [neurons_at(layout, places[block], layout.block_rows) for block in whole]
+    blocks = [block_at(layout, places[block], layout.block_rows) for block in whole]
     x = torch.randn(1, layout.hidden_size, generator=torch.Generator().manual_seed(seed))
     h = torch.empty(len(blocks), layout.block_rows)
     project_blocks(x, blocks, 0, h)

@@ -1,7 +1,8 @@
 """Turn a Hugging Face checkpoint into a pack: what can be streamed row by row into `flash/`, the rest as it is.
 
 A conversion that is killed goes on with the next unfinished file when started again and ends with the same bytes; the
-manifest, without which nothing takes the folder for a pack, is written last. Memory does not grow with the model: the
+manifest, without which nothing takes the folder for a pack, is written last. One whose source turns out to be damaged while
+its weights pass leaves nothing behind: no later run could go on with it. Memory does not grow with the model: the
 weights pass through a fixed set of buffers (about 0.7 GiB) in three overlapping steps, read, lay out, write.
 """
 
@@ -21,6 +22,7 @@ from flashlm.conversion.pipeline import BufferPool, ReadAhead, WriteBehind
 from flashlm.conversion.plan import ConversionPlan, StreamedFile, plan_conversion
 from flashlm.conversion.record import (
     ProgressRecord,
+    discard,
     only_one,
     open_record,
     prepare_folder,
@@ -29,7 +31,7 @@ from flashlm.conversion.record import (
 )
 from flashlm.conversion.resident_file import CHECKSUM_CHUNK_BYTES, read_resident, write_resident
 from flashlm.conversion.source import open_source, resolve_source
-from flashlm.errors import ConfigError, StorageError
+from flashlm.errors import ConfigError, PackError, StorageError, UnsupportedModelError
 from flashlm.pack.files import MAX_SMALL_FILE_BYTES
 from flashlm.pack.manifest import (
     CONFIG_NAME,
@@ -121,17 +123,26 @@ def convert(
 
 def _convert(plan: ConversionPlan, progress: ProgressCallback, announce: AnnounceCallback) -> Manifest:
     target = plan.pack
-    prepare_folder(target)
+    is_new = prepare_folder(target)
     with only_one(target), one_torch_thread():  # the other cores read and write
         record = open_record(target, plan.fingerprint)
         if record is None:
             announce(f"{target} is already finished: nothing to do")
             return read_manifest(target)
-        _check_space(plan, record)
+        try:
+            _check_space(plan, record)
+        except StorageError:
+            if not record.finished:
+                discard(target, (), with_folder=is_new)
+            raise
         announce(_describe(plan, record))
         for note in plan.notes:
             announce(note)
-        _write_files(plan, record, progress)
+        try:
+            _write_files(plan, record, progress)
+        except (PackError, UnsupportedModelError):  # this source and these settings never become a pack
+            discard(target, [_path(plan, name) for name in plan.file_bytes], with_folder=is_new)
+            raise
         for note in _cast_notes(plan, record):
             announce(f"warning: {note}")
         return _finish(plan, record)
@@ -194,13 +205,13 @@ def _write_files(plan: ConversionPlan, record: ProgressRecord, progress: Progres
 
 
 def _is_there(plan: ConversionPlan, name: str) -> bool:
-    path = _path(plan, name)
-    return path is not None and path.is_file() and path.stat().st_size == plan.file_bytes[name]
-
-
-def _path(plan: ConversionPlan, name: str) -> Path | None:
     if name not in plan.file_bytes:
-        return None
+        return False
+    path = _path(plan, name)
+    return path.is_file() and path.stat().st_size == plan.file_bytes[name]
+
+
+def _path(plan: ConversionPlan, name: str) -> Path:
     return resident_path(plan.pack) if name == RESIDENT_NAME else plan.pack / FLASH_DIR / name
 
 

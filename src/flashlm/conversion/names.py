@@ -149,18 +149,18 @@ def _renamed(
         elif converter is not None and pattern is not None:
             groups.setdefault(name, MakingGroup(name=name, converter=converter)).add(pattern, entry)
         elif name in found.entries:
-            raise PackError(f"{checkpoint.folder} holds {name} twice: as {found.entries[name].name} and as {key}")
+            raise PackError(f"{checkpoint.place} holds {name} twice: as {found.entries[name].name} and as {key}")
         else:
             found.entries[name] = entry
     if unknown:
         raise PackError(
-            f"{checkpoint.folder} holds {len(unknown)} tensors that {type(model).__name__} does not know,"
+            f"{checkpoint.place} holds {len(unknown)} tensors that {type(model).__name__} does not know,"
             f" first {', '.join(sorted(unknown)[:3])}"
         )
     for group in groups.values():
         for made in group.targets(model, state):
             if made.name in found.entries or made.name in found.made:
-                raise PackError(f"{checkpoint.folder} holds {made.name} in two ways, the second as {made.part_name}")
+                raise PackError(f"{checkpoint.place} holds {made.name} in two ways, the second as {made.part_name}")
             found.made[made.name] = made
     found.left_out = tuple(left_out)
     return found
@@ -207,8 +207,7 @@ def _check_missing(model: PreTrainedModel, mapped: Set[str], checkpoint: Checkpo
     ]
     if missing:
         raise PackError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors of {type(model).__name__}, first"
-            f" {', '.join(missing[:3])}"
+            f"{checkpoint.place} lacks {len(missing)} tensors of {type(model).__name__}, first {', '.join(missing[:3])}"
         )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -48,13 +48,17 @@ _KIND = DocumentKind(
 )
 
 
-def prepare_folder(pack: Path) -> None:
+def prepare_folder(pack: Path) -> bool:
     """Make the folder of a pack, or accept one that is a pack already, finished or not.
+
+    Returns:
+        Whether there was none.
 
     Raises:
         ConfigError: The folder holds something else.
         StorageError: It can't be made.
     """
+    is_new = not pack.exists()
     try:
         if _is_fresh(pack):
             (pack / FLASH_DIR).mkdir(parents=True, exist_ok=True)
@@ -62,6 +66,7 @@ def prepare_folder(pack: Path) -> None:
             raise ConfigError(f"{pack} is not empty and is no unfinished pack: choose another folder")
     except OSError as error:
         raise write_error(pack, error) from error
+    return is_new
 
 
 def open_record(pack: Path, fingerprint: str) -> ProgressRecord | None:
@@ -103,6 +108,24 @@ def remove_record(pack: Path) -> None:
     """Remove the record of a conversion that is finished."""
     (pack / FLASH_DIR / PROGRESS_NAME).unlink(missing_ok=True)
     sync_folder(pack / FLASH_DIR)
+
+
+def discard(pack: Path, files: Iterable[Path], *, with_folder: bool) -> None:
+    """Remove a conversion that nothing can finish.
+
+    Args:
+        pack: The folder.
+        files: What it has written, or would have.
+        with_folder: Whether the folder is removed, too.
+    """
+    with suppress(OSError):  # what is left is no pack, and what went wrong before is what is told
+        _remove_leftovers(pack)
+        for path in files:
+            path.unlink(missing_ok=True)
+        remove_record(pack)
+        (pack / FLASH_DIR).rmdir()
+        if with_folder:
+            pack.rmdir()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from flashlm.conversion.hub import download
 from flashlm.conversion.names import NameMap, map_names
 from flashlm.conversion.small_files import SmallFiles, choose_from_folder
 from flashlm.conversion.sources.gguf import gguf_checkpoint, map_gguf_names, write_model_folder
-from flashlm.conversion.sources.gguf_header import SUFFIX, GgufHeader, models_among, read_gguf_header
+from flashlm.conversion.sources.gguf_header import SUFFIX, GgufHeader, files_of, models_among, read_gguf_header
 from flashlm.conversion.sources.quantised import check_scaled, join_scales
 from flashlm.conversion.sources.safetensors import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
 from flashlm.errors import ConfigError
@@ -115,7 +115,9 @@ def _of_folder(folder: Path) -> Path:
     """Return a folder with safetensors as it is, else the one GGUF model in it."""
     if any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME)):
         return folder
-    models = models_among(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir())
+    # Of a split model any part stands for all: where the first is missing, another tells so.
+    models = models_among(names) or [name for name in names if len(files_of(name)) > 1][:1]
     if len(models) > 1:
         raise ConfigError(f"{folder} holds {len(models)} GGUF models, name one of them: {', '.join(models)}")
     return folder / models[0] if models else folder

@@ -13,7 +13,7 @@ The order of summation depends on nothing that the cache does:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ from flashlm.errors import ConfigError
 from flashlm.memory.needs import rows_per_product
 from flashlm.rows import kernels
 from flashlm.rows.layout import LayerLayout, round_up
-from flashlm.rows.neurons import accumulate_blocks, neurons_at, operand, project_blocks
+from flashlm.rows.neurons import accumulate_blocks, block_at, neurons_at, operand, project_blocks
 from flashlm.rows.products import BlockGemm
 from flashlm.transformers_seam import ALL_EXPERTS_FUNCTIONS, apply_gate
 
@@ -162,7 +162,8 @@ def _run_tokens(
     output = torch.zeros(tokens.shape, dtype=torch.float32)
     is_small = len(tokens) <= MAX_KERNEL_TOKENS
     shares: dict[int, torch.Tensor] = {}
-    with bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small) as groups:
+    experts = bound.store.experts(bound.layer, routing.experts, routing.by_recency, held_first=is_small)
+    with experts as groups, nullcontext() if is_small else bound.gemm.held(bound.layout):
         for group in groups:
             for expert, place in group:
                 mine = routing.tokens[expert]
@@ -276,7 +277,7 @@ def _run_together(
     Alone, an expert's calls from Python take as long as its weights do in small models.
     """
     layout = bound.layout
-    blocks = [neurons_at(layout, place, layout.block_rows, int8=bound.int8) for _, place in group]
+    blocks = [block_at(layout, place, layout.block_rows, int8=bound.int8) for _, place in group]
     x = operand(token, layout.encodings[:-1], int8=bound.int8)
     biases = [_biases(module, expert) for expert, _ in group]
     parts = [torch.empty(len(group), layout.block_rows, dtype=torch.float32) for _ in range(layout.num_parts - 1)]

@@ -351,13 +351,14 @@ class FlashFFN(StreamedModule):
     ) -> None:
         """Add what a block gives to `share.output` by matrix products; `prepared` and `plain` are its own tokens."""
         span = self.layout.rows_of(block.blocks[0])
-        gate_part, up_part, down_part = bound.gemm.parts(self.layout, block.place, len(span))
-        hidden = bound.gemm.project(prepared, up_part, _part(bound.up_bias, span))
-        gate = None
-        if gate_part is not None:
-            gate = bound.gemm.project(prepared, gate_part, _part(bound.gate_bias, span))
-        hidden = self._activate(hidden, gate, span, plain, allowed, share.adapters)
-        bound.gemm.accumulate(hidden, down_part, share.output)
+        with bound.gemm.held(self.layout):
+            gate_part, up_part, down_part = bound.gemm.parts(self.layout, block.place, len(span))
+            hidden = bound.gemm.project(prepared, up_part, _part(bound.up_bias, span))
+            gate = None
+            if gate_part is not None:
+                gate = bound.gemm.project(prepared, gate_part, _part(bound.gate_bias, span))
+            hidden = self._activate(hidden, gate, span, plain, allowed, share.adapters)
+            bound.gemm.accumulate(hidden, down_part, share.output)
 
     def _run_sparse(self, bound: _Bound, tokens: torch.Tensor, output: torch.Tensor) -> None:
         """Add the share of the predicted rows: fp32 `(num_tokens, hidden_size)` in and out."""

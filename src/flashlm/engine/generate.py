@@ -14,7 +14,7 @@ from flashlm.engine.load import load_opened
 from flashlm.engine.load_progress import Progress, watch_loading
 from flashlm.engine.opened import open_pack
 from flashlm.engine.positions import check_positions
-from flashlm.engine.prompts import as_message, check_text, encode, read_tokenizer
+from flashlm.engine.prompts import as_message, check_text, check_vocabulary, encode, read_tokenizer
 from flashlm.engine.runtime import FlashRuntime
 from flashlm.engine.session import Session
 from flashlm.errors import ConfigError
@@ -73,7 +73,9 @@ def generate(
     opened = open_pack(pack, is_checked=settings.is_checked)
     tokenizer = read_tokenizer(opened)
     decoding = decide_decoding(pack, sampling)
-    num_prompt_tokens = len(encode(tokenizer, given))
+    ids = encode(tokenizer, given)
+    check_vocabulary(opened.config, ids)
+    num_prompt_tokens = len(ids)
     check_positions(opened.config, num_prompt_tokens, sampling.max_new_tokens)
     wanted = _wanted_context(num_prompt_tokens, sampling.max_new_tokens, decoding.num_beams, settings.context)
     if on_decided is not None:

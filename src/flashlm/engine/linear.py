@@ -108,11 +108,13 @@ def multiply(
     if isinstance(tokens, list):
         num_rows = weight.shape[0]
         rows = _some_rows(weight, 0, num_rows)
-        product = torch.empty(len(output), num_rows, dtype=torch.float32)
         spans = [slice(len(output))] if way == "int8 matrix" else tiles(len(output))
+        is_direct = output.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+        product = output if is_direct else torch.empty(len(output), num_rows, dtype=torch.float32)
         for x, tile in zip(tokens, spans, strict=True):
-            kernels.project(x, rows, 0, product[tile])
-        output.copy_(product if bias is None else product.add_(bias))
+            kernels.project(x, rows, 0, product[tile], bias if is_direct else None)
+        if not is_direct:
+            output.copy_(product if bias is None else product.add_(bias))
     elif way in ("torch", "rows") and not isinstance(weight, EncodedMatrix):
         if way == "torch":
             output.copy_(fp32_linear(tokens, weight, bias))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flashlm.engine.opened import OpenedPack
 from flashlm.errors import ConfigError, PackError
+from flashlm.pack.files import is_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +27,19 @@ def read_tokenizer(opened: OpenedPack) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     pack = opened.folder
+    has_none = PackError(
+        f"{pack} has no tokenizer: none could be made of its source. Copy the model's tokenizer files into it"
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(pack, config=opened.config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
+        names = {path.name for path in pack.iterdir()} - {"generation_config.json"}
+        if not any(map(is_tokenizer, names)):
+            raise has_none from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PackError(f"{pack} has no tokenizer that transformers can load: {reason}") from error
     if not len(tokenizer):  # what transformers makes of a folder without tokenizer files
-        raise PackError(f"{pack} has no tokenizer: its source had none. Copy the model's tokenizer files into it")
+        raise has_none
     return tokenizer
 
 
@@ -64,6 +71,24 @@ def encode(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[in
     if not ids:
         raise ConfigError("the prompt is empty: give it some text")
     return ids
+
+
+def check_vocabulary(config: Any, ids: Sequence[int]) -> None:
+    """Refuse tokens that a model does not have.
+
+    Args:
+        config: The transformers config of the whole model.
+        ids: Of the prompt.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    size = config.get_text_config(decoder=True).vocab_size
+    if not 0 <= min(ids) <= max(ids) < size:
+        beyond = next(each for each in ids if not 0 <= each < size)
+        raise ConfigError(
+            f"the prompt has token {beyond}, the model {size} tokens: the pack's tokenizer is that of another model"
+        )
 
 
 def check_text(prompt: str | Sequence[Message]) -> None:

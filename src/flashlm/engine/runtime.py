@@ -220,7 +220,7 @@ class UnboundRuntime:
             model, resident_path(self.pack), manifest.resident, self.reader, is_checked=self.check != "none"
         )
         slabs = SlabAllocator(Budget(placement.dram_bytes - placement.needs.total_bytes))
-        gemms = Gemms(int8=self.decision.activations == "int8")
+        gemms = Gemms(torch_dtype(manifest.dtype), int8=self.decision.activations == "int8")
         experts = None
         if self.decision.policy is not None:
             experts = connect_experts(

@@ -82,9 +82,10 @@ def pass_facts(config: Any, units: Sequence[Unit], dtype: str) -> PassFacts:
     layouts = [*(unit.layout for unit in of_kind(units, "ffn")), *pieces]
     layout = max(layouts, key=lambda each: (each.block_rows * each.num_parts * each.hidden_size, each.block_rows))
     dtype_bytes = bytes_per_element(dtype)
-    widened_bytes = max(each.block_rows * each.num_parts * each.hidden_size * 4 * _widens(each) for each in layouts)
+    widened = [each for each in layouts if _widens(each, dtype)]
+    widened_bytes = max((each.block_rows * each.num_parts * each.hidden_size * 4 for each in widened), default=0)
     widens_matrices = choose_plain_strategy(torch_dtype(dtype)) == "widen" or any(
-        _widens(each.layout) for each in units
+        _widens(each.layout, dtype) for each in units
     )
     hidden_size = int(text.hidden_size)
     expert_bytes = max(map(_expert_token_bytes, experts, pieces), default=0)
@@ -105,8 +106,8 @@ def pass_facts(config: Any, units: Sequence[Unit], dtype: str) -> PassFacts:
     )
 
 
-def _widens(layout: LayerLayout) -> bool:
-    return choose_strategy(layout) == "widen"
+def _widens(layout: LayerLayout, dtype: str) -> bool:
+    return choose_strategy(layout, torch_dtype(dtype)) == "widen"
 
 
 def _expert_token_bytes(unit: Unit, piece: LayerLayout) -> int:

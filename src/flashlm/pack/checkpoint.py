@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flashlm.documents import without_twins
 from flashlm.errors import PackError
 from flashlm.storage.outside import check_regular, open_regular
 
@@ -76,14 +78,18 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise PackError(f"{path} can't be read: {error.strerror}") from error
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=without_twins)
     except (ValueError, RecursionError) as error:
         raise PackError(f"{path} has a damaged header: {error}") from error
     if not isinstance(header, dict):
         raise PackError(f"{path} has a damaged header: an object expected")
     header.pop("__metadata__", None)
     data_bytes = file_bytes - 8 - length
-    return {name: _entry(path, name, raw, 8 + length, data_bytes) for name, raw in header.items()}
+    tensors = {name: _entry(path, name, raw, 8 + length, data_bytes) for name, raw in header.items()}
+    for before, after in pairwise(sorted(tensors.values(), key=lambda each: (each.offset, each.num_bytes))):
+        if before.offset + before.num_bytes > after.offset:
+            raise PackError(f"{path} has a damaged header: {before.name} and {after.name} overlap")
+    return tensors
 
 
 def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) -> TensorEntry:
@@ -96,7 +102,7 @@ def _entry(path: Path, name: str, raw: Any, data_start: int, data_bytes: int) ->
         raise PackError(f"{path} holds {name} as {dtype}, which is not supported: {', '.join(TORCH_DTYPES)} are")
     if len(shape) > MAX_RANK or not all(type(size) is int and size >= 0 for size in shape):
         raise PackError(f"{path} has a damaged header: shape {shape[:MAX_RANK]} at {name}")
-    if not 0 <= begin <= end <= data_bytes:
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= data_bytes:
         raise PackError(
             f"{path} is too short or damaged: {name} lies at {begin} to {end}, the file has {data_bytes} bytes of data"
         )

@@ -359,7 +359,9 @@ def resident_path(pack: Path) -> Path:
 def _what_instead(pack: Path) -> str:
     """Return what to do about a folder without a manifest: convert it where it is a model, else convert into it."""
     config = pack / "config.json"
-    if config.is_file() and any(pack.glob("*.safetensors")):
+    if pack.is_file():
+        return f"it is a file. Convert what holds a model: flashlm convert {pack} PACK"
+    if (config.is_file() and any(pack.glob("*.safetensors"))) or any(pack.glob("*.gguf")):
         return f"it is a model folder. Convert it: flashlm convert {pack} PACK"
     return f"{manifest_path(pack)} is missing. Make one with: flashlm convert SOURCE {pack}"
 
@@ -380,7 +382,7 @@ def read_manifest(pack: Path) -> Manifest:
         PackError: No manifest (not a pack, or an unfinished conversion), another version, a changed text, or invalid
             content.
     """
-    manifest = _KIND.read(manifest_path(pack))
+    manifest = None if pack.is_file() else _KIND.read(manifest_path(pack))
     if manifest is None:
         raise PackError(f"{pack} is not a finished pack: {_what_instead(pack)}")
     return manifest

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flashlm.memory.budget import ExpertSlots, Placement
+from flashlm.memory.needs import torch_dtype
 from flashlm.pack.units import Unit, dense_units, of_kind
 from flashlm.planner.cost import (
     TokenCost,
@@ -368,7 +369,7 @@ def prompt_s(shape: ModelShape, placement: Placement, rates: Rates, num_tokens: 
         expert_bytes = layout.read_bytes(0)
         missing_bytes = needed * (1.0 - held / unit.num_blocks) * expert_bytes
         read_s += stream_s(missing_bytes, expert_read_gb_per_s(rates, expert_bytes))
-        if choose_strategy(layout) == "widen":
+        if choose_strategy(layout, torch_dtype(shape.dtype)) == "widen":
             wide_bytes = layout.block_rows * layout.num_parts * layout.hidden_size * 4
             widen_s += multiply_s(needed * wide_bytes * WIDENED_COPIES, rates.memory_gb_per_s)
         compute_s += _gemm_s(layout, rates, num_tokens * unit.num_active / unit.num_blocks)

@@ -14,7 +14,7 @@ from flashlm.probe.timing import median_s
 from flashlm.rows import kernels
 from flashlm.rows.encodings import Encoding
 from flashlm.rows.layout import GATED, LayerLayout, same_encoding
-from flashlm.rows.neurons import accumulate_blocks, neurons_at, operand, project_blocks
+from flashlm.rows.neurons import accumulate_blocks, block_at, operand, project_blocks
 from flashlm.rows.products import fp32_linear, multiplies_int8
 from flashlm.sparsity.calibration_document import PredictorEntry
 from flashlm.sparsity.predictor import Predictor
@@ -255,7 +255,7 @@ def _encoded_experts(encoding: Encoding, *, int8: bool) -> tuple[float, int]:
     count = ENCODED_BYTES // layout.block_stride_bytes // EXPERTS_TOGETHER * EXPERTS_TOGETHER
     slab = SlabAllocator().slab(layout.block_stride_bytes, count)
     slab.slot(0).numpy(count * layout.block_stride_bytes).fill(ANY_BYTE)
-    experts = [neurons_at(layout, slab.slot(index), EXPERT_ROWS, int8=int8) for index in range(count)]
+    experts = [block_at(layout, slab.slot(index), EXPERT_ROWS, int8=int8) for index in range(count)]
     token, hidden = torch.ones(1, EXPERT_HIDDEN), torch.empty(EXPERTS_TOGETHER, EXPERT_ROWS)
 
     def multiply() -> None:

@@ -53,10 +53,15 @@ Strategy = Literal["native", "widen"]
 T = TypeVar("T")
 
 
-def choose_strategy(layout: LayerLayout) -> Strategy:
-    """Return the faster way through matrix products for rows of `layout` on this processor."""
+def choose_strategy(layout: LayerLayout, dtype: torch.dtype) -> Strategy:
+    """Return the faster way through matrix products for rows of `layout` on this processor.
+
+    Args:
+        layout: Their geometry.
+        dtype: What the model computes in: tokens are not rounded to the narrower elements of a matrix.
+    """
     plain = layout.plain
-    return "widen" if plain is None or plain.dtype is None else choose_plain_strategy(plain.dtype)
+    return "widen" if plain is None or plain.dtype != dtype else choose_plain_strategy(dtype)
 
 
 def choose_plain_strategy(dtype: torch.dtype) -> Strategy:

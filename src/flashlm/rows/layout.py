@@ -31,7 +31,7 @@ BLOCK_ALIGN_BYTES = 4096  # the largest one, so that any device can read a block
 PART_ALIGN_BYTES = 64  # where parts of a block begin: a line of any processor's cache, and the widest vector
 ROWS_PER_STEP = 16  # blocks hold a multiple of this, so that vector loops have no ragged ends
 MAX_BLOCK_BYTES = 4 << 20  # a large sequential read; larger ones gained nothing
-RUN_BYTES = 1 << 20  # of blocks in one call at most: by then calls cost next to nothing
+RUN_BYTES = 16 << 20  # of blocks in one call at most: by then calls cost next to nothing
 MIN_BLOCK_BYTES = 64 << 10
 BLOCKS_PER_LAYER = 16  # small layers are cut at least this finely, so that a budget can split them
 
@@ -342,8 +342,8 @@ class LayerLayout:
 
     @property
     def run_blocks(self) -> int:
-        """How many blocks one behind the other are worth one call: their rows must join, without padding between blocks."""
-        if not self.joins:
+        """How many blocks one behind the other are worth one call: their rows must join, or lie in parts of their own."""
+        if not (self.joins or self.is_by_block):
             return 1
         return max(RUN_BYTES // self.block_stride_bytes, 1)
 

@@ -2,7 +2,8 @@
 
 Three ways, chosen by encoding and processor, all summing over blocks in fp32:
 
-* `native`: torch's product in bf16 straight on the rows. Only where the processor multiplies bf16 (AVX-512-BF16, AMX);
+* `native`: torch's product straight on the rows, of the model's own dtype. bf16 only where the processor multiplies it
+  (AVX-512-BF16, AMX);
 * `widen`: the block's parts are copied to fp32 and multiplied there. So are encodings that torch does not know; and where
   the processor does not multiply 16 bits, torch's products of these are several times slower (bf16 without AVX-512: 21
   against 80 GFLOP/s; fp16 through strided rows: 0.6);
@@ -11,6 +12,7 @@ Three ways, chosen by encoding and processor, all summing over blocks in fp32:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +95,14 @@ class BlockGemm:
         plain = tokens.to(self._compute_dtype).contiguous()
         is_rounded = any(map(self._is_rounded, layout.encodings[:-1]))
         return Tokens(plain, kernels.quantize_tokens(plain) if is_rounded else None)
+
+    def held(self, layout: LayerLayout) -> AbstractContextManager[object]:
+        """Return a context for what torch does between products with blocks of a layer.
+
+        Ours, in 8 bits, want the cores for themselves: after each small operation torch's threads spin for a millisecond,
+        as long as a product takes (128 tokens of a Llama of 7 B in q4_0: half the rate).
+        """
+        return kernels.one_torch_thread() if self.rounds(layout) else nullcontext()
 
     def rounds(self, layout: LayerLayout) -> bool:
         """Return whether no part of a layer's blocks is widened, since all meet tokens in 8 bits."""
@@ -193,16 +203,18 @@ class Gemms:
     """The products of a model's units: each by the way that suits its encodings, all that widen with one scratch.
 
     Args:
+        dtype: What the model computes in.
         int8: Round tokens to 8 bits for their products with what is encoded.
     """
 
-    def __init__(self, *, int8: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, *, int8: bool = False) -> None:
+        self._dtype = dtype
         self._int8 = int8
         self._made: dict[torch.dtype | None, BlockGemm] = {}
 
     def of(self, layout: LayerLayout) -> BlockGemm:
         """Return the products for rows of `layout`."""
-        dtype = layout.plain.dtype if layout.plain and choose_strategy(layout) == "native" else None
+        dtype = self._dtype if choose_strategy(layout, self._dtype) == "native" else None
         return self._made.setdefault(dtype, BlockGemm(dtype, int8=self._int8))
 
 

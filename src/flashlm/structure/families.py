@@ -206,7 +206,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and _looks_like_decoder(module[0])
+        if isinstance(module, nn.ModuleList) and 0 < len(module) == num_layers and _looks_like_decoder(module[0])
     ]
     if len(lists) != 1:
         names = ", ".join(name for name, _ in lists) or "none"

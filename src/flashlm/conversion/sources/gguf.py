@@ -24,7 +24,7 @@ from flashlm.conversion.sources.gguf_header import GgufHeader, GgufTensor
 from flashlm.conversion.sources.gguf_names import FAMILIES, GgufFamily
 from flashlm.conversion.sources.safetensors import Checkpoint
 from flashlm.conversion.sources.tensors import EncodedTensor, ForeignTensor, InterleavedTensor, StoredTensor
-from flashlm.errors import PackError, UnsupportedModelError
+from flashlm.errors import FlashError, PackError, UnsupportedModelError
 from flashlm.pack.checkpoint import TensorEntry
 from flashlm.pack.manifest import CONFIG_NAME, MAX_LAYERS
 from flashlm.pack.pack_config import MAX_EXPERTS
@@ -50,7 +50,8 @@ _COMPLETED: dict[str, dict[str, str]] = {
     "qwen3moe": _MOE_SIZES,
     "qwen3": {"attention.key_length": "head_dim"},
     "qwen2": {"attention.key_length": "head_dim"},
-    "gpt-oss": {"attention.key_length": "head_dim"},
+    "gpt-oss": {"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
+    "gemma2": {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")},
     "gpt2": {"context_length": "n_positions", "feed_forward_length": "n_inner"},
     "starcoder2": {"rope.freq_base": "rope_theta"},
     "stablelm": {"rope.freq_base": "rope_theta"},
@@ -116,13 +117,18 @@ def family_of(header: GgufHeader) -> GgufFamily:
 
 
 def _check_metadata(header: GgufHeader) -> None:
-    for key, most in (("block_count", MAX_LAYERS), ("expert_count", MAX_EXPERTS)):
+    for key, most in (("block_count", MAX_LAYERS), ("nextn_predict_layers", MAX_LAYERS), ("expert_count", MAX_EXPERTS)):
         value = header.of_model(key)
         if value is not None and (type(value) is not int or not 0 <= value <= most):
             raise PackError(f"{header.files[0]} says {header.architecture}.{key} is {value}, at most {most} expected")
+    count, used = (header.of_model(f"expert_{key}") for key in ("count", "used_count"))
+    if count and used is not None and (type(used) is not int or not 0 < used <= count):
+        raise PackError(f"{header.files[0]} says that a token uses {used} of {count} experts")
     for key, value in header.metadata.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise PackError(f"{header.files[0]} says {key} is {value}")
+        if key.endswith("_token_id") and type(value) is not int:
+            raise PackError(f"{header.files[0]} says {key} is {value!r}, a number expected")
 
 
 def _bare(header: GgufHeader, *, for_config: bool) -> bytes:
@@ -155,18 +161,19 @@ def _config(header: GgufHeader, folder: Path) -> dict[str, Any]:
 
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=_HEADER_NAME)
+        content: dict[str, Any] = config.to_diff_dict() | {"model_type": config.model_type} | _completed(header, config)
+    except FlashError:
+        raise
     except ImportError as error:
         raise UnsupportedModelError(f"GGUF files are read with the package gguf: pip install gguf ({error})") from error
     except Exception as error:  # each family's reader and config have ways of their own to stumble
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UnsupportedModelError(
-            f"transformers makes no config of {header.files[0]}, of architecture {header.architecture!r}: {reason}"
+            f"no config can be made of {header.files[0]}, of architecture {header.architecture!r}: {reason}"
         ) from error
-    content: dict[str, Any] = config.to_diff_dict()
     for name in ("_model_name_or_path", "_name_or_path", "transformers_version"):
         content.pop(name, None)
-    content["model_type"] = config.model_type
-    return content | _completed(header, config)
+    return content
 
 
 def _completed(header: GgufHeader, config: Any) -> dict[str, Any]:
@@ -212,7 +219,10 @@ def _rope(header: GgufHeader, config: Any) -> dict[str, Any] | None:
 
 def _rope_scaling(header: GgufHeader, rope: dict[str, Any]) -> dict[str, Any]:
     """Return how the file stretches rotary angles: by its metadata, or by factors that are tensors."""
-    kind, factor = header.of_model("rope.scaling.type"), header.of_model("rope.scaling.factor")
+    factor = header.of_model("rope.scaling.factor") or header.of_model(
+        "rope.scale_linear"
+    )  # as files had it until 2023
+    kind = header.of_model("rope.scaling.type") or "linear"
     original = header.of_model("rope.scaling.original_context_length")
     factors = _floats(header, "rope_freqs.weight")
     if factors is not None:
@@ -226,8 +236,13 @@ def _rope_scaling(header: GgufHeader, rope: dict[str, Any]) -> dict[str, Any]:
             | {"original_max_position_embeddings": original}
             | ({"attention_factor": attention} if attention else {})
         )
-    if kind not in ("linear", "yarn") or not factor:
+    if kind == "none" or (kind == "linear" and (not factor or factor == 1)):
         return {}
+    if kind not in ("linear", "yarn") or not factor:
+        raise UnsupportedModelError(
+            f"{header.files[0]} stretches rotary angles in a way that is not known here: {kind!r} by {factor}. Convert the"
+            " model's safetensors instead"
+        )
     scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         values = {name: header.of_model(f"rope.scaling.{key}") for key, name in _YARN.items()}
@@ -276,7 +291,9 @@ def _write_tokenizer(header: GgufHeader, folder: Path) -> tuple[str, ...]:
         return ("no tokenizer: the file holds none",)
     try:
         PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=_HEADER_NAME).save_pretrained(folder)
-    except Exception as error:  # each kind of tokenizer has ways of its own to stumble
+    except BaseException as error:  # each kind of tokenizer has ways of its own to stumble
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the library in Rust
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return (f"no tokenizer: transformers makes none of the file ({reason}); put the model's own into the pack",)
     path = folder / "tokenizer_config.json"
@@ -344,7 +361,7 @@ def map_gguf_names(
     found = NameMap()
     parts: dict[str, dict[str, GgufTensor]] = {}
     unknown, left_out = [], []
-    beyond = f"blk.{model.config.get_text_config(decoder=True).num_hidden_layers}."  # what predicts further tokens
+    beyond = _layers_beyond(header, model.config.get_text_config(decoder=True).num_hidden_layers)
     for name, tensor in header.tensors.items():
         expert = family.experts_of(name)
         if family.ignored.search(name) or name.startswith(beyond):
@@ -364,7 +381,7 @@ def map_gguf_names(
                 is_transposed=family.is_transposed(name),
             )
     found.left_out = tuple(left_out)
-    found.experts = tuple(_experts(layer, _of_layer(parts, layer, header), found) for layer in layers)
+    found.experts = tuple(_experts(layer, _of_layer(parts, layer, header), found, header.files[0]) for layer in layers)
     unknown += [each.name for rest in parts.values() for each in rest.values()]
     if unknown:
         raise UnsupportedModelError(
@@ -375,9 +392,21 @@ def map_gguf_names(
     return found
 
 
+def _layers_beyond(header: GgufHeader, num_layers: int) -> tuple[str, ...]:
+    """Return what the names of layers begin with that predict further tokens: transformers builds none."""
+    count = header.of_model("nextn_predict_layers")
+    return tuple(f"blk.{num_layers + index}." for index in range(count if type(count) is int else 0))
+
+
 def _order(family: GgufFamily, tensor: GgufTensor, config: Any) -> torch.Tensor | None:
     num_rows = math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.shape[0]
-    return family.order_of(tensor.name, config, num_rows)
+    order = family.order_of(tensor.name, config, num_rows)
+    if order is not None and len(tensor.shape) == 1 and tensor.type.name not in _PLAIN:
+        raise UnsupportedModelError(
+            f"{tensor.path} holds {tensor.name} in {tensor.type.name}, grouped across rows that change places: convert the"
+            " model's safetensors instead"
+        )
+    return order
 
 
 def _grown(stored: tuple[int, ...], wanted: tuple[int, ...], *, is_transposed: bool) -> tuple[int, ...]:
@@ -394,7 +423,7 @@ def _of_layer(parts: dict[str, dict[str, GgufTensor]], layer: ExpertLayer, heade
     raise PackError(f"{header.files[0]} lacks the experts of {layer.module}")
 
 
-def _experts(layer: ExpertLayer, parts: dict[str, GgufTensor], found: NameMap) -> EncodedExperts:
+def _experts(layer: ExpertLayer, parts: dict[str, GgufTensor], found: NameMap, file: Path) -> EncodedExperts:
     """Return one layer's experts; their biases go into `found`, as the model has them."""
     wanted = ("gate", "up", "down") if layer.has_gate else ("up", "down")
     weights: list[ExpertRows] = []
@@ -403,7 +432,7 @@ def _experts(layer: ExpertLayer, parts: dict[str, GgufTensor], found: NameMap) -
         joined = parts.get("gate_up.weight") if part != "down" else None
         tensor = joined or parts.get(f"{part}.weight")
         if tensor is None:
-            raise PackError(f"the file lacks the {part} of the experts of {layer.module}")
+            raise PackError(f"{file} lacks {part} of the experts of {layer.module}")
         stored_rows = rows if joined is None else 2 * rows
         if tensor.shape != (layer.num_experts, stored_rows, width):
             raise PackError(

@@ -45,7 +45,7 @@ def join_scales(checkpoint: Checkpoint, quantised: Mapping[str, Any]) -> Checkpo
     else:
         _check_fp8_config(checkpoint, quantised)
         _join_fp8(tensors)
-        check_finite(each.scales for each in tensors.values() if isinstance(each, Fp8Tensor))
+    check_finite(each.scales for each in tensors.values() if isinstance(each, Mxfp4Tensor | Fp8Tensor))
     return replace(checkpoint, tensors=tensors)
 
 
@@ -64,7 +64,7 @@ def check_scaled(tensors: Iterable[TensorEntry]) -> None:
 
 
 def check_finite(scales: Iterable[TensorEntry]) -> None:
-    """Read scales, which are few, and refuse those that are not finite or below zero.
+    """Read scales, a seventeenth of the model's bytes at most, and refuse those that are not finite or below zero.
 
     Raises:
         PackError: There is one.
@@ -78,10 +78,18 @@ def check_finite(scales: Iterable[TensorEntry]) -> None:
         for piece, read in reader.ahead(owners):
             entry = owners[piece]
             raw = read.wait()
-            values = _as_floats(raw if raw.storage_offset() % entry.dtype.itemsize == 0 else raw.clone(), entry.dtype)
-            if not bool(((values >= 0) & torch.isfinite(values)).all()):
-                bad = values[~((values >= 0) & torch.isfinite(values))]
-                raise PackError(f"{entry.path} is damaged: {entry.name} holds the scale {float(bad[0])}")
+            bad = _bad_scale(raw if raw.storage_offset() % entry.dtype.itemsize == 0 else raw.clone(), entry.dtype)
+            if bad is not None:
+                raise PackError(f"{entry.path} is damaged: {entry.name} holds the scale {bad}")
+
+
+def _bad_scale(raw: torch.Tensor, dtype: torch.dtype) -> float | None:
+    """Return the first of some scales that is not finite or below zero; None where there is none."""
+    if dtype not in _FLOATS:  # powers of two, of which there are many: one is no number
+        return math.nan if int(raw.view(torch.uint8).max()) == _MX_NAN else None
+    values = raw.view(dtype).float()
+    is_good = (values >= 0) & torch.isfinite(values)
+    return None if bool(is_good.all()) else float(values[~is_good][0])
 
 
 def _as_floats(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -98,6 +106,8 @@ def _join_mxfp4(tensors: dict[str, TensorEntry]) -> None:
         blocks, scales = tensors.pop(key), tensors.pop(f"{name}_scales", None)
         if scales is None:
             raise PackError(f"{blocks.path} holds {key} without its scales: {name}_scales is missing")
+        if name in tensors:
+            raise PackError(f"{blocks.path} holds {name} in two ways, the second as {key}")
         shapes = blocks.shape[:-1] == scales.shape and len(blocks.shape) == 4 and blocks.shape[-1] == _MX_GROUP // 2
         if not shapes or (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
             raise PackError(

@@ -23,6 +23,11 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
 
+    @property
+    def place(self) -> Path:
+        """What a message names: the file where there is one, else the folder."""
+        return self.files[0] if len(self.files) == 1 else self.folder
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the index and the headers of the safetensors files in `folder`; no weights are read.

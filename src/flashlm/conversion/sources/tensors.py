@@ -190,12 +190,15 @@ class ForeignTensor(StoredTensor):
             from gguf import GGMLQuantizationType
             from gguf.quants import dequantize
 
-            found = dequantize(encoded.numpy(), GGMLQuantizationType[self.ggml_type])
+            with np.errstate(all="ignore"):  # what is infinite is looked for in the result
+                found = dequantize(encoded.numpy(), GGMLQuantizationType[self.ggml_type])
         except (ImportError, NotImplementedError, ValueError, KeyError) as error:
             raise UnsupportedModelError(
                 f"{self.path} holds {self.name} in {self.encoding.upper()}, which the installed gguf can't decode: take a"
                 f" file in another type, or `pip install --upgrade gguf` ({error})"
             ) from error
+        if not np.isfinite(found).all():
+            raise PackError(f"{self.path} is damaged: {self.name} holds a scale that is no finite number")
         return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
 
 
