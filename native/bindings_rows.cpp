@@ -235,12 +235,7 @@ class QuantizedTokens {
         quants_ = std::make_unique_for_overwrite<std::int8_t[]>(array.num_elements());
         scales_ = std::make_unique_for_overwrite<float[]>(num_parts);
         sums_ = std::make_unique_for_overwrite<float[]>(num_parts);
-        if (num_tokens_ <= MAX_TOKENS) {
-            wide_scales_ = std::make_unique_for_overwrite<float[]>(num_parts * 8);
-            fours_ = std::make_unique_for_overwrite<std::int32_t[]>(num_parts * 8);
-        }
-        const QuantizeTokensArgs args{array.data<const float>(), num_parts,          quants_.get(), scales_.get(),
-                                      sums_.get(),               wide_scales_.get(), fours_.get()};
+        const QuantizeTokensArgs args{array.data<const float>(), num_parts, quants_.get(), scales_.get(), sums_.get()};
         nb::gil_scoped_release release;
         run_quantize_tokens(args);
     }
@@ -257,6 +252,7 @@ class QuantizedTokens {
             throw Refused("tokens are " + to_string(width_) + " wide, the rows " + to_string(block.width()));
         }
         const size_t stride = checked_stride("out", outputs, num_tokens_, num_rows);
+        if (!are_many) spread();
         const Int8ProjectArgs args{block.part(part),
                                    tokens(0, num_tokens_),
                                    outputs.data<float>(),
@@ -281,14 +277,22 @@ class QuantizedTokens {
     }
 
   private:
+    // What row kernels take beside quants and scales, made when the first of them comes. The GIL is held.
+    void spread() const {
+        if (wide_scales_) return;
+        const size_t num_parts = num_tokens_ * width_ / PART;
+        fours_ = std::make_unique_for_overwrite<std::int32_t[]>(num_parts * 8);
+        wide_scales_ = std::make_unique_for_overwrite<float[]>(num_parts * 8);
+        spread_tokens({nullptr, num_parts, quants_.get(), scales_.get(), sums_.get()}, wide_scales_.get(), fours_.get());
+    }
     Int8Tokens tokens(size_t first, size_t count) const {
         const size_t part = first * width_ / PART;
-        const bool are_few = wide_scales_ != nullptr;
+        const bool is_spread = wide_scales_ != nullptr;
         return {quants_.get() + first * width_,
                 scales_.get() + part,
                 sums_.get() + part,
-                are_few ? wide_scales_.get() + part * 8 : nullptr,
-                are_few ? fours_.get() + part * 8 : nullptr,
+                is_spread ? wide_scales_.get() + part * 8 : nullptr,
+                is_spread ? fours_.get() + part * 8 : nullptr,
                 count};
     }
 
@@ -297,8 +301,8 @@ class QuantizedTokens {
     size_t num_tokens_, width_;
     std::unique_ptr<std::int8_t[]> quants_;
     std::unique_ptr<float[]> scales_, sums_;  // of each part
-    std::unique_ptr<float[]> wide_scales_;    // Int8Tokens
-    std::unique_ptr<std::int32_t[]> fours_;
+    mutable std::unique_ptr<float[]> wide_scales_;  // see `spread`
+    mutable std::unique_ptr<std::int32_t[]> fours_;
 };
 
 void accumulate(nb::handle h, const RowBlock& block, nb::handle y) {
@@ -439,6 +443,7 @@ void QuantizedTokens::project_blocks(const std::vector<const RowBlock*>& blocks,
     check_blocks(blocks, Array(tokens_, "x"), num_tokens, outputs);
     const EncodingCode encoding = blocks.front()->encoding(part);
     if (!has_int8(encoding)) return flashlm::project_blocks(tokens_, blocks, part, out, bias);
+    spread();
     const size_t num_rows = blocks.front()->num_rows(), step = num_tokens_ == 1 ? 0 : 1;
     const auto biases = checked_biases(bias, blocks.size(), num_rows);
     std::vector<Int8ProjectArgs> products;

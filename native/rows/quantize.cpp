@@ -98,11 +98,14 @@ void quantize_tokens(const QuantizeTokensArgs& args) {
         }
         args.scales[part] = scale;
         args.sums[part] = scale * static_cast<float>(sum);
-        if (!args.wide_scales) continue;
-        for (std::size_t i = 0; i < PART / 4; ++i) {
-            args.wide_scales[part * PART / 4 + i] = scale;
-            args.fours[part * PART / 4 + i] = -(to[4 * i] + to[4 * i + 1] + to[4 * i + 2] + to[4 * i + 3]);
-        }
+    }
+}
+
+void spread_tokens(const QuantizeTokensArgs& tokens, float* wide_scales, std::int32_t* fours) {
+    for (std::size_t i = 0; i < tokens.num_parts * 8; ++i) {
+        const std::int8_t* four = tokens.quants + 4 * i;
+        wide_scales[i] = tokens.scales[i / 8];
+        fours[i] = -(four[0] + four[1] + four[2] + four[3]);
     }
 }
 

@@ -23,9 +23,10 @@ struct QuantizeTokensArgs {
     std::int8_t* quants;          // [num_parts * 32]
     float* scales;                // [num_parts]
     float* sums;                  // [num_parts]: scale * sum of the quants
-    float* wide_scales;           // [num_parts * 8]: the scales, eight times each; null: not wanted
-    std::int32_t* fours;          // [num_parts * 8]: of each four quants the sum, negative; null with wide_scales
 };
 void quantize_tokens(const QuantizeTokensArgs& args);
+
+// Of tokens in 8 bits: their scales, eight times each, and the sum of each four quants, negative; both [num_parts * 8].
+void spread_tokens(const QuantizeTokensArgs& tokens, float* wide_scales, std::int32_t* fours);
 
 }  // namespace flashlm

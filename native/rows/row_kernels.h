@@ -74,8 +74,8 @@ struct Int8Tokens {
     const std::int8_t* quants;    // [num_tokens, width], -127 to 127
     const float* scales;          // [num_tokens, width / 32]
     const float* sums;            // [num_tokens, width / 32]: of the elements, which offsets of rows are multiplied by
-    const float* wide_scales;     // [num_tokens, width / 4]: the scales, eight times each. Of at most MAX_TOKENS tokens, else null
-    const std::int32_t* fours;    // [num_tokens, width / 4]: of each four quants the sum, negative. As wide_scales
+    const float* wide_scales;     // [num_tokens, width / 4]: the scales, eight times each; null for matrices
+    const std::int32_t* fours;    // [num_tokens, width / 4]: of each four quants the sum, negative; null for matrices
     std::size_t num_tokens;
 };
 

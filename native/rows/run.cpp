@@ -133,11 +133,8 @@ void run_quantize_tokens(const QuantizeTokensArgs& args) {
     constexpr std::size_t PARTS = 1024;  // of 32 elements: some 10 us
     run(Job<QuantizeTokensArgs>{args,
                                 [](const QuantizeTokensArgs& all, std::size_t begin, std::size_t end) {
-                                    const bool are_few = all.wide_scales != nullptr;
                                     quantize_tokens({all.source + begin * 32, end - begin, all.quants + begin * 32,
-                                                     all.scales + begin, all.sums + begin,
-                                                     are_few ? all.wide_scales + begin * 8 : nullptr,
-                                                     are_few ? all.fours + begin * 8 : nullptr});
+                                                     all.scales + begin, all.sums + begin});
                                 },
                                 args.num_parts, PARTS});
 }

@@ -167,14 +167,15 @@ def test_avx512_gives_the_bits_of_avx2(name: str, num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q6_k", "fp8_block"])
-@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("num_tokens", [1, 3, 20])
 def test_several_blocks_in_one_job_give_the_bits_of_each(name: str, num_tokens: int) -> None:
     random, width, num_rows = np.random.default_rng(7), 2 * 256, 45
     num_groups = num_rows * width // ENCODINGS[name].group_elements
-    blocks = [block_of(name, tame_groups(name, num_groups, random), num_rows, width) for _ in range(3)]
+    count = max(num_tokens, 3)
+    blocks = [block_of(name, tame_groups(name, num_groups, random), num_rows, width) for _ in range(count)]
     biases = [torch.from_numpy(random.standard_normal(num_rows).astype(np.float32)) for _ in blocks]
     x = torch.from_numpy(random.standard_normal((num_tokens, width)).astype(np.float32))
-    together = torch.empty(3, num_rows)
+    together = torch.empty(count, num_rows)
     kernels.project_blocks(kernels.quantize_tokens(x), blocks, 0, together, biases)
     for index, block in enumerate(blocks):
         alone = torch.empty(1, num_rows)
