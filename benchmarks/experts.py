@@ -289,6 +289,8 @@ def summarise(run: Run) -> list[Record]:
         every["accelerate"] = (run.cap_bytes, "accelerate-peer")
     for name, (cap_bytes, pattern) in every.items():
         steps = [path.stem for path in sorted(run.path("steps").glob(f"{pattern}.json"))]
+        if not steps:
+            continue  # not measured
         done = [record for record in map(run.record, steps) if record is not None]
         samples = [sample for record in done for sample in record["result"]["decode"][run.args.warm_up :]]
         if not samples:
@@ -545,6 +547,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--read-ahead", type=int, help="KiB that the device reads ahead for llama.cpp (default: as it is set)")
     add("--read-aheads", type=lambda text: [int(each) for each in text.split(",") if each], default=[],
         help="runs of llama.cpp with these read-aheads of the device, KiB (sets it, and back; root)")  # fmt: skip
+    add("--note", default="", help="for the record: what else is to be known of this run")
     add("--minutes", type=float, help="begin no further cell after so many; the same command goes on there")
     add("--steps", type=lambda text: text.split(","), default=list(STEPS), help=f"which of {','.join(STEPS)}")
     add("--tight-disk", action="store_true", help="remove the checkpoint before the GGUF is written")
