@@ -97,6 +97,7 @@ def against_device(checkpoint: Path, num_bytes: int, folder: Path, rounds: int) 
         "convert_over_dd": medians["convert"] / medians["dd_write"],
         "convert_over_copy": medians["convert"] / medians["copy"],
         "copy_over_dd": medians["copy"] / medians["dd_write"],
+        "peak_bytes": peak_bytes(),  # everything that was imported included
         "commit": describe_commit(Path(__file__).parent.parent),
     }
 
@@ -117,10 +118,14 @@ def timed(work: str, folder: Path) -> dict[str, Any]:
         else:
             flashlm.verify(folder / f"{name}-pack").raise_for_problems()
     wall_s, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
-    status = Path("/proc/self/status").read_text().split()
-    peak_bytes = int(status[status.index("VmHWM:") + 1]) * 1024  # rusage would have that of the parent
     commit = describe_commit(Path(flashlm.__file__).parents[2])
-    return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak_bytes, "commit": commit}
+    return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_bytes": peak_bytes(), "commit": commit}
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process has had."""
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024  # rusage would have that of the parent
 
 
 def timed_by(python: str, work: str, folder: Path) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def compare(pythons: list[str], folder: Path, rounds: int) -> dict[str, Any]:
 
 def _shape(args: argparse.Namespace) -> str:
     if args.source:
-        return str(args.source.name)
+        return "/".join(args.source.absolute().parts[-2:])
     return args.shape if args.layers is None else f"{args.shape}, {args.layers} layers"
 
 
@@ -213,7 +218,9 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     shown = {
-        key: value for key, value in result.items() if "over" in key or key in ("rates_gb_per_s", "convert", "verify")
+        key: value
+        for key, value in result.items()
+        if "over" in key or key in ("rates_gb_per_s", "peak_bytes", "convert", "verify")
     }
     print(json.dumps(shown, indent=1))
 

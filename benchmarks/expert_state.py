@@ -24,7 +24,7 @@ MATRIX_BYTES = WIDTH * NUM_MATRIX_ROWS * 2
 
 def state_bytes(pack: Path) -> int:
     """Return the memory that an `ExpertState` of the pack holds, and then some."""
-    return NUM_SLOTS * read_manifest(pack).experts_layout(0).block_stride_bytes + MATRIX_BYTES + (16 << 20)
+    return NUM_SLOTS * read_manifest(pack).experts[0].layout.block_stride_bytes + MATRIX_BYTES + (16 << 20)
 
 
 class ExpertState:

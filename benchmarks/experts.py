@@ -6,6 +6,12 @@ Writes a random checkpoint of the shape, its pack and its GGUF into DIR, then ru
 own whose memory, page cache included, the kernel caps. flashlm runs at the cap and at the budgets of `--budgets` (each
 capped at its own). Routing is what random weights make of random tokens (see `random_weights.py`), or drawn (`--skews`).
 Steps leave records in DIR, as in `hybrid.py`, whose steps these are.
+
+With `--gguf q4_0` (or another of `gguf_twin.py`) the source is a quantised GGUF file, the same one for every system, and
+BigMoeOnEdge is measured too, whose program `--bigmoe` names:
+
+    python benchmarks/experts.py --shape qwen3-30b-a3b --gguf q4_0 --cap 8GiB --budgets 4GiB --peer-caps 8GiB,4GiB \\
+        --activations exact,int8 --prefill-tokens 256,512 --bigmoe PROGRAM --work DIR
 """
 
 from __future__ import annotations
@@ -21,12 +27,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from expert_state import state_bytes
-from hybrid import HERE, Record, Run, child, clean, convert, forget, is_same, log, make_checkpoint, make_gguf
+from hybrid import (
+    HERE,
+    Record,
+    Run,
+    child,
+    clean,
+    convert,
+    convert_to,
+    forget,
+    gguf_path,
+    is_same,
+    log,
+    make_checkpoint,
+    make_gguf,
+)
 from machine import block_queue, describe_block_device, describe_commit, describe_machine, today
+from random_weights import MIXTURE_EMBEDDING_SCALE
 from shapes import SHAPES
 
+from flashlm.planner.choices import Activations
 from flashlm.planner.machine import rates_of
 from flashlm.planner.plan import make_plan
 from flashlm.planner.shape import HitCurve, read_shape
@@ -34,7 +57,10 @@ from flashlm.probe.device_profile import DeviceProfile, profile_path
 from flashlm.probe.probe import probe
 from flashlm.sizes import format_size, parse_size_bytes
 
-PEERS = ("llama.cpp", "accelerate")
+PEERS = ("llama.cpp", "llama.cpp-asleep", "accelerate")
+MIB = 1 << 20
+BIGMOE_BESIDE_BYTES = 256 * MIB  # beside weights, cache and KV cache: its buffers for a prompt, and programs
+PEER_MARKS = ("C2P", "C5X", "C6*", "C7v")
 STEPS = ("checkpoint", "convert", "probe", "accelerate", "gguf", "measure", "publish")
 
 
@@ -59,19 +85,54 @@ def base_spec(run: Run) -> Record:
         "context": args.context,
         "vocab_size": run.vocab_size,
         "prompt_tokens": args.prompt_tokens,
-        "decode_tokens": args.tokens,
-        "prefill_tokens": args.prefill_tokens,
+        "decode_tokens": args.tokens + args.warm_up - 1,  # a first one is always added
+        "prefill_tokens": max(args.prefill_tokens),
+        "prefill_lengths": args.prefill_tokens,
         "num_prefills": 0,
         "num_threads": len(os.sched_getaffinity(0)),
     }
 
 
-def flashlm_system(run: Run, budget: int, *, watch: bool) -> tuple[Record, int]:
+def flashlm_system(run: Run, budget: int, *, watch: bool, activations: str = "exact") -> tuple[Record, int]:
     """Return spec and cap of flashlm at a budget; with `watch` the device is measured between tokens, beside the budget."""
     pack = run.path("pack")
     spec = {"system": "flashlm", "mode": "experts", "pack": str(pack), "dram_bytes": budget}
-    spec |= {"num_prefills": run.args.prefills, "watch_device": watch}
+    spec |= {"num_prefills": run.args.prefills if budget in run.args.peer_caps else 0, "watch_device": watch}
+    if activations != "exact":
+        spec |= {"activations": activations}
     return base_spec(run) | spec, budget + (state_bytes(pack) if watch else 0)
+
+
+def llama_system(run: Run, cap_bytes: int) -> tuple[Record, int]:
+    """Return spec and cap of llama.cpp's memory map; of a quantised file without its second, repacked copy of weights."""
+    args = run.args
+    spec = {"system": "llama.cpp", "gguf": str(gguf_path(run)), "dtype": args.gguf_dtype}
+    spec |= {"decode_tokens": args.peer_tokens + args.warm_up - 1, "num_prefills": args.peer_prefills}
+    if args.gguf:
+        spec |= {"repacks": False}
+    if args.read_ahead is not None:
+        spec |= {"read_ahead_kib": args.read_ahead}
+    return base_spec(run) | spec, cap_bytes
+
+
+def bigmoe_system(run: Run, cap_bytes: int, options: str) -> tuple[Record, int]:
+    """Return spec and cap of BigMoeOnEdge: what the cap leaves beside the weights that it always needs is its cache."""
+    from gguf_twin import stored_bytes
+    from shapes import config_of
+
+    args, config = run.args, config_of(run.args.shape)
+    resident = sum(size for name, size in stored_bytes(config, args.gguf_dtype).items() if "_exps." not in name)
+    kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * args.context
+    logits_bytes = config.vocab_size * 4 * args.context  # it reserves them for every token of a prompt
+    spec = {
+        "job": "bigmoe",
+        "system": "BigMoeOnEdge",
+        "program": str(args.bigmoe.resolve()),
+        "options": options.split(),
+    }
+    spec |= {"gguf": str(gguf_path(run)), "num_prefills": args.prefills, "built_from": args.bigmoe_built}
+    spec |= {"cache_bytes": cap_bytes - resident - kv_bytes - logits_bytes - BIGMOE_BESIDE_BYTES}
+    return base_spec(run) | spec, cap_bytes
 
 
 def accelerate_system(run: Run) -> tuple[Record, int]:
@@ -82,24 +143,50 @@ def accelerate_system(run: Run) -> tuple[Record, int]:
     return base_spec(run) | spec, run.cap_bytes
 
 
+def size_name(cap_bytes: int) -> str:
+    """Return a size as a part of a name."""
+    return format_size(cap_bytes).replace(" ", "")
+
+
+def peer_systems(run: Run, cap_bytes: int) -> dict[str, tuple[Record, int]]:
+    """Return spec and cap of every peer under one cap by name."""
+    args = run.args
+    found = {}
+    spec, _ = llama_system(run, cap_bytes)
+    if "llama.cpp" in args.peers:
+        found["llama.cpp"] = (spec, cap_bytes)
+    if "llama.cpp-asleep" in args.peers:
+        # Its OpenMP threads spin where they wait for each other; asleep they leave the core to whoever reads.
+        found["llama.cpp-asleep"] = (spec | {"omp_wait_policy": "passive"}, cap_bytes)
+    for kib in args.read_aheads:  # how much more the kernel reads at a page fault is the device's setting
+        found[f"llama.cpp-ahead-{kib}KiB"] = (spec | {"read_ahead_kib": kib}, cap_bytes)
+    if args.bigmoe:
+        for options in args.bigmoe_options:
+            name = "".join(["BigMoeOnEdge", *options.replace(" --", "-").replace("--", "-").split()])
+            found[name] = bigmoe_system(run, cap_bytes, options)
+    suffix = "" if cap_bytes == run.cap_bytes else f"-{size_name(cap_bytes)}"
+    return {f"{name}{suffix}": system for name, system in found.items()}
+
+
 def systems(run: Run) -> dict[str, tuple[Record, int]]:
     """Return spec and cap of every system of a round by name."""
     args = run.args
-    found = {"watched": flashlm_system(run, run.cap_bytes, watch=True)}
-    found[f"experts-{format_size(run.cap_bytes).replace(' ', '')}"] = flashlm_system(run, run.cap_bytes, watch=False)
-    if "llama.cpp" in args.peers:
-        gguf = {"system": "llama.cpp", "gguf": str(run.path(f"{args.gguf_dtype}.gguf")), "dtype": args.gguf_dtype}
-        spec = base_spec(run) | gguf | {"decode_tokens": args.peer_tokens}
-        # Its OpenMP threads spin where they wait for each other; asleep they leave the core to whoever reads.
-        found["llama.cpp"] = (spec, run.cap_bytes)
-        found["llama.cpp-asleep"] = (spec | {"omp_wait_policy": "passive"}, run.cap_bytes)
-        for kib in args.read_aheads:  # how much more the kernel reads at a page fault is the device's setting
-            found[f"llama.cpp-ahead-{kib}KiB"] = (spec | {"read_ahead_kib": kib}, run.cap_bytes)
-    for budget in sorted({*args.budgets} - {run.cap_bytes}):
-        found[f"experts-{format_size(budget).replace(' ', '')}"] = flashlm_system(run, budget, watch=False)
+    found = {}
+    for budget in [run.cap_bytes, *sorted({*args.budgets, *args.peer_caps} - {run.cap_bytes})]:
+        for kind in args.activations:
+            suffix = "" if kind == "exact" else f"-{kind}"
+            if budget in args.watched:
+                name = "watched" if budget == run.cap_bytes else f"watched-{size_name(budget)}"
+                found[f"{name}{suffix}"] = flashlm_system(run, budget, watch=True, activations=kind)
+            name = f"experts-{size_name(budget)}{suffix}"
+            found[name] = flashlm_system(run, budget, watch=False, activations=kind)
+        if budget in args.peer_caps:
+            found |= peer_systems(run, budget)
     for skew in args.skews:
-        spec, cap_bytes = flashlm_system(run, run.cap_bytes, watch=True)
-        found[f"skew-{skew:g}"] = (spec | {"routing_skew": skew}, cap_bytes)
+        for kind in args.activations:
+            spec, cap_bytes = flashlm_system(run, args.skew_budget, watch=True, activations=kind)
+            name = f"skew-{skew:g}" + ("" if kind == "exact" else f"-{kind}")
+            found[name] = (spec | {"routing_skew": skew, "num_prefills": 0}, cap_bytes)
     return found
 
 
@@ -168,15 +255,14 @@ def predict(run: Run, rows: list[Record]) -> list[Record]:
     record, config = run.record("probe"), run.path("pack") / "config.json"
     if record is None or not config.exists():
         return []
-    shape, rates = (
-        read_shape(run.path("pack")),
-        rates_of(DeviceProfile.model_validate_json(json.dumps(record["profile"])), "bfloat16"),
-    )
+    shape, profile = read_shape(run.path("pack")), DeviceProfile.model_validate_json(json.dumps(record["profile"]))
     found = []
     for row in rows:
-        if row.get("failed") or "hit_share" not in row or row["system"].startswith("skew"):
+        if row.get("failed") or not row["system"].startswith(("watched", "experts", "accelerate-flashlm")):
             continue
-        dram_bytes = run.cap_bytes if row["system"] == "watched" else row["cap_bytes"]
+        kind: Activations = "int8" if row["system"].endswith("int8") else "exact"
+        rates = rates_of(profile, shape.dtype, kind)
+        dram_bytes = systems(run).get(row["system"], [{"dram_bytes": run.cap_bytes}])[0]["dram_bytes"]
         measured = replace(
             shape, hits=HitCurve(points=((1e-9, row["hit_share"]), (1 - 1e-9, row["hit_share"])), origin="measured")
         )
@@ -187,7 +273,7 @@ def predict(run: Run, rows: list[Record]) -> list[Record]:
         found.append(
             {"system": row["system"], "dram_bytes": dram_bytes, "measured_s": row["s_per_token"]}
             | {
-                name: make_plan(a_shape, a_rates, dram_bytes, context=run.args.context).token_s
+                name: make_plan(a_shape, a_rates, dram_bytes, context=run.args.context, activations=kind).token_s
                 for name, (a_shape, a_rates) in predicted.items()
             }
         )
@@ -195,7 +281,7 @@ def predict(run: Run, rows: list[Record]) -> list[Record]:
 
 
 def summarise(run: Run) -> list[Record]:
-    """Return a row for every system: medians over all tokens of all rounds but the first of each, which warms up."""
+    """Return a row for every system: medians over all tokens of all rounds but those of each that warm up."""
     rows = []
     every = {name: (cap, f"round-*-{name}") for name, (_, cap) in systems(run).items()}
     if "accelerate" in run.args.peers:
@@ -203,8 +289,10 @@ def summarise(run: Run) -> list[Record]:
         every["accelerate"] = (run.cap_bytes, "accelerate-peer")
     for name, (cap_bytes, pattern) in every.items():
         steps = [path.stem for path in sorted(run.path("steps").glob(f"{pattern}.json"))]
+        if not steps:
+            continue  # not measured
         done = [record for record in map(run.record, steps) if record is not None]
-        samples = [sample for record in done for sample in record["result"]["decode"][1:]]
+        samples = [sample for record in done for sample in record["result"]["decode"][run.args.warm_up :]]
         if not samples:
             rows.append({"system": name, "cap_bytes": cap_bytes, "failed": True})
             continue
@@ -214,15 +302,28 @@ def summarise(run: Run) -> list[Record]:
             "num_runs": len(done),
             "s_per_token": statistics.median(sample["wall_s"] for sample in samples),
             "s_per_token_of_runs": [
-                statistics.median(sample["wall_s"] for sample in record["result"]["decode"][1:]) for record in done
+                statistics.median(sample["wall_s"] for sample in record["result"]["decode"][run.args.warm_up :])
+                for record in done
             ],
             "peak_bytes": max(record["run"]["peak_bytes"] or 0 for record in done),
             "num_oom_kills": sum(record["run"]["num_oom_kills"] for record in done),
         }
-        if "hit_experts" in samples[0]:
-            row |= summarise_flashlm(
-                run, samples, [each for record in done for each in record["result"].get("prefill", [])]
+        prompts = [each for record in done for each in record["result"].get("prefill", [])]
+        row["prompt_tokens_per_s"] = {
+            num_tokens: statistics.median(
+                num_tokens / each["wall_s"] for each in prompts if each["num_tokens"] == num_tokens
             )
+            for num_tokens in sorted({each["num_tokens"] for each in prompts})
+        }
+        if "hit_experts" in samples[0]:
+            row |= summarise_flashlm(run, samples, prompts)
+        elif "demanded_bytes" in samples[0]:
+            row |= {
+                "hit_share": 1
+                - sum(each["bytes_read"] for each in samples) / sum(each["demanded_bytes"] for each in samples),
+                "read_bytes_per_token": statistics.mean(each["bytes_read"] for each in samples),
+                **{key: statistics.median(each[key] for each in samples) for key in ("wait_s", "compute_s")},
+            }
         rows.append(row)
     return rows
 
@@ -267,14 +368,43 @@ def floor_s(run: Run, sample: Record) -> float:
 
 def active_bytes(run: Run) -> int:
     """Return the bytes of the weights that a token multiplies with."""
+    from gguf_twin import stored_bytes
     from shapes import config_of, stored_shapes
 
     config = config_of(run.args.shape)
     share = config.num_experts_per_tok / getattr(config, "num_local_experts", getattr(config, "num_experts", 1))
+    if run.args.gguf:
+        sizes = stored_bytes(config, run.args.gguf)
+        return sum(
+            int(size * (share if "_exps." in name else "token_embd" not in name)) for name, size in sizes.items()
+        )
     return sum(
         int(2 * math.prod(shape) * (share if ".experts." in name else "embed_tokens" not in name))
         for name, shape in stored_shapes(config).items()
     )
+
+
+def result_name(run: Run) -> str:
+    """Return the name of the files of the result."""
+    return "-".join(filter(None, ("experts", run.args.shape, run.args.gguf)))
+
+
+def short(record: Record) -> Record:
+    """Return a record with its samples as columns: a line of numbers for what changes, a value for what does not."""
+    for name in ("decode", "prefill"):
+        samples = record.get("result", {}).get(name)
+        if samples:
+            flat = [sample | sample.pop("device", {}) for sample in samples]
+            columns = {key: [_rounded(sample[key]) for sample in flat] for key in flat[0]}
+            record["result"][name] = {
+                key: values[0] if values.count(values[0]) == len(values) else " ".join(map(str, values))
+                for key, values in columns.items()
+            }
+    return record
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def publish(run: Run, rows: list[Record]) -> None:
@@ -285,17 +415,27 @@ def publish(run: Run, rows: list[Record]) -> None:
         "date": today(),
         **describe_commit(HERE.parent),
         "machine": describe_machine() | {"block_device": describe_block_device(run.folder)},
-        "simulated": "random weights, embeddings 64 times as large; random token ids; skew-*: drawn routing",
+        "simulated": f"random weights, embeddings {run.args.embeddings_larger or MIXTURE_EMBEDDING_SCALE} times as large;"
+        " random token ids; skew-*: drawn routing",
+        "source": f"GGUF in {run.args.gguf}, the same file for every system"
+        if run.args.gguf
+        else "safetensors in bfloat16",
         "cap_bytes": run.cap_bytes,
         "weight_bytes": run.weight_bytes,
-        "settings": {name: value for name, value in vars(run.args).items() if name not in ("work", "results")},
+        "settings": {
+            name: value for name, value in vars(run.args).items() if name not in ("work", "results", "bigmoe")
+        },
         "systems": rows,
         "predicted": (predicted := predict(run, rows)),
-        "records": {path.stem: json.loads(path.read_text()) for path in sorted(run.path("steps").glob("*.json"))},
+        "records": {
+            path.stem: short(json.loads(path.read_text())) for path in sorted(run.path("steps").glob("*.json"))
+        },
     }
     text = json.dumps(whole, indent=1).replace(str(run.folder), "WORK").replace(str(run.args.work), "WORK")
+    if run.args.bigmoe:
+        text = text.replace(str(run.args.bigmoe.resolve()), "BIGMOE")
     run.args.results.mkdir(parents=True, exist_ok=True)
-    (run.args.results / f"experts-{run.args.shape}.json").write_text(text + "\n")
+    (run.args.results / f"{result_name(run)}.json").write_text(text + "\n")
     draw(run, rows)
     for row in predicted:
         errors = ", ".join(
@@ -305,13 +445,14 @@ def publish(run: Run, rows: list[Record]) -> None:
         )
         print(f"{row['system']}: measured {row['measured_s']:.3f}; predicted with {errors}")
     print(
-        "| system | cap | s/token | experts held | GB/token | GB/s waiting | of the device | share of roofline | killed |"
+        "| system | cap | s/token | experts held | GB/token | GB/s waiting | of the device | share of roofline"
+        " | prompts, tokens/s | killed |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         cap = format_size(row["cap_bytes"])
         if row.get("failed"):
-            print(f"| {row['system']} | {cap} | failed | | | | | | |")
+            print(f"| {row['system']} | {cap} | failed | | | | | | | |")
             continue
         cells = [""] * 5
         if "hit_share" in row:
@@ -325,6 +466,7 @@ def publish(run: Run, rows: list[Record]) -> None:
                 "" if of_device is None else f"{of_device:.0%}",
                 "" if share is None else f"{share:.0%}",
             ]
+        cells.append(", ".join(f"{rate:.1f} ({tokens})" for tokens, rate in row["prompt_tokens_per_s"].items()))
         print(f"| {row['system']} | {cap} | {row['s_per_token']:.3f} | {' | '.join(cells)} | {row['num_oom_kills']} |")
 
 
@@ -336,24 +478,32 @@ def draw(run: Run, rows: list[Record]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.8))
-    budgets = [row for row in rows if row["system"].startswith("experts-") and not row.get("failed")]
-    budgets.sort(key=lambda row: row["cap_bytes"])
-    for row in budgets:
-        runs = row["s_per_token_of_runs"]
-        axes.plot([row["cap_bytes"] / 2**30] * len(runs), runs, ".", color="C0", alpha=0.5)
-    axes.plot(
-        [row["cap_bytes"] / 2**30 for row in budgets], [row["s_per_token"] for row in budgets], "C0-o", label="flashlm"
-    )
+    done = [row for row in rows if not row.get("failed")]
+    for number, kind in enumerate(run.args.activations):
+        ours = [row for row in done if row["system"].startswith("experts-")]
+        ours = [row for row in ours if row["system"].endswith("-int8") == (kind == "int8")]
+        ours.sort(key=lambda row: row["cap_bytes"])
+        color, label = ("C0", "C4")[number], "flashlm" if kind == "exact" else f"flashlm, {kind} activations"
+        for row in ours:
+            runs = row["s_per_token_of_runs"]
+            axes.plot([row["cap_bytes"] / 2**30] * len(runs), runs, ".", color=color, alpha=0.5)
+        gib, times = [row["cap_bytes"] / 2**30 for row in ours], [row["s_per_token"] for row in ours]
+        axes.plot(gib, times, "-o", color=color, label=label)
     peers = {"llama.cpp": "C1s", "llama.cpp-asleep": "C3^", "accelerate": "C2D"}
-    for row in rows:
-        if row["system"] in peers and not row.get("failed"):
-            axes.plot(row["cap_bytes"] / 2**30, row["s_per_token"], peers[row["system"]], label=row["system"])
+    peers |= dict(zip((name for name in peer_systems(run, run.cap_bytes) if "Moe" in name), PEER_MARKS, strict=False))
+    for name, mark in peers.items():
+        of_peer = [row for row in done if row["system"] in (name, f"{name}-{size_name(row['cap_bytes'])}")]
+        if of_peer:
+            gib, times = [row["cap_bytes"] / 2**30 for row in of_peer], [row["s_per_token"] for row in of_peer]
+            axes.plot(gib, times, mark, label=name)
     axes.set(yscale="log", xlabel="memory of the process, GiB (kernel's cap)", ylabel="seconds per token")
-    axes.set_title(f"{run.args.shape}, random weights in 16 bits, {run.weight_bytes / 1e9:.1f} GB", fontsize=10)
+    bits = run.args.gguf or "16 bits"
+    title = f"{run.args.shape}, random weights in {bits}, {run.weight_bytes / 1e9:.1f} GB, random tokens"
+    axes.set_title(title, fontsize=10)
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(run.args.results / f"experts-{run.args.shape}.png", dpi=110)
+    figure.savefig(run.args.results / f"{result_name(run)}.png", dpi=110)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -362,59 +512,95 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     shapes = [name for name in SHAPES if name.startswith(("olmoe", "qwen3-30b", "gpt-oss"))]
     add("--shape", choices=shapes, default="olmoe-1b-7b", help="model shape (default: %(default)s)")
+    words = lambda text: [each for each in text.split(",") if each]  # noqa: E731
+    sizes = lambda text: [parse_size_bytes(each) for each in words(text)]  # noqa: E731
     add("--cap", default="4GiB", help="memory of every measured process (default: %(default)s)")
-    add("--budgets", type=lambda text: [parse_size_bytes(each) for each in text.split(",") if each], default=[],
-        help="further budgets of flashlm, like 3GiB,5GiB,6GiB,8GiB")  # fmt: skip
-    add("--peers", type=lambda text: [each for each in text.split(",") if each], default=list(PEERS))
+    add("--budgets", type=sizes, default=[], help="further budgets of flashlm, like 3GiB,5GiB,6GiB,8GiB")
+    add("--peers", type=words, default=list(PEERS))
+    add("--peer-caps", type=sizes, help="caps of the peers, and of timed prompts (default: the cap)")
+    add("--gguf", default="", help="quantised type of the source, like q4_0, mxfp4 (default: 16 bits in safetensors)")
+    add("--embeddings-larger", type=int, help="than other weights, in a GGUF: the more, the less tokens are alike")
+    add("--activations", type=words, default=["exact"], help="of flashlm: exact, int8 or both (default: exact)")
+    add("--bigmoe", type=Path, help="program of BigMoeOnEdge, another peer of a GGUF source")
+    add("--bigmoe-options", type=words, default=["--io-threads 4"],
+        help="comma-separated ways to run it, each a system of its own, like '--io-threads 8,--overlap'")  # fmt: skip
+    add("--bigmoe-built", default="", help="for the record: from what its program was built")
     add("--work", type=Path, required=True, help="folder for everything it writes (42 GB for OLMoE-1B-7B)")
     add("--keep", action="store_true", help="leave everything in the work folder at the end")
     add("--redo", type=lambda text: text.split(","), default=[], help="steps (or prefixes of them) to do again")
     add("--rounds", type=int, default=2)
-    add("--tokens", type=int, default=10, help="decode tokens timed for flashlm, after one warm-up")
-    add("--peer-tokens", type=int, default=4, help="decode tokens timed for the peers, after one warm-up")
+    add("--tokens", type=int, default=10, help="decode tokens timed for flashlm and BigMoeOnEdge")
+    add("--peer-tokens", type=int, default=4, help="decode tokens timed for the other peers")
     add("--prompt-tokens", type=int, default=4, help="before the decode tokens")
-    add("--prefill-tokens", type=int, default=512)
-    add("--prefills", type=int, default=1, help="timed prompts of flashlm")
+    add("--warm-up", type=int, default=1, help="decode tokens before those that are timed")
+    add("--prefill-tokens", type=lambda text: [int(each) for each in text.split(",")], default=[512],
+        help="lengths of the timed prompts, like 256,512 (default: 512)")  # fmt: skip
+    add("--prefills", type=int, default=1, help="timed prompts of each length, of flashlm and BigMoeOnEdge")
+    add("--peer-prefills", type=int, default=0, help="timed prompts of llama.cpp, of each length")
     add("--context", type=int, default=576)
     add("--accelerate-share", type=float, default=0.7, help="part of the cap that accelerate may fill with weights")
     add("--gguf-dtype", choices=("float16", "bfloat16"), default="float16")
     add("--skews", type=lambda text: [float(each) for each in text.split(",") if each], default=[],
         help="runs at the cap with SIMULATED routing: Zipf exponents of the experts' popularity")  # fmt: skip
+    add("--skew-budget", type=parse_size_bytes, help="memory of those runs (default: the cap)")
+    add("--watched", type=sizes, help="budgets at which the device is measured between tokens (default: the cap)")
+    add("--read-ahead", type=int, help="KiB that the device reads ahead for llama.cpp (default: as it is set)")
     add("--read-aheads", type=lambda text: [int(each) for each in text.split(",") if each], default=[],
         help="runs of llama.cpp with these read-aheads of the device, KiB (sets it, and back; root)")  # fmt: skip
+    add("--note", default="", help="for the record: what else is to be known of this run")
     add("--minutes", type=float, help="begin no further cell after so many; the same command goes on there")
     add("--steps", type=lambda text: text.split(","), default=list(STEPS), help=f"which of {','.join(STEPS)}")
     add("--tight-disk", action="store_true", help="remove the checkpoint before the GGUF is written")
     add("--timeout", type=float, default=3600)
     add("--results", type=Path, default=HERE / "results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    cap_bytes = parse_size_bytes(args.cap)
+    args.peer_caps, args.watched = args.peer_caps or [cap_bytes], args.watched or [cap_bytes]
+    args.skew_budget = args.skew_budget or cap_bytes
+    if args.gguf:
+        args.gguf_dtype, args.peers = args.gguf, [each for each in args.peers if each != "accelerate"]
+    elif args.bigmoe:
+        parser.error("--bigmoe needs --gguf: it is measured on the file that flashlm converts")
+    return args
 
 
 def start(args: argparse.Namespace) -> Run:
     """Return the run of these arguments."""
+    from gguf_twin import stored_bytes
     from shapes import config_of, stored_shapes
 
     config = config_of(args.shape)
     folder = args.work.resolve() / args.shape
     (folder / "steps").mkdir(parents=True, exist_ok=True)
+    if args.gguf:
+        weight_bytes = sum(stored_bytes(config, args.gguf).values())
+    else:
+        weight_bytes = 2 * sum(map(math.prod, stored_shapes(config).values()))
     return Run(
         args=args,
         folder=folder,
         cap_bytes=parse_size_bytes(args.cap),
         vocab_size=config.vocab_size,
         num_layers=config.num_hidden_layers,
-        weight_bytes=2 * sum(map(math.prod, stored_shapes(config).values())),
+        weight_bytes=weight_bytes,
     )
 
 
 def write_gguf(run: Run, clock: Clock) -> None:
     """Write the GGUF twin, in the place of the checkpoint where the disk is tight."""
-    if "llama.cpp" not in run.args.peers:
+    if not {"llama.cpp", "llama.cpp-asleep"} & {*run.args.peers}:
         return
     if run.args.tight_disk:
         for name in ("checkpoint", "offload"):
             shutil.rmtree(run.path(name), ignore_errors=True)
     make_gguf(run)
+
+
+def convert_gguf(run: Run) -> None:
+    """Write the GGUF and convert it, unless that was done."""
+    if run.record("convert") is None:
+        make_gguf(run)
+        convert_to(run, "convert", gguf_path(run), run.path("pack"))
 
 
 def main() -> None:
@@ -430,6 +616,8 @@ def main() -> None:
         "gguf": lambda: write_gguf(run, clock),
         "measure": lambda: measure(run, clock),
     }
+    if run.args.gguf:
+        steps |= {"checkpoint": lambda: None, "convert": lambda: convert_gguf(run), "gguf": lambda: None}
     for name, step in steps.items():
         if name in run.args.steps:
             clock.check()

@@ -27,12 +27,17 @@ GGUF_TYPES = {
     "bfloat16": gguf.GGMLQuantizationType.BF16,
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "mxfp4": gguf.GGMLQuantizationType.MXFP4,
 }
+PLAIN_TYPES = ("float16", "bfloat16")
+# As in gpt-oss's own files: only experts are in 4 bits.
+BESIDE_EXPERTS = {"mxfp4": "q8_0"}
 FILE_TYPES = {
     "float16": gguf.LlamaFileType.MOSTLY_F16,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "mxfp4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
 }
 POOL_BLOCKS = (
     1 << 19
@@ -180,10 +185,16 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
     writer.add_unk_token_id(0)
 
 
-def _is_matrix(name: str, shape: tuple[int, ...], dtype: str) -> bool:
-    if dtype not in ("float16", "bfloat16") and "ffn_gate_inp" in name:
-        return False  # a router is never quantised
-    return name.endswith(".weight") and len(shape) > 1  # biases of experts are vectors, side by side
+def type_of(name: str, shape: tuple[int, ...], dtype: str) -> str | None:
+    """Return the type (a key of `GGUF_TYPES`) of a tensor in a file of `dtype`, None for float32.
+
+    Vectors are in float32, biases of experts too, which are vectors side by side, and a router is never quantised.
+    """
+    if not name.endswith(".weight") or len(shape) == 1:
+        return None
+    if dtype not in PLAIN_TYPES and "ffn_gate_inp" in name:
+        return None
+    return dtype if "_exps." in name else BESIDE_EXPERTS.get(dtype, dtype)
 
 
 class EncodedPool:
@@ -202,45 +213,61 @@ class EncodedPool:
         writer.write_tensor_data(blocks[indices].reshape(-1))
 
 
-def matrix_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Return the bytes of a matrix in a file of `dtype`."""
-    elements, size = gguf.GGML_QUANT_SIZES[GGUF_TYPES[dtype]]
+def tensor_bytes(name: str, shape: tuple[int, ...], dtype: str) -> int:
+    """Return the bytes of a tensor in a file of `dtype`."""
+    of_type = type_of(name, shape, dtype)
+    if of_type is None:
+        return math.prod(shape) * 4
+    elements, size = gguf.GGML_QUANT_SIZES[GGUF_TYPES[of_type]]
     return math.prod(shape) // elements * size
 
 
-def write_gguf(path: Path, config: PretrainedConfig, *, dtype: str = "float16") -> int:
+def stored_bytes(config: PretrainedConfig, dtype: str) -> dict[str, int]:
+    """Return name and bytes of every tensor that the twin of `config` stores."""
+    shapes = SHAPES_OF[STAND_INS[config.model_type]](config)
+    return {name: tensor_bytes(name, shape, dtype) for name, shape in shapes.items()}
+
+
+def write_gguf(
+    path: Path, config: PretrainedConfig, *, dtype: str = "float16", embeddings_larger: int | None = None
+) -> int:
     """Write the twin of `config` and return its bytes; a file that is there is complete and stays.
 
-    Matrices are in `dtype` (a key of `GGUF_TYPES`), vectors in float32, as llama.cpp wants them.
+    Matrices are in `dtype` (a key of `GGUF_TYPES`), vectors in float32, as llama.cpp wants them (see `type_of`). Embeddings
+    are `embeddings_larger` times as large as other weights; None: as in a checkpoint.
     """
     if path.exists():
         return path.stat().st_size
     architecture = STAND_INS[config.model_type]
     shapes = SHAPES_OF[architecture](config)
-    is_plain = dtype in ("float16", "bfloat16")
-    pool = RandomPool(getattr(torch, dtype) if is_plain else torch.float32, embedding_scale=embedding_scale(config))
-    encoded = None if is_plain else EncodedPool(GGUF_TYPES[dtype], embedding_scale=embedding_scale(config))
+    scale = embeddings_larger or embedding_scale(config)
+    is_plain = dtype in PLAIN_TYPES
+    pool = RandomPool(getattr(torch, dtype) if is_plain else torch.float32, embedding_scale=scale)
+    encoded = {
+        each: EncodedPool(GGUF_TYPES[each], embedding_scale=scale)
+        for each in {type_of(name, shape, dtype) for name, shape in shapes.items()} - {None, *PLAIN_TYPES}
+    }
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, architecture)
     _add_settings(writer, config, dtype)
     _add_tokenizer(writer, config.vocab_size)
     for name, shape in shapes.items():
-        is_matrix = _is_matrix(name, shape, dtype)
-        size = matrix_bytes(shape, dtype) if is_matrix else math.prod(shape) * 4
-        kind = GGUF_TYPES[dtype] if is_matrix else gguf.GGMLQuantizationType.F32
-        stored = gguf.quant_shape_to_byte_shape(shape, kind) if is_matrix and encoded else shape
-        element = np.float32 if not is_matrix else np.uint8 if encoded else np.float16
+        of_type = type_of(name, shape, dtype)
+        kind = GGUF_TYPES[of_type] if of_type else gguf.GGMLQuantizationType.F32
+        stored = gguf.quant_shape_to_byte_shape(shape, kind) if of_type in encoded else shape
+        element = np.float32 if of_type is None else np.uint8 if of_type in encoded else np.float16
+        size = tensor_bytes(name, shape, dtype)
         writer.add_tensor_info(name, stored, np.dtype(element), size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, shape in shapes.items():
-        is_matrix = _is_matrix(name, shape, dtype)
-        if is_matrix and encoded is not None:
-            encoded.write(writer, name, shape)
+        of_type = type_of(name, shape, dtype)
+        if of_type in encoded:
+            encoded[of_type].write(writer, name, shape)
             continue
         tensor = pool.tensor(name, shape)
-        writer.write_tensor_data(as_bytes(tensor if is_matrix else tensor.float()))
+        writer.write_tensor_data(as_bytes(tensor if of_type else tensor.float()))
     writer.close()
     partial.rename(path)
     return path.stat().st_size

@@ -153,6 +153,8 @@ def make_checkpoint(run: Run) -> None:
 def make_gguf(run: Run) -> None:
     """Write the GGUF twin."""
     spec = {"job": "gguf", "shape": run.args.shape, "gguf": str(gguf_path(run)), "dtype": run.args.gguf_dtype}
+    if getattr(run.args, "embeddings_larger", None):
+        spec |= {"embeddings_larger": run.args.embeddings_larger}
     must(child(run, "gguf", spec), "gguf")
 
 

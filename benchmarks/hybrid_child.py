@@ -181,9 +181,9 @@ def measure(spec: Spec, recorder: Recorder) -> None:
         recorder.note(decode=decode)
     np.save(recorder.path.with_suffix(".npy"), np.stack(kept))
     prefill: list[dict[str, Any]] = []
-    for _ in range(spec["num_prefills"]):
+    for num_tokens in spec.get("prefill_lengths", [spec["prefill_tokens"]]) * spec["num_prefills"]:
         runner.reset()
-        record, _ = timed_forward(runner, ids[: spec["prefill_tokens"]])
+        record, _ = timed_forward(runner, ids[:num_tokens])
         prefill.append(record | watch())
         recorder.note(prefill=prefill)
     recorder.note(facts=runner.facts(), finished=True)
@@ -215,7 +215,8 @@ def write_twin(spec: Spec, recorder: Recorder) -> None:
     from shapes import config_of
 
     config = config_of(spec["shape"])
-    size = write_gguf(Path(spec["gguf"]), config, dtype=spec["dtype"])
+    larger = spec.get("embeddings_larger")
+    size = write_gguf(Path(spec["gguf"]), config, dtype=spec["dtype"], embeddings_larger=larger)
     recorder.note(bytes=size, architecture=STAND_INS[config.model_type], dtype=spec["dtype"], finished=True)
 
 
@@ -251,8 +252,16 @@ def arithmetic(spec: Spec, recorder: Recorder) -> None:
     recorder.note(**time_layers(runner, ids, num_layers=spec["full_layers"], repeats=spec["repeats"]), finished=True)
 
 
+def measure_bigmoe(spec: Spec, recorder: Recorder) -> None:
+    """Measure BigMoeOnEdge, a program of its own: it is a child of this process, under the same cap."""
+    import bigmoe
+
+    bigmoe.measure(spec, recorder)
+
+
 JOBS = {
     "measure": measure,
+    "bigmoe": measure_bigmoe,
     "convert": convert,
     "gguf": write_twin,
     "checkpoint": write_weights,

@@ -201,6 +201,8 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "persimmon-8b": _persimmon_8b,
     "phi-2": _phi_2,
     "olmoe-1b-7b": lambda: _olmoe(layers=16, d_model=2048, heads=16, d_ffn=1024, experts=64, active=8),
+    "qwen3-30b-a3b": lambda: _qwen3_moe(layers=48),
+    "gpt-oss-20b": lambda: _gpt_oss(layers=24),
     # as many layers as a disk holds twice
     "qwen3-30b-a3b-8-layers": lambda: _qwen3_moe(layers=8),
     "gpt-oss-20b-6-layers": lambda: _gpt_oss(layers=6),
@@ -210,6 +212,8 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-tiny": lambda: _opt(layers=4, d_model=256, heads=4, vocab=1024, positions=512),
     "olmoe-small": lambda: _olmoe(layers=8, d_model=1024, heads=8, d_ffn=512, experts=64, active=8, vocab=8192),
     "olmoe-tiny": lambda: _olmoe(layers=4, d_model=256, heads=4, d_ffn=128, experts=16, active=2, vocab=1024),
+    "qwen3-30b-a3b-2-layers": lambda: _qwen3_moe(layers=2),
+    "gpt-oss-20b-2-layers": lambda: _gpt_oss(layers=2),
     "llama-tiny": lambda: _llama(layers=4, d_model=256, heads=4, d_ffn=704, vocab=1024),
 }
 
