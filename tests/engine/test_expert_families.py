@@ -22,7 +22,7 @@ from tests import tiny_models
 
 # Families that are refused, and why.
 REFUSED: dict[str, str] = {}
-MAX_ERROR = 2e-5  # of the largest logit: fp32 sums in another order, through four layers
+MAX_ERROR = 5e-5  # of the largest logit: fp32 sums in another order, and by another library, through four layers
 
 
 def families() -> list[str]:

@@ -24,8 +24,9 @@ from flashlm.rows.kernels import choose_strategy
 from flashlm.rows.layout import BlockPart, LayerLayout
 from flashlm.rows.onednn import mkl_is_slow, onednn_product
 
-# oneDNN makes code for every shape that it meets, and keeps it: 0.7 MB each. So it meets few numbers of tokens.
-TOKENS_AT_ONCE, TOKENS_STEP = 128, 32
+# oneDNN makes code for every shape that it meets, and keeps it: 0.7 MB each. So it meets few numbers of tokens and of rows;
+# what a piece gives is copied from 256 KiB, too little to be counted.
+TOKENS_AT_ONCE, TOKENS_STEP, ROWS_AT_ONCE = 128, 32, 512
 LEAST_ELEMENTS = 1 << 14  # of tokens: below, a call costs more than it saves
 
 
@@ -44,12 +45,13 @@ def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     given = (x, weight) if bias is None else (x, weight, bias)
     if is_dense and all(map(_is_plain, given)) and x.numel() >= LEAST_ELEMENTS and mkl_is_slow():
         bias = None if bias is None else bias.contiguous()  # its stride is ignored there
-        if len(x) <= TOKENS_AT_ONCE:
-            return _by_onednn(x, weight, bias)
         output = torch.empty(len(x), len(weight), dtype=torch.float32)
         for start in range(0, len(x), TOKENS_AT_ONCE):
             tokens = slice(start, start + TOKENS_AT_ONCE)
-            output[tokens] = _by_onednn(x[tokens], weight, bias)
+            for first in range(0, len(weight), ROWS_AT_ONCE):
+                rows = slice(first, first + ROWS_AT_ONCE)
+                some = None if bias is None else bias[rows]
+                output[tokens, rows] = _by_onednn(x[tokens], weight[rows], some)
         return output
     return F.linear(x, weight, bias)
 
