@@ -46,10 +46,11 @@ def fp32_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if is_dense and all(map(_is_plain, given)) and x.numel() >= LEAST_ELEMENTS and mkl_is_slow():
         bias = None if bias is None else bias.contiguous()  # its stride is ignored there
         output = torch.empty(len(x), len(weight), dtype=torch.float32)
+        step = ROWS_AT_ONCE if weight.is_contiguous() else len(weight)  # pieces of a transposed one would be copied
         for start in range(0, len(x), TOKENS_AT_ONCE):
             tokens = slice(start, start + TOKENS_AT_ONCE)
-            for first in range(0, len(weight), ROWS_AT_ONCE):
-                rows = slice(first, first + ROWS_AT_ONCE)
+            for first in range(0, len(weight), step):
+                rows = slice(first, first + step)
                 some = None if bias is None else bias[rows]
                 output[tokens, rows] = _by_onednn(x[tokens], weight[rows], some)
         return output
